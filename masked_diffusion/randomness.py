@@ -1,0 +1,106 @@
+"""Random numbers keyed by what they are for, never by who draws them or when.
+
+A key is a tuple of plain values such as ``(seed, "sample", 17)``. It is hashed with SHA-256 (not added up, and not
+with Python's ``hash``, which differs between processes), so neighbouring keys give unrelated streams, and image 17
+is image 17 whatever the batch size, the number of processes, the number of loader workers, or the restart.
+
+==========================  =====================================================
+what is drawn               key
+==========================  =====================================================
+order of an epoch           ``(seed, "order", epoch)``
+crop and flip of an image   ``(seed, "augment", epoch, index)``
+training draws of an image  ``(seed, NAME, epoch, index)``, see :func:`training_draws`
+a generated image           ``(seed, "label" | "noise", sample_index)``
+shared by all ranks         ``(seed, NAME, step)``
+==========================  =====================================================
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def key_bytes(*key: int | str) -> bytes:
+    """SHA-256 of a key of integers and strings; the same in every process and on every machine."""
+    return hashlib.sha256(repr(key).encode()).digest()
+
+
+def numpy_generator(*key: int | str) -> np.random.Generator:
+    """Counter-based numpy generator (Philox, 128-bit key) for one key. Used where images are loaded."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key_bytes(*key)[:16], "big")))
+
+
+def torch_generator(*key: int | str) -> torch.Generator:
+    """CPU torch generator for one key: draws made on the CPU are equal on every device."""
+    return torch.Generator("cpu").manual_seed(int.from_bytes(key_bytes(*key)[:8], "big"))
+
+
+@contextlib.contextmanager
+def global_generator(*key: int | str) -> Iterator[None]:
+    """Seed torch's global CPU generator from a key inside the block, for library code that draws from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(key_bytes(*key)[:8], "big"))
+        yield
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """Shapes of the numbers one training image needs besides its crop and flip.
+
+    latent_shape: (C, h, w) of a latent. num_tokens: L of the model's token grid.
+    posterior: whether the first stage samples a posterior and so needs noise of its own.
+    """
+
+    latent_shape: tuple[int, int, int]
+    num_tokens: int
+    posterior: bool
+
+
+def training_draws(spec: DrawSpec, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
+    """All draws of one image in one epoch, float32 but for ``t`` (SPEC 6: randomness by identity).
+
+    Returns ``t``: () float64 uniform in [0, 1), made a timestep by the schedule sampler; ``noise``, ``m_noise``:
+    (C, h, w) normal, of the full and of the masked view; ``label_noise``, ``m_label_noise``: () uniform, decide the
+    label dropout of the two views; ``token_noise``: (L,) uniform, its ranks decide which tokens are kept; and, where
+    the first stage is stochastic, ``posterior``: (C, h, w) normal. Each name has a stream of its own, so that a new
+    name changes none of the others.
+    """
+
+    def stream(name: str) -> np.random.Generator:
+        return numpy_generator(seed, name, epoch, index)
+
+    draws: dict[str, np.ndarray] = {
+        "t": np.asarray(stream("t").random(), dtype=np.float64),
+        "noise": stream("noise").standard_normal(spec.latent_shape, dtype=np.float32),
+        "m_noise": stream("m_noise").standard_normal(spec.latent_shape, dtype=np.float32),
+        "label_noise": np.asarray(stream("label_noise").random(dtype=np.float32)),
+        "m_label_noise": np.asarray(stream("m_label_noise").random(dtype=np.float32)),
+        "token_noise": stream("token_noise").random(spec.num_tokens, dtype=np.float32),
+    }
+    if spec.posterior:
+        draws["posterior"] = stream("posterior").standard_normal(spec.latent_shape, dtype=np.float32)
+    return draws
+
+
+class SampleNoise:
+    """Noise of generated images: one generator per sample index, drawn from in the order the sampler asks.
+
+    The i-th row of every draw belongs to ``indices[i]`` and to nothing else, so a sample does not depend on its
+    neighbours in the batch.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]) -> None:
+        self._generators = [torch_generator(seed, "noise", int(index)) for index in indices]
+
+    def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """(N, *shape) float32 normal on ``device``, N the number of samples."""
+        rows = [torch.randn(tuple(shape), generator=generator) for generator in self._generators]
+        return torch.stack(rows).to(device)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Normal noise of x's shape (N, ...), for use as a sampler's noise source."""
+        return self.randn(x.shape[1:], x.device).to(x.dtype)

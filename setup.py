@@ -1,0 +1,34 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# On x86-64 Linux this TensorFlow also runs on the CPU alone; the evaluator imports it only when it computes features.
+EVAL = ["tensorflow>=2.16", "scipy>=1.11"]
+# mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
+MPI = ["mpi4py>=4.0"]
+TEST = [*EVAL, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11"]
+
+setup(
+    name="masked-diffusion",
+    version="0.1.0",
+    description="Masked Diffusion Transformer: class-conditional image synthesis with masked latent modeling",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["masked_diffusion", "masked_diffusion.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "timm>=1.0.9",
+        "diffusers>=0.30",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "blobfile>=3.0",
+        "tqdm>=4.66",
+        "tensorboard>=2.16",
+        "scikit-learn>=1.4",
+    ],
+    extras_require={"eval": EVAL, "mpi": MPI, "test": TEST, "all": [*TEST, *MPI]},
+)
