@@ -1,0 +1,61 @@
+"""Class names a user may write in place of labels: those of the data, and ImageNet's in words."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+IMAGENET_CLASSES = 1000
+
+
+class ClassNames:
+    """Names of a model's classes. class_names: in label order, as recorded with the training; empty when unknown.
+
+    Models of ImageNet (WordNet ids for names, or 1000 classes of unknown names) are also asked for in words.
+    """
+
+    def __init__(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
+        self._num_classes = num_classes
+        self._labels: dict[str, set[int]] = defaultdict(set)
+        self._examples = list(class_names[:5])
+        for label, name in enumerate(class_names):
+            self._labels[name.lower()].add(label)
+        if not class_names and num_classes == IMAGENET_CLASSES:
+            self._add_imagenet_words(())
+        elif class_names and all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in class_names):
+            self._add_imagenet_words(class_names)
+
+    def _add_imagenet_words(self, wordnet_ids: Sequence[str]) -> None:
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo("imagenet-1k")
+        words = {wordnet_id: info.label_name_to_description(wordnet_id) for wordnet_id in info.label_names()}
+        for label, wordnet_id in enumerate(wordnet_ids or words):
+            for name in [wordnet_id, *words.get(wordnet_id, "").split(",")]:
+                if name.strip():
+                    self._labels[name.strip().lower()].add(label)
+        self._examples = ["goldfish", "panda"]
+
+    def label(self, item: str) -> int:
+        """A label or a class name, in any case, as a label. Where both could be meant it is the name.
+
+        Raises ValueError for a name no class has or several have, and for a label outside 0 ... K - 1.
+        """
+        found = sorted(self._labels.get(item.lower(), ()))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"--labels {item}: several classes have this name; choose one of {found}")
+        try:
+            label = int(item)
+        except ValueError:
+            some = f"; names are such as {', '.join(self._examples)}" if self._examples else ""
+            raise ValueError(f"--labels {item}: no class of this name{some}") from None
+        if not 0 <= label < self._num_classes:
+            raise ValueError(f"--labels {item}: labels are 0 ... {self._num_classes - 1}")
+        return label
+
+    def labels(self, text: str) -> list[int]:
+        """A comma list of labels and names. Raises ValueError as :meth:`label`, and for an empty list."""
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        if not items:
+            raise ValueError(f"--labels {text!r}: give labels or class names, separated by commas")
+        return [self.label(item) for item in items]

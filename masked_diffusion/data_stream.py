@@ -1,0 +1,75 @@
+"""Which image comes when: the order of the training stream, and each rank's share of it.
+
+The data are one endless stream: a permutation of all images per epoch, one after the other, keyed by (seed, epoch).
+A *position* is the number of images consumed so far by all ranks together. It is the only state: a run is resumed,
+on any number of ranks, by going on from there. A global batch is the next batch_size * world_size items, may span
+epochs, and is cut into one run of batch_size items per rank, in rank order.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+
+from masked_diffusion.randomness import numpy_generator
+
+Item = tuple[int, int]  # (epoch, image index)
+
+
+class DataOrder:
+    """The stream as a sequence: ``order[position]`` is (epoch, index) of the item at a position >= 0.
+
+    num_items: images in the set, at least 1. deterministic: every epoch in the order of the files.
+    Holds one permutation at a time, so walking forwards costs one permutation per epoch.
+    Raises ValueError for an empty set.
+    """
+
+    def __init__(self, num_items: int, seed: int, deterministic: bool = False) -> None:
+        if num_items < 1:
+            raise ValueError(f"a data set of {num_items} images has no order: at least 1 is needed")
+        self.num_items = num_items
+        self.seed = seed
+        self.deterministic = deterministic
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> Item:
+        if position < 0:
+            raise IndexError(f"position {position}: the stream starts at 0")
+        epoch, offset = divmod(position, self.num_items)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, self.permutation(epoch)
+        return epoch, int(self._permutation[offset])
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(num_items,) int64 image indices of one epoch, in their order."""
+        if self.deterministic:
+            return np.arange(self.num_items)
+        return numpy_generator(self.seed, "order", epoch).permutation(self.num_items)
+
+
+class RankBatches:
+    """One rank's endless batches, each a list of batch_size (epoch, index); iterating again starts anew.
+
+    batch_size: items per rank. position: items consumed by all ranks before the first batch.
+    Sets smaller than a batch wrap: the batch then holds an image once per epoch it spans.
+    Raises ValueError for a batch size below 1, a negative position, or a rank outside 0 … world_size - 1.
+    """
+
+    def __init__(
+        self, order: DataOrder, batch_size: int, *, position: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch_size {batch_size}: must be at least 1 (images per process and step)")
+        if position < 0:
+            raise ValueError(f"position {position}: the number of images consumed cannot be negative")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}: must be between 0 and the number of ranks - 1")
+        self.order = order
+        self.batch_size = batch_size
+        self.global_batch = batch_size * world_size
+        self.first = position + rank * batch_size
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for start in count(self.first, self.global_batch):
+            yield [self.order[position] for position in range(start, start + self.batch_size)]

@@ -1,0 +1,365 @@
+"""Images and labels for training: crops, class names, data sets, and the endless stream of batches.
+
+A data format is a class with the members of :class:`ImageDataset` and a line in :func:`open_dataset`. Which image comes
+when is decided in ``data_stream.py``, how a file is found and decoded in ``image_files.py``, and every random number
+comes from a key (``randomness.py``), so that batches do not depend on workers, ranks or restarts.
+"""
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from masked_diffusion.data_stream import DataOrder, Item, RankBatches
+from masked_diffusion.image_files import PathTable, is_remote, join, list_image_files, read_image
+from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
+
+Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+# Crops
+
+
+def _resize_short_side(image: Image.Image, length: int) -> Image.Image:
+    """Short side to ``length``: halved with a box filter while twice as long, the rest bicubic."""
+    while min(image.size) >= 2 * length:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = length / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
+    """The square in the middle, its side the image's short side scaled to ``image_size`` (ADM's preprocessing).
+
+    Returns (image_size, image_size, 3) uint8.
+    """
+    pixels = np.asarray(_resize_short_side(pil_image.convert("RGB"), image_size))
+    top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
+    return pixels[top : top + image_size, left : left + image_size]
+
+
+def random_crop_arr(
+    pil_image: Image.Image,
+    image_size: int,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """A random square whose side is about min_crop_frac … max_crop_frac of the short side (ADM's augmentation).
+
+    The short side is resized to a random integer between image_size / max_crop_frac and image_size / min_crop_frac,
+    both rounded up, then a square of image_size is cut at a random place. rng: None draws an unrepeatable crop.
+    Returns (image_size, image_size, 3) uint8. Raises ValueError unless 0 < min_crop_frac <= max_crop_frac <= 1.
+    """
+    if not 0 < min_crop_frac <= max_crop_frac <= 1:
+        raise ValueError(f"crop fractions {min_crop_frac} and {max_crop_frac}: need 0 < min <= max <= 1")
+    rng = np.random.default_rng() if rng is None else rng
+    shortest, longest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
+    length = int(rng.integers(shortest, longest, endpoint=True))
+    pixels = np.asarray(_resize_short_side(pil_image.convert("RGB"), length))
+    top = int(rng.integers(0, pixels.shape[0] - image_size, endpoint=True))
+    left = int(rng.integers(0, pixels.shape[1] - image_size, endpoint=True))
+    return pixels[top : top + image_size, left : left + image_size]
+
+
+def to_model_range(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, C) uint8 -> contiguous (C, H, W) float32 in [-1, 1]."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+
+
+# Classes
+
+
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Distinct names in the order of their labels: by value when all are integers, else as strings."""
+    distinct = sorted(set(names))
+    if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
+        distinct.sort(key=int)
+    return distinct
+
+
+def _from_folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _from_filename(path: str) -> str:
+    before, underscore, _ = path.rpartition("/")[2].partition("_")
+    return before if underscore else ""
+
+
+CLASS_SOURCES: dict[str, Callable[[str], str]] = {"folder": _from_folder, "filename": _from_filename}
+
+
+def class_table(paths: Sequence[str], class_from: str = "auto") -> tuple[list[str], np.ndarray]:
+    """Class names in label order, and the label of each image: (N,) int64.
+
+    paths: below the data folder, with forward slashes. class_from: ``folder``: the path of the image's folder;
+    ``filename``: its base name up to the first underscore; ``auto``: the folder when the images lie in two or more.
+    Raises ValueError for another class_from or when an image has no class.
+    """
+    if class_from == "auto":
+        class_from = "folder" if len({_from_folder(path) for path in paths}) > 1 else "filename"
+    if class_from not in CLASS_SOURCES:
+        raise ValueError(f"--class_from {class_from}: unknown; choose one of auto, {', '.join(CLASS_SOURCES)}")
+    of_image = [CLASS_SOURCES[class_from](path) for path in paths]
+    if "" in of_image:
+        path = paths[of_image.index("")]
+        reason = "lies in no folder below it" if class_from == "folder" else "has no underscore after a class"
+        raise ValueError(
+            f"no class to be had for image {path} of --data_dir: it {reason} (--class_from {class_from}). "
+            "Sort the images into one folder per class (--class_from folder), or name them CLASS_….png "
+            "(--class_from filename), or train without classes (--class_cond False)"
+        )
+    names = sort_class_names(of_image)
+    label_of = {name: label for label, name in enumerate(names)}
+    return names, np.array([label_of[name] for name in of_image], dtype=np.int64)
+
+
+def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
+    """What stands for :func:`class_table` without classes: no names, and for every image the null label, 1.
+
+    A table without classes is one of a single, never used class (label 0) and the null class after it.
+    """
+    return [], np.ones(num_images, dtype=np.int64)
+
+
+# Data sets
+
+
+class ImageDataset:
+    """What the stream asks of a data set.
+
+    image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
+    labels: (N,) int64.
+    """
+
+    channels = 3
+
+    def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:
+        if image_size < 1:
+            raise ValueError(f"--image_size {image_size}: must be at least 1 pixel")
+        self.image_size = image_size
+        self.class_names = class_names
+        self.labels = labels
+
+    @property
+    def num_classes(self) -> int:
+        """K: labels are 0 … K - 1, the null label is K. Without classes K is 1 and all labels are null."""
+        return max(1, len(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image."""
+        raise NotImplementedError
+
+
+class FolderDataset(ImageDataset):
+    """Images of a local or remote folder and the folders below it, cropped to squares.
+
+    Raises FileNotFoundError or ValueError when the folder, its images or their classes are missing.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        image_size: int,
+        class_cond: bool = True,
+        class_from: str = "auto",
+        random_crop: bool = False,
+        random_flip: bool = True,
+    ) -> None:
+        # Path.expanduser fails without a word about the folder when it knows no such user.
+        self.data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
+        files = list_image_files(self.data_dir)
+        super().__init__(image_size, *(class_table(files, class_from) if class_cond else no_classes(len(files))))
+        self.files = PathTable(files)
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        image = read_image(join(self.data_dir, self.files[index]))
+        if rng is None:
+            return to_model_range(center_crop_arr(image, self.image_size))
+        # The flip is drawn first and always, so that it is the same with and without random crops.
+        flip = rng.random() < 0.5 and self.random_flip
+        if self.random_crop:
+            pixels = random_crop_arr(image, self.image_size, rng=rng)
+        else:
+            pixels = center_crop_arr(image, self.image_size)
+        return to_model_range(pixels[:, ::-1] if flip else pixels)
+
+
+class DigitsDataset(ImageDataset):
+    """scikit-learn's 1797 handwritten digits, 8x8 grey, classes "0" … "9", resized (bicubic) and never augmented:
+    a mirrored digit is another sign.
+
+    test: the held-back part, every fifth image of each digit; else the other four fifths.
+    Raises ValueError when scikit-learn is not installed.
+    """
+
+    channels = 1
+
+    def __init__(self, *, image_size: int, class_cond: bool = True, test: bool = False) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ValueError("--data_dir builtin:digits needs scikit-learn: pip install scikit-learn") from error
+        digits = load_digits()
+        target = digits.target.astype(np.int64)
+        rank_in_class = np.zeros(len(target), dtype=np.int64)
+        for digit in range(10):
+            rank_in_class[target == digit] = np.arange(np.sum(target == digit))
+        part = (rank_in_class % 5 == 4) == test
+        labels = target[part]
+        names = [str(digit) for digit in range(10)]
+        super().__init__(image_size, *((names, labels) if class_cond else no_classes(len(labels))))
+        self._images = np.rint(digits.images[part] * 255 / 16).astype(np.uint8)  # (N, 8, 8), from 0 … 16
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        image = Image.fromarray(self._images[index])
+        side = (self.image_size, self.image_size)
+        if image.size != side:
+            image = image.resize(side, Image.Resampling.BICUBIC)
+        return to_model_range(np.asarray(image)[:, :, None])
+
+
+BUILTIN: dict[str, dict[str, bool]] = {"digits": {"test": False}, "digits-test": {"test": True}}
+
+
+def open_dataset(
+    data_dir: str,
+    *,
+    image_size: int,
+    class_cond: bool = True,
+    class_from: str = "auto",
+    random_crop: bool = False,
+    random_flip: bool = True,
+) -> ImageDataset:
+    """The data set that ``--data_dir`` names: a folder, local or remote, or ``builtin:NAME``.
+
+    Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
+    --data_dir and the remedy, when there is none.
+    """
+    if not data_dir:
+        raise ValueError("--data_dir: give the folder that holds the images, or builtin:digits")
+    if class_from != "auto" and not class_cond:
+        warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
+    scheme, _, name = data_dir.partition(":")
+    if scheme == "builtin":
+        if name not in BUILTIN:
+            known = ", ".join(f"builtin:{known}" for known in BUILTIN)
+            raise ValueError(f"--data_dir {data_dir}: unknown; choose one of {known}, or give a folder")
+        if random_crop or (class_from != "auto" and class_cond):
+            warnings.warn(f"--random_crop and --class_from are ignored for --data_dir {data_dir}", stacklevel=2)
+        return DigitsDataset(image_size=image_size, class_cond=class_cond, **BUILTIN[name])
+    # A cache of latents is one more class, recognised here.
+    return FolderDataset(
+        data_dir,
+        image_size=image_size,
+        class_cond=class_cond,
+        class_from=class_from,
+        random_crop=random_crop,
+        random_flip=random_flip,
+    )
+
+
+def check_first_batch(dataset: ImageDataset, indices: Iterable[int]) -> None:
+    """Load the images a run will start with, so that an unreadable one stops it before the work starts.
+
+    indices: image indices, such as those of ``DataOrder`` from the run's position on; repeats are loaded once.
+    Raises ValueError naming --data_dir, the first bad file and the remedy.
+    """
+    for index in dict.fromkeys(indices):
+        try:
+            dataset.load(index)
+        except ValueError as error:
+            raise ValueError(f"--data_dir: {error}") from error
+
+
+# Stream
+
+
+class _Examples(Dataset[dict[str, Any]]):
+    """(epoch, index) -> everything a step needs of that image, each number drawn from its own key."""
+
+    def __init__(self, dataset: ImageDataset, seed: int, draws: DrawSpec | None) -> None:
+        self.dataset, self.seed, self.draws = dataset, seed, draws
+
+    def __getitem__(self, item: Item) -> dict[str, Any]:
+        epoch, index = item
+        # An unreadable image raises here; skipping it would mean putting another index in its place, also here.
+        image = self.dataset.load(index, numpy_generator(self.seed, "augment", epoch, index))
+        draws = {} if self.draws is None else training_draws(self.draws, self.seed, epoch, index)
+        return {"image": image, "y": int(self.dataset.labels[index]), "index": index, "epoch": epoch, **draws}
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    class_from: str = "auto",
+    seed: int = 0,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    draws: DrawSpec | None = None,
+    pin_memory: bool = False,
+    dataset: ImageDataset | None = None,
+) -> Generator[Batch, None, None]:
+    """Endless iterator of this rank's batches (SPEC 6: randomness by identity).
+
+    batch_size: per rank. deterministic: every epoch in the order of the files. position: images consumed by all ranks
+    so far. draws: shapes of the random numbers to deliver with each image. dataset: an open data set, which then
+    stands for data_dir and the settings of :func:`open_dataset`.
+
+    Yields (images, extra): images (N, C, image_size, image_size) float32 contiguous in [-1, 1]; extra holds ``y``,
+    ``index`` and ``epoch``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. With class_cond
+    False ``y`` is the null label of every image (see :func:`no_classes`). Batches are the same for any num_workers,
+    and those of all ranks side by side are the one batch of a single rank with world_size times the batch size.
+    Nothing is drawn from torch's global generator. ``close()`` ends the workers.
+    Raises FileNotFoundError or ValueError, at the call, for settings or data that cannot work.
+    """
+    if num_workers < 0:
+        raise ValueError(f"--num_workers {num_workers}: must be 0 (load in the training process) or more")
+    if dataset is None:
+        dataset = open_dataset(
+            data_dir,
+            image_size=image_size,
+            class_cond=class_cond,
+            class_from=class_from,
+            random_crop=random_crop,
+            random_flip=random_flip,
+        )
+    elif dataset.image_size != image_size:
+        raise ValueError(f"--image_size {image_size}: the data set was opened for {dataset.image_size}")
+    order = DataOrder(len(dataset), seed, deterministic)
+    loader = DataLoader(
+        _Examples(dataset, seed, draws),
+        batch_sampler=RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size),
+        num_workers=num_workers,
+        generator=torch.Generator(),  # the loader seeds its workers: from its own generator, not from the global one
+        pin_memory=pin_memory,
+    )
+    return _batches(loader)
+
+
+def _batches(loader: DataLoader[dict[str, Any]]) -> Generator[Batch, None, None]:
+    # The loader's iterator lives in this frame alone: when the generator is closed or collected, so are the workers.
+    for batch in loader:
+        yield batch.pop("image"), batch

@@ -1,0 +1,213 @@
+"""Finding image files in a folder or bucket, and reading one as a viewer would show it. Knows no classes or batches."""
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+EXIF_ORIENTATION = 0x0112
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path (gs://, az://, https://) is read through blobfile instead of the local file system."""
+    return "://" in path
+
+
+def join(folder: str, relative: str) -> str:
+    """A path below a local or remote folder; ``relative`` has forward slashes."""
+    return f"{folder.rstrip('/')}/{relative}" if relative else folder
+
+
+def list_image_files(data_dir: str) -> list[str]:
+    """Paths below ``data_dir`` of all its images, sorted: the order that image indices refer to.
+
+    Extensions count in any case; hidden files and folders are left out. Links are followed, but a folder is listed
+    once however many links lead to it (under its own name if it lies in ``data_dir`` itself), and a link that leads
+    back to a folder around it is not followed. A link to a file is a file of its own, for folders of links are how
+    subsets are made.
+    Raises FileNotFoundError for a missing folder, ValueError for a file, a folder without images or one that cannot
+    be read.
+    """
+    if is_remote(data_dir):
+        files = _list_remote(data_dir)
+    elif Path(data_dir).is_file():
+        raise ValueError(f"--data_dir {data_dir}: is a file; give the folder that holds the images")
+    elif not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; give the folder that holds the images")
+    else:
+        try:
+            files = _list_local(data_dir)
+        except OSError as error:
+            raise ValueError(
+                f"--data_dir {data_dir}: cannot list {error.filename} ({error.strerror}); make it readable or move it"
+            ) from error
+    if not files:
+        kinds = " ".join(extension[1:] for extension in EXTENSIONS)
+        raise ValueError(f"--data_dir {data_dir}: no images in it or below it; give a folder with files of {kinds}")
+    return sorted(files)
+
+
+def _wanted(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _list_local(root: str) -> list[str]:
+    files: list[str] = []
+    listed: set[tuple[int, int]] = set()
+    folders, links = [""], list[str]()
+    while folders or links:
+        # Links wait until every real folder is listed, so that an image's class is its own folder's and not a link's.
+        if not folders:
+            links.sort(reverse=True)
+            link = links.pop()
+            if not _leads_back(root, link):
+                folders.append(link)
+            continue
+        folder = folders.pop()
+        status = Path(join(root, folder)).stat()
+        if (status.st_dev, status.st_ino) in listed:
+            continue
+        listed.add((status.st_dev, status.st_ino))
+        with os.scandir(join(root, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                # Path, not entry, for links: a link to itself is an OSError there and plainly absent here.
+                if entry.is_symlink():
+                    if Path(entry.path).is_dir():
+                        links.append(relative)
+                    elif _wanted(entry.name) and Path(entry.path).is_file():
+                        files.append(relative)
+                elif entry.is_dir():
+                    folders.append(relative)
+                elif _wanted(entry.name) and entry.is_file():
+                    files.append(relative)
+    return files
+
+
+def _leads_back(root: str, link: str) -> bool:
+    """Whether a link points to the data folder, a folder around it, or a folder around the link."""
+    path = Path(join(root, link))
+    target = path.resolve()
+    return Path(root).resolve().is_relative_to(target) or path.parent.resolve().is_relative_to(target)
+
+
+def _blobfile(path: str) -> Any:
+    try:
+        import blobfile
+    except ImportError as error:
+        raise ValueError(f"{path}: remote files are read with blobfile; install it: pip install blobfile") from error
+    return blobfile
+
+
+def _list_remote(root: str) -> list[str]:
+    blobfile = _blobfile(root)
+    files: list[str] = []
+    try:
+        if not blobfile.isdir(root):
+            raise FileNotFoundError(f"--data_dir {root}: no such remote folder; give the folder that holds the images")
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            for entry in blobfile.scandir(join(root, folder)):
+                if entry.name.startswith("."):
+                    continue
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir:
+                    folders.append(relative)
+                elif _wanted(entry.name):
+                    files.append(relative)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # network, credentials, an unknown scheme: blobfile's errors have no common base
+        raise ValueError(
+            f"--data_dir {root}: cannot be listed ({error}); check the path and the credentials"
+        ) from error
+    return files
+
+
+class PathTable:
+    """Read-only list of paths in two arrays.
+
+    A million Python strings would be copied into every loader worker (reference counts touch their pages); two
+    arrays are shared by fork and quickly sent otherwise.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"path {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def read_image(path: str) -> Image.Image:
+    """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
+
+    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
+    Raises ValueError naming the file and what to do when it cannot be read, whatever the cause.
+    """
+    try:
+        with _open(path) as file:
+            image = Image.open(file)
+            image.load()
+            return _to_rgb(_upright(image))
+    # Damaged files raise almost anything in Pillow's decoders: OSError, SyntaxError, struct.error, IndexError, …
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image ({reason}); remove it or replace it") from error
+
+
+def _open(path: str) -> IO[bytes]:
+    if is_remote(path):
+        with _blobfile(path).BlobFile(path, "rb") as file:
+            return io.BytesIO(file.read())
+    return Path(path).open("rb")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata: viewers show the pixels as stored
+        orientation = 1
+    return image.transpose(TO_UPRIGHT[orientation]) if orientation in TO_UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bit_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey (mode "I" in older Pillow) as L, or as LA where one grey value is marked transparent."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
