@@ -1,0 +1,264 @@
+"""What is saved, atomically, and how it is found and read back.
+
+A checkpoint of step s is ``model{s:06d}.pt``, ``ema_{rate}_{s:06d}.pt`` for each EMA rate, ``opt{s:06d}.pt``,
+``state{s:06d}.pt`` (position in the data stream, gradient scaler, timestep sampler) and, written last, its manifest
+``checkpoint{s:06d}.json`` with sizes and SHA-256 of the others: no manifest, no checkpoint. A model or EMA file is a
+plain state dict. Nothing here runs code from a file.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from masked_diffusion.files import atomic_write, sha256_of, write_json
+
+MODEL_FILE = re.compile(r"model(\d{6,})\.pt")
+EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.pt")
+MANIFEST_FILE = re.compile(r"checkpoint(\d{6,})\.json")
+RUN_FILES = (
+    MODEL_FILE,
+    EMA_FILE,
+    MANIFEST_FILE,
+    re.compile(r"(opt|state)\d{6,}\.pt"),
+    re.compile(r"preview_\d{6,}\.png"),
+    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|tb"),
+)
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+PATCH_EMBEDDING = "x_embedder.proj.weight"
+
+
+def model_file(step: int) -> str:
+    return f"model{step:06d}.pt"
+
+
+def ema_file(rate: str, step: int) -> str:
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def opt_file(step: int) -> str:
+    return f"opt{step:06d}.pt"
+
+
+def state_file(step: int) -> str:
+    return f"state{step:06d}.pt"
+
+
+def manifest_file(step: int) -> str:
+    return f"checkpoint{step:06d}.json"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
+    """Write ``parts`` (file name -> what ``torch.save`` takes) and then their manifest. Each file is atomic."""
+    files = {}
+    for name, part in parts.items():
+        with atomic_write(folder / name) as file:
+            torch.save(part, file)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    write_json(folder / manifest_file(step), {"step": step, "files": files})
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins: after ``step`` updates, with the checkpoint in ``folder``; at step 0 with fresh weights,
+    or those of ``init_from``.
+
+    messages: what the user has to be told about the choice.
+    """
+
+    step: int
+    folder: Path
+    init_from: Path | None = None
+    messages: tuple[str, ...] = ()
+
+
+def damage(folder: Path, step: int) -> str | None:
+    """What is wrong with the checkpoint of a step that has a manifest; None for nothing."""
+    try:
+        files = json.loads((folder / manifest_file(step)).read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / Path(name).name  # a manifest cannot point out of its folder
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{name} does not have the recorded SHA-256"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def newest_complete_step(folder: Path, report: Callable[[str], None]) -> int | None:
+    """Step of the newest undamaged checkpoint in a folder.
+
+    Damaged ones on the way are reported and renamed with the suffix ``.corrupt``, so that they are never taken again.
+    """
+    matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    for step in sorted((int(match[1]) for match in matches if match), reverse=True):
+        problem = damage(folder, step)
+        if problem is None:
+            return step
+        report(f"the checkpoint of step {step} in {folder} is damaged: {problem}; renamed to .corrupt")
+        # The manifest goes last: a crash in between leaves a checkpoint that is still found to be damaged.
+        for path in [*_files_of_step(folder, step), folder / manifest_file(step)]:
+            path.rename(path.with_name(path.name + ".corrupt"))
+    return None
+
+
+def _files_of_step(folder: Path, step: int) -> list[Path]:
+    return [*folder.glob(f"ema_*_{step:06d}.pt"), *folder.glob(f"[mos]*{step:06d}.pt")]
+
+
+def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, overwrite: bool) -> Start:
+    """Decide where a training begins, before anything is loaded.
+
+    resume_checkpoint: ``auto``, a path, or empty for a fresh run; a file without a step in its name is taken as
+    ``init_from``. A complete checkpoint in the run folder that is later than what is asked for wins, so that a job
+    that was stopped goes on with the same command. overwrite: move what lies in the folder into a numbered one first.
+    Raises ValueError or FileNotFoundError, with the remedy, for what nothing can begin from.
+    """
+    messages: list[str] = []
+    asked = _asked_start(folder, resume_checkpoint, init_from)
+    newest = newest_complete_step(folder, messages.append)
+    if newest is not None and overwrite:
+        if asked.step and asked.folder.absolute() == folder.absolute():
+            raise ValueError(
+                f"--overwrite True would move the checkpoint of --resume_checkpoint {resume_checkpoint} away"
+            )
+        messages.append(f"moved the former run to {_move_run_aside(folder)}")
+        newest = None
+    if newest is not None and resume_checkpoint == "":
+        raise ValueError(
+            f"--resume_checkpoint is empty, but {folder} has checkpoints up to step {newest}: give another "
+            "OPENAI_LOGDIR, or --overwrite True to move them aside"
+        )
+    if newest is not None and newest > asked.step:
+        wins = " (later than what the flags ask for)" if asked.step or asked.init_from else ""
+        messages.append(f"resuming from the checkpoint of step {newest} in {folder}{wins}")
+        return Start(newest, folder, messages=tuple(messages))
+    if resume_checkpoint == "auto" and not (folder / "config.json").exists():
+        for path in sorted(folder.glob("model*.pt"), reverse=True):
+            raise ValueError(
+                f"{path} was not written by this code (it has no manifest and no config.json): to go on from it, give "
+                "its path as --resume_checkpoint, else give another OPENAI_LOGDIR"
+            )
+    return Start(asked.step, asked.folder, asked.init_from, (*messages, *asked.messages))
+
+
+def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) -> Start:
+    """What the flags alone ask for."""
+    if resume_checkpoint not in ("", "auto"):
+        path = Path(resume_checkpoint).expanduser()
+        if ema := EMA_FILE.fullmatch(path.name):
+            raise ValueError(
+                f"--resume_checkpoint {path}: this is an EMA file; give {path.with_name(model_file(int(ema[2])))}, or "
+                "use it with --init_from"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"--resume_checkpoint {path}: no such file")
+        if match := MODEL_FILE.fullmatch(path.name):
+            return Start(int(match[1]), path.parent, messages=(f"resuming from {path}",))
+        init_from = init_from or resume_checkpoint
+    if init_from:
+        source = Path(init_from).expanduser()
+        if not source.is_file():
+            raise FileNotFoundError(f"--init_from {init_from}: no such file")
+        return Start(0, folder, source, (f"starting at step 0 with the weights of {source}",))
+    return Start(0, folder, messages=(f"no checkpoint in {folder}: starting at step 0",))
+
+
+def _move_run_aside(folder: Path) -> Path:
+    number = 1
+    while (former := folder / f"former_{number}").exists():
+        number += 1
+    former.mkdir()
+    for path in list(folder.iterdir()):
+        if any(pattern.fullmatch(path.name) for pattern in RUN_FILES):
+            path.rename(former / path.name)
+    return former
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> Any:
+    """Read a ``.pt`` or ``.safetensors`` file without running code from it.
+
+    Raises FileNotFoundError, and ValueError, each naming the file, for a Git LFS pointer, a file with pickled code,
+    and anything that is no checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs.github.com"):
+            raise ValueError(f"{path}: this is a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise ValueError(f"{path}: refused, because reading it could run code that is pickled in it") from None
+        raise ValueError(f"{path}: not a readable checkpoint, it may be cut off ({type(error).__name__})") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a state dict. Raises ValueError, naming the file, when it holds something else."""
+    state = read_file(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: not a model's state dict (a mapping of names to tensors)")
+    return state
+
+
+def start_position(start: Start, global_batch: int) -> int:
+    """Items of the data stream consumed before ``start``: recorded, or for published checkpoints full batches."""
+    path = start.folder / state_file(start.step)
+    return read_file(path)["position"] if start.step and path.is_file() else start.step * global_batch
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load a state dict strictly. Raises ValueError, naming ``source``, when names or shapes are not the model's."""
+    check_names(model, state, source)
+    model.load_state_dict(state)
+
+
+def check_names(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Raise ValueError, naming ``source``, unless a state dict has exactly the model's names and shapes."""
+    expected = model.state_dict()
+    problems = []
+    if missing := sorted(set(expected) - set(state)):
+        problems.append(f"{len(missing)} names are missing, such as {missing[0]}")
+    if extra := sorted(set(state) - set(expected)):
+        problems.append(f"{len(extra)} names are not this model's, such as {extra[0]}")
+    common = [name for name in expected if name in state]
+    if wrong := [name for name in common if state[name].shape != expected[name].shape]:
+        shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(expected[wrong[0]].shape)}"
+        problems.append(f"{len(wrong)} shapes differ, such as {wrong[0]} {shapes}")
+    if problems:
+        raise ValueError(f"{source}: the checkpoint is of another model or size: {'; '.join(problems)}")
+
+
+def load_weights_for_new_classes(
+    model: nn.Module, state: dict[str, Tensor], source: Path, warn: Callable[[str], None]
+) -> None:
+    """Load weights to start a new training from; where the number of classes differs, the label table stays fresh."""
+    table = model.state_dict()[LABEL_TABLE]
+    loaded = state.get(LABEL_TABLE)
+    if loaded is not None and loaded.shape[0] != table.shape[0]:
+        warn(f"{source} has {loaded.shape[0]} labels, the data {table.shape[0]}: the label table starts anew")
+        state = {**state, LABEL_TABLE: table}
+    load_weights(model, state, source)

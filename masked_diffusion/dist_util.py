@@ -1,0 +1,207 @@
+"""Process groups under every launcher. The only file that asks which rank or which device this is."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A rank that does not join within this time is reported. Model downloads and imports happen before.
+JOIN_TIMEOUT = timedelta(minutes=5)
+# Longest wait inside one collective: rank 0 may be writing a checkpoint to a slow disk.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process. rank: in 0 ... world_size - 1; local_rank: number on its machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+# Launchers in the order in which they are asked: name, (rank, world size, local rank) variables. A launcher counts
+# when its first two are set: torchrun inside a SLURM step wins over the step.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+
+
+def find_place(
+    environ: Mapping[str, str], rank: int | None = None, world_size: int | None = None, local_rank: int | None = None
+) -> Place:
+    """Read this process's place from flags, which win, or from the launcher's environment; a bare process is alone.
+
+    Raises ValueError for a rank outside the world, or a rank without a world size.
+    """
+    found: dict[str, int] = {}
+    for variables in _LAUNCHERS.values():
+        if variables[0] in environ and variables[1] in environ:
+            names = ("rank", "world_size", "local_rank")
+            found = {name: int(environ[v]) for name, v in zip(names, variables, strict=True) if v in environ}
+            break
+    rank = found.get("rank", 0) if rank is None else rank
+    world_size = found.get("world_size", 1) if world_size is None else world_size
+    local_rank = found.get("local_rank", rank) if local_rank is None else local_rank
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank {rank} --world_size {world_size}: the rank must be in 0 ... {world_size - 1}")
+    return Place(rank, world_size, local_rank)
+
+
+def launched_rank(environ: Mapping[str, str]) -> int:
+    """The rank a launcher gave this process, for messages; 0 where that cannot be told."""
+    try:
+        return find_place(environ).rank
+    except ValueError:
+        return 0
+
+
+def local_world_size(environ: Mapping[str, str]) -> int:
+    """Number of processes on this machine, 1 where no launcher says."""
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
+        if environ.get(name, "").isdigit():
+            return max(1, int(environ[name]))
+    return 1
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA matrix products round their inputs to TF32; no effect elsewhere."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N`` -> device.
+
+    Raises ValueError for another name, for CUDA where there is none, and for a GPU that does not exist.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is available here; use --device cpu")
+    index = int(number) if number else local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda:{index}: this machine has {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+class Ranks:
+    """The processes of one run, and what they say to each other. Alone, everything is a no-op."""
+
+    def __init__(self, place: Place, device: torch.device) -> None:
+        self.rank = place.rank
+        self.world_size = place.world_size
+        self.device = device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes logs and checkpoints."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def concat(self, tensor: Tensor) -> Tensor:
+        """(n, ...) of every rank, equal shapes -> (world_size * n, ...), in the order of the ranks."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def from_main(self, compute: Callable[[], Any]) -> Any:
+        """Run ``compute`` on rank 0 and give its result to all ranks. What it raises there is raised everywhere."""
+        if self.world_size == 1:
+            return compute()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = compute()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def data_parallel(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Wrap a model so that its gradients are averaged over the ranks."""
+        if self.world_size == 1:
+            return model
+        devices = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def close(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Forward and backward in here leave the gradients of a data-parallel model unreduced, to be added to."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -> Iterator[Ranks]:
+    """Join the process group of a run (nccl on GPUs, else gloo), and leave it at the end.
+
+    dist_url: where the ranks meet; ``env://`` takes MASTER_ADDR and MASTER_PORT. Raises ValueError when they are
+    missing or when some rank has not joined within ``JOIN_TIMEOUT``.
+    """
+    ranks = Ranks(place, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if place.world_size > 1:
+        _join(place, device, dist_url)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def _join(place: Place, device: torch.device, dist_url: str) -> None:
+    if dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise ValueError(
+            f"this is rank {place.rank} of {place.world_size}, but MASTER_ADDR and MASTER_PORT are not set: start "
+            "with torchrun, or set both to the address and a free port of the first machine"
+        )
+    address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
+    try:
+        rendezvous = dist.rendezvous(dist_url, place.rank, place.world_size, timeout=JOIN_TIMEOUT)
+        store, _, _ = next(iter(rendezvous))
+        store = dist.PrefixStore("masked_diffusion", store)
+        store.set(f"joined/{place.rank}", "1")
+        store.wait([f"joined/{rank}" for rank in range(place.world_size)], JOIN_TIMEOUT)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise ValueError(
+            f"rank {place.rank} of {place.world_size}: not all ranks met at {address} within "
+            f"{int(JOIN_TIMEOUT.total_seconds())} s; check that every node was started, with the same address and port"
+        ) from error
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )

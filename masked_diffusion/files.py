@@ -1,0 +1,67 @@
+"""Writing files so that a crash leaves the old one or the new one, and moving old ones aside instead of losing them."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name only when it is complete and on disk.
+
+    The temporary file lies in the same folder: a rename is atomic only inside one file system. It is removed when
+    writing fails.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable: the folder's entries are data of their own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def numbered(path: Path, number: int) -> Path:
+    """``samples.npz``, 2 -> ``samples_2.npz``; the same for folders."""
+    return path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
+def move_aside(*paths: Path) -> list[Path]:
+    """Rename those of ``paths`` that exist to one common free number. Returns the new names."""
+    number = 1
+    while any(numbered(path, number).exists() for path in paths):
+        number += 1
+    existing = [path for path in paths if path.exists()]
+    return [path.rename(numbered(path, number)) for path in existing]
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

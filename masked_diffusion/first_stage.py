@@ -1,0 +1,104 @@
+"""Image <-> latent: a diffusers autoencoder, or the identity for diffusion in pixel space."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
+PIXEL_SPACE = "none"
+
+
+class FirstStage(Protocol):
+    """Map between images in [-1, 1] and the latents that are diffused.
+
+    downsample: image side / latent side. latent_channels: C of a latent. stochastic: whether encoding samples a
+    posterior. description: what a checkpoint has to record of it.
+    """
+
+    downsample: int
+    latent_channels: int
+    stochastic: bool
+    description: dict[str, Any]
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+class PixelSpace:
+    """No first stage: latents are the images themselves, of ``channels`` channels."""
+
+    downsample = 1
+    stochastic = False
+
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = channels
+        self.description: dict[str, Any] = {"vae_path": PIXEL_SPACE, "scaling_factor": 1.0, "shift_factor": 0.0}
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class Autoencoder:
+    """A diffusers ``AutoencoderKL`` (latent diffusion, 2112.10752), frozen, in float32.
+
+    Latents are (posterior sample - shift) * scale, both numbers from the autoencoder's own config.
+    """
+
+    stochastic = True
+
+    def __init__(self, vae: Any, vae_path: str) -> None:
+        self._vae = vae.eval().requires_grad_(False)
+        config = vae.config
+        self.downsample = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels = config.latent_channels
+        self._scale = float(config.scaling_factor)
+        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+        self.description = {"vae_path": vae_path, "scaling_factor": self._scale, "shift_factor": self._shift}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Sample the posterior of images (N, 3, H, W) in [-1, 1]; returns (N, C, H / downsample, W / downsample).
+
+        noise: normal, of the latents' shape; None draws it from torch's global generator.
+        """
+        posterior = self._vae.encode(images).latent_dist
+        noise = torch.randn_like(posterior.mean) if noise is None else noise
+        return (posterior.mean + posterior.std * noise - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
+        return self._vae.decode(latents / self._scale + self._shift).sample
+
+
+def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> FirstStage:
+    """Load the first stage.
+
+    vae_path: a hub name or a local folder of an ``AutoencoderKL``, or ``none`` for pixel space. image_channels: of the
+    data. Raises FileNotFoundError, naming the flag, when there is no autoencoder to be had under that name.
+    """
+    if vae_path.lower() == PIXEL_SPACE:
+        return PixelSpace(image_channels)
+    looks_local = Path(vae_path).exists() or vae_path.startswith((".", "/", "~")) or vae_path.count("/") != 1
+    source = str(Path(vae_path).expanduser()) if looks_local else vae_path
+    if looks_local and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"--vae_path {vae_path}: not a folder with a diffusers AutoencoderKL (no config.json in it); give such a "
+            "folder, a hub name such as stabilityai/sd-vae-ft-mse, or none for pixel space"
+        )
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(source)
+    except Exception as error:  # the hub client raises many kinds; all mean that there is no autoencoder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"--vae_path {vae_path}: cannot load this autoencoder ({reason}); where the hub cannot be reached, "
+            "download it elsewhere and give its folder"
+        ) from error
+    return Autoencoder(vae.to(device), vae_path if not looks_local else str(Path(source).absolute()))

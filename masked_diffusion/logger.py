@@ -1,0 +1,222 @@
+"""Where the numbers of a run go: a list of sinks, each a class. Rows are appended on resume, never wiped."""
+
+import csv
+import io
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from masked_diffusion.files import atomic_write, move_aside
+
+Row = Mapping[str, float]
+WHOLE_NUMBERS = ("step", "samples")
+
+
+class Sink(Protocol):
+    """A log target. A row has the same names in a whole run, and NaN where there was nothing to average."""
+
+    def row(self, values: Row) -> None: ...
+    def text(self, message: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def output_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """``OPENAI_LOGDIR`` (``~`` expanded), or a new dated folder under the working directory. It is not made here."""
+    environ = os.environ if environ is None else environ
+    if environ.get("OPENAI_LOGDIR"):
+        return Path(environ["OPENAI_LOGDIR"]).expanduser().absolute()
+    return Path(time.strftime("mdt-%Y-%m-%d-%H-%M-%S")).absolute()
+
+
+def _plain(values: Row) -> dict[str, int | float | None]:
+    """Values as a file should show them: counts as integers, nothing for NaN."""
+    return {
+        name: None if math.isnan(value) else int(value) if name in WHOLE_NUMBERS else value
+        for name, value in values.items()
+    }
+
+
+class HumanSink:
+    """A table per row, and messages, on a text stream."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def row(self, values: Row) -> None:
+        cells = {
+            name: str(value) if isinstance(value, int) else f"{value:.6g}"
+            for name, value in _plain(values).items()
+            if value is not None
+        }
+        name_width = max(len(name) for name in cells)
+        value_width = max(len(value) for value in cells.values())
+        rule = "-" * (name_width + value_width + 7)
+        lines = [f"| {name:<{name_width}} | {value:<{value_width}} |" for name, value in cells.items()]
+        self.text("\n".join([rule, *lines, rule]))
+
+    def text(self, message: str) -> None:
+        self._stream.write(message + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._stream is not sys.stdout:
+            self._stream.close()
+
+
+class RowsFile:
+    """Append-only file of rows. On opening, rows of steps that are about to run again are taken out.
+
+    Subclasses say how rows become text and text becomes rows.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path = path
+        self._names: list[str] = []
+        if start_step == 0:
+            move_aside(path)
+        elif path.exists():
+            rows = [row for row in self._parse(path.read_text(encoding="utf-8")) if int(row["step"]) <= start_step]
+            self._rewrite(rows)
+
+    def row(self, values: Row) -> None:
+        plain = _plain(values)
+        if self._names and not set(plain) <= set(self._names):
+            # Another setting than before the resume (a mask ratio, say) logs other names.
+            self._rewrite(self._parse(self._path.read_text(encoding="utf-8")), extra_names=list(plain))
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            file.write(self._render([plain], header=not self._names))
+        self._names = self._names or list(plain)
+
+    def text(self, message: str) -> None:
+        """Rows only."""
+
+    def close(self) -> None:
+        """Nothing is held open between rows."""
+
+    def _rewrite(self, rows: list[dict[str, Any]], extra_names: Sequence[str] = ()) -> None:
+        self._names = list(dict.fromkeys([*(name for row in rows for name in row), *extra_names]))
+        with atomic_write(self._path) as file:
+            file.write(self._render(rows, header=bool(self._names)).encode())
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
+        raise NotImplementedError
+
+    def _parse(self, text: str) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+
+class CSVSink(RowsFile):
+    """``progress.csv``: one column per name."""
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, self._names or list(rows[0]), restval="")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return out.getvalue()
+
+    def _parse(self, text: str) -> list[dict[str, Any]]:
+        # A line cut off by a kill has fewer cells than the header.
+        return [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row.values()]
+
+
+class JSONSink(RowsFile):
+    """``progress.json``: one JSON object per line."""
+
+    def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    def _parse(self, text: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+class TensorBoardSink:
+    """Event files in ``tb/``, one scalar per name.
+
+    Written with TensorBoard's own record writer: torch's SummaryWriter imports TensorFlow wherever it is installed.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000:020d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        # Steps from here on are about to run again: whatever an earlier file has of them does not count.
+        self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._file.flush()
+
+    def row(self, values: Row) -> None:
+        scalars = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in values.items() if not math.isnan(value)
+        ]
+        self._write(step=int(values["step"]), summary=self._summary(value=scalars))
+
+    def text(self, message: str) -> None:
+        """Rows only."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+SINKS: dict[str, Callable[[Path, int], Sink]] = {
+    "stdout": lambda folder, start_step: HumanSink(sys.stdout),
+    "log": lambda folder, start_step: HumanSink((folder / "log.txt").open("a", encoding="utf-8")),
+    "csv": lambda folder, start_step: CSVSink(folder / "progress.csv", start_step),
+    "json": lambda folder, start_step: JSONSink(folder / "progress.json", start_step),
+    "tensorboard": lambda folder, start_step: TensorBoardSink(folder / "tb", start_step),
+}
+
+
+def chosen_sinks(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Sinks named by ``OPENAI_LOG_FORMAT`` (a comma list; unset: all). Raises ValueError for an unknown one."""
+    text = (os.environ if environ is None else environ).get("OPENAI_LOG_FORMAT", "")
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(SINKS)
+    for name in names:
+        if name not in SINKS:
+            raise ValueError(f"OPENAI_LOG_FORMAT {text}: {name} is unknown; choose some of {', '.join(SINKS)}")
+    return names
+
+
+class Logger:
+    """A run's sinks as one. Ranks other than 0 log nowhere: give them no sinks."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = list(sinks)
+
+    @classmethod
+    def open(cls, folder: Path, start_step: int, names: Sequence[str] | None = None) -> "Logger":
+        """Open sinks (None: those of the environment) in a folder, made if needed, for a run that goes on after
+        ``start_step``."""
+        names = chosen_sinks() if names is None else names
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls([SINKS[name](folder, start_step) for name in names])
+
+    def row(self, values: Row) -> None:
+        """Log one row of numbers; ``step`` must be among them."""
+        for sink in self._sinks:
+            sink.row(values)
+
+    def text(self, message: str) -> None:
+        """Log a message for people."""
+        for sink in self._sinks:
+            sink.text(message)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,264 @@
+"""Batches by sample index -> images -> part files -> one ``.npz``.
+
+Batch k holds samples k B ... (k + 1) B - 1 and belongs to rank k mod W. A rank never holds more than a batch, and no
+rank waits for another one but rank 0, which puts the parts together.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from masked_diffusion import samplers
+from masked_diffusion.class_names import ClassNames
+from masked_diffusion.config import RunConfig
+from masked_diffusion.files import atomic_write, move_aside, write_json
+from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion
+from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
+from masked_diffusion.pictures import grid, save_picture, to_uint8
+from masked_diffusion.randomness import SampleNoise, numpy_generator
+
+MANIFEST_NAME = "manifest.json"
+GRID_IMAGES = 64
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How a trained model is sampled; named as the flags.
+
+    num_sampling_steps: steps of the respaced process. cfg_cond: guide with a power-cosine schedule up to cfg_scale.
+    """
+
+    num_sampling_steps: int = 250
+    use_ddim: bool = False
+    clip_denoised: bool = False
+    cfg_cond: bool = False
+    cfg_scale: float = 3.8
+    scale_pow: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_sampling_steps < 1:
+            raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: must be at least 1")
+
+    def build_diffusion(self, config: RunConfig) -> GaussianDiffusion:
+        """The trained process on ``num_sampling_steps`` of its steps. Raises ValueError when it has fewer."""
+        if self.num_sampling_steps > config.diffusion.diffusion_steps:
+            raise ValueError(
+                f"--num_sampling_steps {self.num_sampling_steps}: the process has {config.diffusion.diffusion_steps}"
+            )
+        return dataclasses.replace(config.diffusion, timestep_respacing=str(self.num_sampling_steps)).build()
+
+
+class ImageSampler:
+    """A model with everything that makes images of it: guidance, sampler, first stage.
+
+    model: ``model(x, t, y)``, in eval mode, on ``device``. progress: show a bar over the sampling steps.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        config: RunConfig,
+        sampler: SamplerConfig,
+        first_stage: FirstStage,
+        device: torch.device | str,
+        progress: bool = False,
+    ) -> None:
+        self._progress = progress
+        self._first_stage = first_stage
+        self._latent_shape = config.model.latent_shape
+        self._seed = sampler.seed
+        self._device = device
+        self._clip_denoised = sampler.clip_denoised
+        self._diffusion = sampler.build_diffusion(config)
+        self._step: samplers.StepFunction = samplers.ddpm_step
+        if sampler.use_ddim:
+            self._step = partial(samplers.ddim_step, self._diffusion, 0.0)
+        self._denoiser = model
+        if sampler.cfg_cond:
+            weight = partial(
+                power_cosine_weight,
+                cfg_scale=sampler.cfg_scale,
+                diffusion_steps=config.diffusion.diffusion_steps,
+                scale_pow=sampler.scale_pow,
+            )
+            self._denoiser = guided(model, config.model.num_classes, weight)
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
+        """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
+        noise = SampleNoise(self._seed, indices)
+        y = torch.tensor(list(labels), device=self._device)
+        predict = self._diffusion.predictor(self._denoiser, self._clip_denoised, model_kwargs={"y": y})
+        timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
+        x_start = noise.randn(self._latent_shape, self._device)
+        latents = samplers.last(samplers.loop(self._step, predict, x_start, timesteps, noise.randn_like))
+        return to_uint8(self._first_stage.decode(latents))
+
+
+def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:
+    """Labels of all samples, (num_samples,) int64.
+
+    text: ``random`` (keyed by seed and sample index), ``balanced`` (0, 1, ..., K - 1, 0, 1, ...), or a comma list of
+    labels or class names, repeated as often as needed. Raises ValueError for a label or name the model does not have.
+    """
+    if text == "balanced":
+        return np.arange(num_samples, dtype=np.int64) % num_classes
+    if text == "random":
+        labels = [numpy_generator(seed, "label", i).integers(num_classes) for i in range(num_samples)]
+        return np.array(labels, dtype=np.int64)
+    return np.resize(np.array(names.labels(text), dtype=np.int64), num_samples)
+
+
+class SampleSet:
+    """The files of one sampling run in a folder: ``samples_NxHxWx3.npz``, its grid, ``manifest.json``, and the parts.
+
+    settings: everything that determines the images. Runs of equal settings continue each other; a set of other
+    settings is moved aside, never overwritten.
+    """
+
+    def __init__(self, folder: Path, num_samples: int, image_size: int, batch_size: int, settings: dict[str, Any]):
+        self.folder = folder
+        self.num_samples = num_samples
+        self.image_shape = (image_size, image_size, 3)
+        self.batch_size = batch_size
+        self.settings = settings
+        self.path = folder / f"samples_{num_samples}x{image_size}x{image_size}x3.npz"
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self._parts = folder / f"parts_{digest[:16]}"
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def indices(self, batch: int) -> range:
+        """Sample numbers of a batch; the last batch may be smaller."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_samples))
+
+    def is_complete(self) -> bool:
+        """Whether the ``.npz`` exists and was made with these settings."""
+        return self.path.is_file() and self._recorded_settings() == self.settings
+
+    def _recorded_settings(self) -> Any:
+        return (_read_json(self.folder / MANIFEST_NAME) or {}).get("settings")
+
+    def open(self, circumstances: dict[str, Any]) -> list[Path]:
+        """Make the folder ready, on one rank: move a set of other settings aside and write the manifest.
+
+        circumstances: what else the manifest records (devices, versions). Returns the files that were moved.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / MANIFEST_NAME
+        moved: list[Path] = []
+        if self._recorded_settings() != self.settings:
+            old = (_read_json(manifest) or {}).get("samples")
+            old_path = self.folder / Path(old).name if isinstance(old, str) else self.path
+            moved = move_aside(old_path, manifest, old_path.with_suffix(".png"))
+            _rename_in_manifest(moved)
+            moved += move_aside(self.path, self.path.with_suffix(".png"))
+        write_json(manifest, {"samples": self.path.name, "settings": self.settings, **circumstances})
+        self._parts.mkdir(exist_ok=True)
+        return moved
+
+    def write_part(self, batch: int, images: np.ndarray) -> None:
+        """Keep a batch's images, (n, H, W, 3) uint8."""
+        with atomic_write(self._part(batch)) as file:
+            np.save(file, images)
+
+    def has_part(self, batch: int) -> bool:
+        """Whether a batch is there, from this run or one before."""
+        path = self._part(batch)
+        if not path.is_file():
+            return False
+        try:
+            part = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError):
+            return False
+        return part.shape == (len(self.indices(batch)), *self.image_shape) and part.dtype == np.uint8
+
+    def _part(self, batch: int) -> Path:
+        return self._parts / f"{batch:06d}.npy"
+
+    def images(self) -> Iterator[np.ndarray]:
+        """The parts in order, each (n, H, W, 3) uint8, one in memory at a time."""
+        for batch in range(self.num_batches):
+            yield np.load(self._part(batch), allow_pickle=False)
+
+    def assemble(self, labels: np.ndarray | None) -> None:
+        """Put the parts into one ``.npz``, streaming, and a preview grid beside it; then remove the parts.
+
+        labels: (num_samples,) int64, written as ``arr_1``; None for none.
+        """
+        first: list[np.ndarray] = []
+        with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+            # A fixed date: equal images make equal bytes.
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                shape = (self.num_samples, *self.image_shape)
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for images in self.images():
+                    member.write(images.tobytes())
+                    if sum(map(len, first)) < GRID_IMAGES:
+                        first.append(images)
+            if labels is not None:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                    np.lib.format.write_array(member, labels, allow_pickle=False)
+        save_picture(grid(np.concatenate(first)[:GRID_IMAGES]), self.path.with_suffix(".png"))
+        shutil.rmtree(self._parts)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _rename_in_manifest(moved: Sequence[Path]) -> None:
+    """A manifest that was moved aside goes on naming its own samples."""
+    samples = [path for path in moved if path.suffix == ".npz"]
+    manifests = [path for path in moved if path.suffix == ".json"]
+    if samples and manifests:
+        write_json(manifests[0], {**(_read_json(manifests[0]) or {}), "samples": samples[0].name})
+
+
+def generate(
+    samples: SampleSet,
+    make: Callable[[Sequence[int], Sequence[int]], np.ndarray],
+    labels: np.ndarray,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Make this rank's batches and, on rank 0, wait until the others' are there too.
+
+    make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes.
+    """
+    with tqdm(total=samples.num_samples, unit="image", disable=rank != 0) as bar:
+        for batch in range(rank, samples.num_batches, world_size):
+            if not samples.has_part(batch):
+                indices = samples.indices(batch)
+                samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
+            bar.update(len(samples.indices(batch)))
+        if rank == 0:
+            waiting = {batch for batch in range(samples.num_batches) if batch % world_size}
+            while waiting:
+                done = {batch for batch in waiting if samples.has_part(batch)}
+                bar.update(sum(len(samples.indices(batch)) for batch in done))
+                waiting -= done
+                if waiting:
+                    time.sleep(POLL_SECONDS)

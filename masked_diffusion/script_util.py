@@ -1,0 +1,111 @@
+"""What all command-line scripts share: flags, explicit settings, one-line usage errors."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from masked_diffusion import dist_util
+
+USAGE_ERROR = 2
+
+
+def str2bool(value: str | bool) -> bool:
+    """True/False/yes/no/t/f/y/n/1/0 in any case -> bool. Raises argparse.ArgumentTypeError for anything else."""
+    if isinstance(value, bool):
+        return value
+    if value.lower() in ("true", "yes", "t", "y", "1"):
+        return True
+    if value.lower() in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {value!r}")
+
+
+def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Converter of a flag that may be given as ``None``."""
+
+    def convert_or_none(text: str) -> Any:
+        return None if text.lower() == "none" else convert(text)
+
+    convert_or_none.__name__ = convert.__name__  # argparse names it in its error message
+    return convert_or_none
+
+
+def add_dict_to_argparser(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    defaults: dict[str, Any],
+    types: dict[str, Callable[[str], Any]] | None = None,
+    helps: dict[str, str] | None = None,
+) -> None:
+    """Add one flag ``--name`` per entry of ``defaults``.
+
+    A flag's type is its default's (booleans through :func:`str2bool`), or the entry of ``types``, which flags with a
+    default of None need. helps: help texts by name.
+    """
+    for name, default in defaults.items():
+        convert = (types or {}).get(name)
+        if convert is None:
+            convert = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        text = (helps or {}).get(name, "")
+        parser.add_argument(f"--{name}", default=default, type=convert, help=f"{text} (default: {default!r})".strip())
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of ``keys``, in their order."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def explicit_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Names of the settings that stand on the command line, as opposed to those left at their defaults."""
+    defaults = {action.dest: action.default for action in parser._actions}
+    try:
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(parser.parse_args(argv)))
+    finally:
+        for action in parser._actions:
+            action.default = defaults[action.dest]
+
+
+def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that launchers pass, or that scripts written for the published code do."""
+    group = parser.add_argument_group("launcher", "set by torchrun and friends; needed only where nothing sets them")
+    group.add_argument("--local-rank", "--local_rank", type=int, help="passed by torch.distributed.launch")
+    group.add_argument("--rank", type=int, help="number of this process among all")
+    group.add_argument("--world_size", type=int, help="number of processes")
+    group.add_argument(
+        "--dist_url", default="env://", help="where the processes meet (default: MASTER_ADDR:MASTER_PORT)"
+    )
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="for compatibility only: MPI launchers are recognised"
+    )
+
+
+def place_from_args(args: argparse.Namespace) -> dist_util.Place:
+    """This process's place, from the launcher flags and the environment."""
+    return dist_util.find_place(os.environ, args.rank, args.world_size, args.local_rank)
+
+
+def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], Any]]) -> int:
+    """Prepare, then work. Returns the exit status.
+
+    prepare: checks the input and returns the work, registering on the stack what has to be closed. Only its ValueError
+    and OSError become one line on stderr and status 2: an error on day three keeps its traceback.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            work = prepare(stack)
+        except (ValueError, OSError) as error:
+            return usage_error(error, dist_util.launched_rank(os.environ))
+        work()
+    return 0
+
+
+def usage_error(error: Exception, rank: int = 0) -> int:
+    """Report bad input as one line on stderr and return the exit status, 2. Other ranks than 0 name themselves."""
+    text = " ".join(str(error).split())
+    program = sys.argv[0].rsplit("/", 1)[-1]
+    sys.stderr.write(f"{program}: error: {text}\n" if rank == 0 else f"{program}: rank {rank}: error: {text}\n")
+    return USAGE_ERROR

@@ -1,0 +1,396 @@
+"""The training loop: one step reads like the paper's method section."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from masked_diffusion import checkpoint
+from masked_diffusion.config import CONFIG_NAME, RunConfig
+from masked_diffusion.dist_util import Ranks, no_sync
+from masked_diffusion.files import write_json
+from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion
+from masked_diffusion.logger import Logger
+from masked_diffusion.models import MDT
+from masked_diffusion.pictures import grid, save_picture
+from masked_diffusion.resample import ScheduleSampler
+from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+
+Batch = dict[str, Tensor]
+QUARTILES = 4
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
+    in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing."""
+
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    lr_anneal_steps: int = 0
+    max_steps: int = 0
+    batch_size: int = 1
+    microbatch: int = -1
+    ema_rate: str = "0.9999"
+    log_interval: int = 10
+    save_interval: int = 10000
+    use_fp16: bool = False
+    fp16_scale_growth: float = 1e-3
+    use_bf16: bool = False
+    seed: int = 0
+    preview_samples: int = 16
+    preview_steps: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_interval", "save_interval", "preview_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("weight_decay", "lr_anneal_steps", "max_steps", "preview_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not self.lr > 0:
+            raise ValueError(f"--lr {self.lr}: must be positive")
+        if self.microbatch == 0 or self.microbatch < -1:
+            raise ValueError(f"--microbatch {self.microbatch}: must be at least 1, or -1 for the whole batch")
+        if self.use_fp16 and self.use_bf16:
+            raise ValueError("--use_fp16 and --use_bf16: choose one")
+        for rate in self.ema_rates:
+            try:
+                valid = 0 <= float(rate) < 1
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"--ema_rate {self.ema_rate}: expected numbers in [0, 1), separated by commas")
+
+    @property
+    def ema_rates(self) -> list[str]:
+        """The rates as they were written, which is how files are named after them."""
+        return list(dict.fromkeys(rate.strip() for rate in self.ema_rate.split(",")))
+
+    @property
+    def last_step(self) -> int | None:
+        """Where the run ends, None for never."""
+        ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
+        return min(ends) if ends else None
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update after ``step`` completed ones."""
+        if not self.lr_anneal_steps:
+            return self.lr
+        return self.lr * (1 - step / self.lr_anneal_steps)
+
+
+class Meter:
+    """Running means that stay on the device: losses of the full and the masked (``m_``) view, over all timesteps and
+    by quartile (``_q0`` ... ``_q3``), and norms.
+
+    The names are fixed from the start, so that a quartile nobody hit takes part in the reduction over ranks.
+    """
+
+    def __init__(self, loss_names: list[str], num_timesteps: int, ranks: Ranks) -> None:
+        self._losses = loss_names
+        self._num_timesteps = num_timesteps
+        self._ranks = ranks
+        self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
+        self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
+        self._grad_norm = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum, count
+
+    def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
+        """t: (n,) timesteps; losses: name -> (n,)."""
+        quartile = nn.functional.one_hot(t * QUARTILES // self._num_timesteps, QUARTILES).double()  # (n, 4)
+        self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
+        self._counts += quartile.sum(dim=0)
+
+    def add_grad_norm(self, norm: Tensor) -> None:
+        self._grad_norm += torch.stack([norm.double(), torch.ones_like(norm, dtype=torch.float64)])
+
+    def flush(self) -> dict[str, float]:
+        """Means over all ranks since the last flush, NaN where there was nothing. Reduces once, copies once."""
+        numbers = torch.cat([self._sums.flatten(), self._counts, self._grad_norm])
+        values = self._ranks.sum_(numbers).tolist()
+        for running in (self._sums, self._counts, self._grad_norm):
+            running.zero_()
+        counts = values[-QUARTILES - 2 : -2]
+        row = {}
+        for i, name in enumerate(self._losses):
+            sums = values[QUARTILES * i : QUARTILES * (i + 1)]
+            row[name] = _mean(sum(sums), sum(counts))
+            row |= {f"{name}_q{q}": _mean(sums[q], counts[q]) for q in range(QUARTILES)}
+        return row | {"grad_norm": _mean(*values[-2:])}
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, float32 like them."""
+
+    def __init__(self, model: nn.Module, rate: str) -> None:
+        self.rate = rate
+        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._buffers = {name: b for name, b in model.state_dict().items() if name not in self._parameters}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        new = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(self._parameters.values()), new, 1 - float(self.rate))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._parameters.items():
+            value.copy_(state[name])
+
+
+class TrainLoop:
+    """Train an MDT until the configured end.
+
+    data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
+    ``position``, the number of items consumed so far. start: where to begin; its checkpoint is read here.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TrainConfig,
+        run_config: RunConfig,
+        model: MDT,
+        diffusion: GaussianDiffusion,
+        schedule_sampler: ScheduleSampler,
+        first_stage: FirstStage,
+        data: Iterator[tuple[Tensor, Batch]],
+        ranks: Ranks,
+        logger: Logger,
+        folder: Path,
+        start: checkpoint.Start,
+        position: int,
+    ) -> None:
+        self.config = config
+        self.run_config = run_config
+        self.diffusion = diffusion
+        self.schedule_sampler = schedule_sampler
+        self.first_stage = first_stage
+        self.data = data
+        self.ranks = ranks
+        self.logger = logger
+        self.folder = folder
+
+        self.model = model.to(ranks.device).train()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+        )
+        self.scaler = torch.amp.GradScaler(
+            ranks.device.type,
+            init_scale=2.0**20,
+            growth_factor=2.0**config.fp16_scale_growth,
+            backoff_factor=0.5,
+            growth_interval=1,
+            enabled=config.use_fp16,
+        )
+        self.step = start.step
+        self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
+        self.position = position
+        if start.step:
+            self._load(start)
+        self.ddp_model = ranks.data_parallel(self.model)
+        self.masks = model.mask_ratio is not None
+        names = self._loss_names()
+        self.meter = Meter(names, diffusion.num_timesteps, ranks)
+        self._last_log = (time.monotonic(), self.step)
+
+    @property
+    def global_batch(self) -> int:
+        return self.config.batch_size * self.ranks.world_size
+
+    def _loss_names(self) -> list[str]:
+        loss_type, learned = self.diffusion.loss_type, self.diffusion.model_var_type.is_learned
+        names = ["loss"] if loss_type.is_vb else ["loss", "mse", "vb"] if learned else ["loss", "mse"]
+        return [*names, *(f"m_{name}" for name in names)] if self.masks else names
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end; a last checkpoint is always written."""
+        end = self.config.last_step
+        saved = self.step  # nothing is saved at step 0, nor again at the step resumed from
+        self.ddp_model.train()
+        with self._progress_bar(end) as bar:
+            while end is None or self.step < end:
+                self.train_step(*next(self.data))
+                bar.update(1)
+                if self.step % self.config.log_interval == 0 or self.step == end:
+                    self.log(bar)
+                if self.step % self.config.save_interval == 0 or self.step == end:
+                    self.save()
+                    saved = self.step
+        if saved != self.step:
+            self.save()
+
+    def train_step(self, images: Tensor, extras: Batch) -> None:
+        """One update. images: (N, C, H, W) in [-1, 1]; extras: labels ``y`` and the draws of each image."""
+        draws = {name: value.to(self.ranks.device, non_blocking=True) for name, value in extras.items() if name != "t"}
+        images = images.to(self.ranks.device, non_blocking=True)
+        z = self.first_stage.encode(images, noise=draws.get("posterior"))  # (N, C, h, w)
+        t, weights = self.schedule_sampler.from_uniform(extras["t"], self.ranks.device)  # (N,), (N,)
+        size = self.config.microbatch if self.config.microbatch > 0 else len(z)
+        losses = []
+        for start in range(0, len(z), size):
+            part = slice(start, start + size)
+            is_last = part.stop >= len(z)
+            part_draws = {name: value[part] for name, value in draws.items()}
+            losses.append(self._backward(z[part], t[part], weights[part], part_draws, len(z), is_last))
+        self._teach_schedule_sampler(t, torch.cat(losses))
+        self._update()
+
+    def _backward(self, z: Tensor, t: Tensor, weights: Tensor, draws: Batch, batch_size: int, is_last: bool) -> Tensor:
+        """Add a microbatch's gradients. Each view runs backward by itself, so that the two graphs never live
+        together; ranks exchange gradients in the step's very last pass. Returns the unweighted losses, (n,)."""
+        views = [("", False), ("m_", True)] if self.masks else [("", False)]
+        terms: dict[str, Tensor] = {}
+        for prefix, enable_mask in views:
+            synchronize = is_last and enable_mask == self.masks
+            with contextlib.nullcontext() if synchronize else no_sync(self.ddp_model):
+                view = self._losses(z, t, draws, prefix, enable_mask)
+                # Parts add up to the batch mean, whatever their number.
+                self.scaler.scale((weights * view["loss"]).sum() / batch_size).backward()
+            terms |= {prefix + name: value.detach() for name, value in view.items()}
+        self.meter.add_losses(t, terms)
+        return sum(terms[prefix + "loss"] for prefix, _ in views)  # type: ignore[return-value]
+
+    def _losses(self, z: Tensor, t: Tensor, draws: Batch, prefix: str, enable_mask: bool) -> dict[str, Tensor]:
+        """Loss terms of the full or the masked view, each (n,). The two share t and nothing else."""
+        model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{prefix}label_noise"]}
+        if enable_mask:
+            model_kwargs |= {"enable_mask": True, "token_noise": draws["token_noise"]}
+        return self.diffusion.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{prefix}noise"])
+
+    def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """The model under the configured compute precision; parameters and losses stay float32."""
+        half = torch.float16 if self.config.use_fp16 else torch.bfloat16
+        enabled = self.config.use_fp16 or self.config.use_bf16
+        with torch.autocast(self.ranks.device.type, dtype=half, enabled=enabled):
+            return self.ddp_model(x, t, **kwargs)
+
+    def _update(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.step)
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.meter.add_grad_norm(nn.utils.get_total_norm(gradients))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for ema in self.emas:
+            ema.update(self.model)
+        self.step += 1
+        self.position += self.global_batch
+
+    def _teach_schedule_sampler(self, t: Tensor, losses: Tensor) -> None:
+        """Once per step, from the losses of all ranks in sample order: ranks hold consecutive parts of a batch."""
+        if self.schedule_sampler.learns:
+            pairs = self.ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
+            self.schedule_sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    def _progress_bar(self, end: int | None) -> tqdm:
+        # A bar in a job's log file is a line per update: there it is refreshed once a minute.
+        interval = 0.5 if sys.stderr.isatty() else 60.0
+        return tqdm(
+            total=end, initial=self.step, unit="step", mininterval=interval, disable=not self.ranks.is_main, leave=False
+        )
+
+    def log(self, bar: tqdm) -> None:
+        """One row of means over all ranks since the last one."""
+        row = self.meter.flush()
+        row["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]).item()
+        now, (then, step_then) = time.monotonic(), self._last_log
+        rate = (self.step - step_then) / max(now - then, 1e-9)
+        self._last_log = (now, self.step)
+        row |= {"lr": self.config.lr_at(self.step - 1), "images_per_second": rate * self.global_batch}
+        bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{rate * self.global_batch:.1f}")
+        self.logger.row({"step": self.step, "samples": self.position, **row})
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint and a preview, on rank 0; the others meet it again in the next step."""
+        if not self.ranks.is_main:
+            return
+        write_json(self.folder / CONFIG_NAME, self.run_config.as_json())
+        parts = {checkpoint.model_file(self.step): self.model.state_dict()}
+        parts |= {checkpoint.ema_file(ema.rate, self.step): ema.state_dict() for ema in self.emas}
+        parts[checkpoint.opt_file(self.step)] = self.optimizer.state_dict()
+        parts[checkpoint.state_file(self.step)] = {
+            "step": self.step,
+            "position": self.position,
+            "scaler": self.scaler.state_dict(),
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+        }
+        checkpoint.save_checkpoint(self.folder, self.step, parts)
+        self.logger.text(f"saved the checkpoint of step {self.step} in {self.folder}")
+        self._preview()
+
+    def _load(self, start: checkpoint.Start) -> None:
+        """Everything a checkpoint has; published ones have no state file."""
+        folder, step = start.folder, start.step
+
+        def sibling(name: str) -> Path:
+            path = folder / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file; it belongs to the checkpoint of step {step}")
+            return path
+
+        path = sibling(checkpoint.model_file(step))
+        checkpoint.load_weights(self.model, checkpoint.read_weights(path), path)
+        for ema in self.emas:
+            path = sibling(checkpoint.ema_file(ema.rate, step))
+            averaged = checkpoint.read_weights(path)
+            checkpoint.check_names(self.model, averaged, path)
+            ema.load_state_dict(averaged)
+        path = sibling(checkpoint.opt_file(step))
+        try:
+            self.optimizer.load_state_dict(checkpoint.read_file(path))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not this model's optimizer state ({error})") from None
+        if (folder / checkpoint.state_file(step)).is_file():
+            state = checkpoint.read_file(folder / checkpoint.state_file(step))
+            self.scaler.load_state_dict(state["scaler"])
+            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+
+    @torch.no_grad()
+    def _preview(self) -> None:
+        """A grid of samples from the first EMA, the same seeds and labels each time."""
+        count = self.config.preview_samples
+        if not count:
+            return
+        num_classes, class_cond = self.run_config.model.num_classes, self.run_config.class_cond
+        steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
+        sampler = SamplerConfig(num_sampling_steps=steps, use_ddim=True, cfg_cond=class_cond)
+        averaged = self.emas[0].state_dict()
+
+        def ema_model(*args: Any, **kwargs: Any) -> Tensor:
+            return torch.func.functional_call(self.model, averaged, args, kwargs)
+
+        self.model.eval()
+        make = ImageSampler(ema_model, self.run_config, sampler, self.first_stage, self.ranks.device)
+        images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
+        self.model.train()
+        save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")
+
+
+def training_record(config: TrainConfig, **further: Any) -> dict[str, Any]:
+    """What ``config.json`` says of the training beside model, process and data."""
+    return {**dataclasses.asdict(config), **further}

@@ -1,0 +1,229 @@
+"""Sample images from a trained model into an ``.npz`` that the evaluator reads.
+
+    python scripts/image_sample.py --model_path output_mdt_s2/ema_0.9999_400000.pt --cfg_cond True --num_samples 50000
+
+Runs alone or under any launcher, with the same bytes. OPENAI_LOGDIR names the output folder.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from masked_diffusion import dist_util, model_and_diffusion_defaults
+from masked_diffusion.class_names import ClassNames
+from masked_diffusion.config import library_versions
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.logger import output_folder
+from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
+from masked_diffusion.script_util import (
+    add_dict_to_argparser,
+    add_launcher_flags,
+    args_to_dict,
+    explicit_flags,
+    optional,
+    place_from_args,
+    run_script,
+)
+from masked_diffusion.trained import Trained, open_trained
+
+RECORDED = "; the checkpoint's config.json says, where there is one"
+HELPS = {
+    "model_path": "checkpoint to sample, such as ema_0.9999_400000.pt",
+    "num_sampling_steps": "steps of the sampler, also under --use_ddim",
+    "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
+    "cfg_cond": "guide with a power-cosine schedule up to --cfg_scale",
+    "cfg_scale": "guidance at the last step; needs --cfg_cond True",
+    "scale_pow": "power of the guidance schedule; needs --cfg_cond True",
+    "class_cond": "False samples the null class and writes no labels",
+    "labels": "random, balanced, or a comma list of labels or class names",
+    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
+    "vae_decoder": "ema or mse, where the first stage is the hub's default",
+    "batch_size": "images per batch; batches are shared out over the processes",
+    "model": "name of the model" + RECORDED,
+    "image_size": "side of the images" + RECORDED,
+    "use_fp16": "compute in float16",
+    "tf32": "allow TF32 matrix products on CUDA",
+    "device": "auto, cpu, cuda or cuda:N",
+    "mask_ratio": "accepted for compatibility: sampling does not mask",
+    "timestep_respacing": "accepted for compatibility: --num_sampling_steps decides",
+    "use_kl": "accepted for compatibility: a training loss",
+    "rescale_learned_sigmas": "accepted for compatibility: a training loss",
+}
+IGNORED = ("mask_ratio", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = {
+        "model_path": "",
+        "num_samples": 5000,
+        "batch_size": 16,
+        "num_sampling_steps": 250,
+        "use_ddim": False,
+        "clip_denoised": False,
+        "cfg_cond": False,
+        "cfg_scale": 3.8,
+        "scale_pow": 4.0,
+        "labels": "random",
+        "seed": 0,
+        "model": "MDT_S_2",
+        **model_and_diffusion_defaults(),
+        "num_classes": None,
+        "vae_path": None,
+        "vae_decoder": "ema",
+        "tf32": True,
+        "device": "auto",
+    }
+    types = {"mask_ratio": optional(float), "decode_layer": optional(int), "num_classes": optional(int)}
+    parser = argparse.ArgumentParser(description="Sample images from a trained model into an .npz.")
+    add_dict_to_argparser(parser, defaults, types, HELPS)
+    add_launcher_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    explicit = explicit_flags(parser, argv)
+    return run_script(lambda stack: prepare(args, explicit, stack))
+
+
+def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+    sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.vae_decoder not in ("ema", "mse"):
+        raise ValueError(f"--vae_decoder {args.vae_decoder}: choose ema or mse")
+    if not args.model_path:
+        raise ValueError("--model_path: give the checkpoint to sample, such as ema_0.9999_400000.pt")
+    place = place_from_args(args)
+    device = dist_util.choose_device(args.device, place.local_rank)
+    dist_util.allow_tf32(args.tf32)
+    say = stderr_line if place.rank == 0 else lambda message: None
+    for message in warnings_of(args, explicit):
+        say(f"warning: {message}")
+    trained = open_trained(
+        Path(args.model_path).expanduser(), vars(args), explicit, device, warn=lambda text: say(f"warning: {text}")
+    )
+    if not trained.recorded:
+        say(f"no config.json beside {trained.path}: its settings are taken from the flags")
+    class_cond = args.class_cond and trained.config.class_cond
+    labels, null = labels_of(args, trained), trained.config.model.num_classes
+    make = ImageSampler(
+        half_precision(trained.model, args.use_fp16), trained.config, sampler, trained.first_stage, device
+    )
+    settings = settings_of(args, trained, sampler, labels if class_cond else None)
+
+    def claim(samples: SampleSet) -> bool:
+        """Whether there is anything to do; on rank 0, before any work."""
+        if samples.is_complete():
+            say("these samples are already complete")
+            return False
+        circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
+        try:
+            moved = samples.open(circumstances)
+        except OSError as error:
+            raise ValueError(f"OPENAI_LOGDIR {samples.folder}: cannot write there ({error.strerror})") from error
+        if moved:
+            say(f"samples of other settings were moved aside: {', '.join(path.name for path in moved)}")
+        return True
+
+    # The processes meet once, before the work, and never again: none of them waits for a slow one.
+    with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
+        folder = ranks.from_main(output_folder)
+        samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)
+        needed = ranks.from_main(lambda: claim(samples))
+    return partial(work, samples, make, labels if class_cond else np.full_like(labels, null), class_cond, ranks, needed)
+
+
+def work(
+    samples: SampleSet, make: ImageSampler, labels: np.ndarray, with_labels: bool, ranks: Ranks, needed: bool
+) -> None:
+    if needed:
+        generate(samples, make, labels, ranks.rank, ranks.world_size)
+    if ranks.is_main:
+        if needed:
+            samples.assemble(labels if with_labels else None)
+        sys.stdout.write(f"{samples.path.absolute()}\n")
+
+
+def stderr_line(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    """Settings that are given and have no effect."""
+    found = [f"--{name} is ignored: sampling does not use it" for name in IGNORED if name in explicit]
+    if not args.cfg_cond:
+        found += [
+            f"--{name} is ignored without --cfg_cond True" for name in ("cfg_scale", "scale_pow") if name in explicit
+        ]
+    if not args.class_cond and "labels" in explicit:
+        found.append("--labels is ignored with --class_cond False")
+    return found
+
+
+def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
+    """(num_samples,) labels asked for. Raises ValueError where guidance or a label cannot be had."""
+    if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
+        raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
+    if args.cfg_cond and not trained.model.has_null_class:
+        raise ValueError(f"--cfg_cond True: {trained.path} has no null class, so it cannot be guided")
+    num_classes = trained.config.model.num_classes
+    names = ClassNames(num_classes, trained.config.class_names)
+    return choose_labels(args.labels, args.num_samples, num_classes, names, args.seed)
+
+
+def half_precision(model: torch.nn.Module, enabled: bool) -> Callable[..., torch.Tensor]:
+    """The model, computing in float16 if asked to."""
+
+    def forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, dtype=torch.float16, enabled=enabled):
+            return model(x, t, y).float()
+
+    return forward
+
+
+def settings_of(
+    args: argparse.Namespace, trained: Trained, sampler: SamplerConfig, labels: np.ndarray | None
+) -> dict[str, Any]:
+    """Everything that determines the images: two runs of equal settings make equal bytes."""
+    guidance = {"schedule": "power_cosine", "cfg_scale": sampler.cfg_scale, "scale_pow": sampler.scale_pow}
+    config = trained.config
+    return {
+        "weights": trained.identity(),
+        "model": config.model.model,
+        "image_size": config.model.image_size,
+        "decode_layer": config.model.decode_layer,
+        "num_classes": config.model.num_classes,
+        "process": {
+            "diffusion_steps": config.diffusion.diffusion_steps,
+            "noise_schedule": config.diffusion.noise_schedule,
+            "learn_sigma": config.diffusion.learn_sigma,
+            "predict_xstart": config.diffusion.predict_xstart,
+            "sigma_small": config.diffusion.sigma_small,
+        },
+        "sampler": "ddim" if sampler.use_ddim else "ddpm",
+        "num_sampling_steps": sampler.num_sampling_steps,
+        "clip_denoised": sampler.clip_denoised,
+        "guidance": guidance if sampler.cfg_cond else None,
+        "decoder": trained.first_stage.description,
+        "labels": None if labels is None else args.labels,
+        "seed": sampler.seed,
+        "sample_indices": [0, args.num_samples - 1],
+        "batch_size": args.batch_size,
+        "use_fp16": args.use_fp16,
+        "tf32": args.tf32,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

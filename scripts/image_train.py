@@ -1,0 +1,255 @@
+"""Train a Masked Diffusion Transformer.
+
+    python scripts/image_train.py --data_dir IMAGES --image_size 256 --model MDT_S_2 --mask_ratio 0.30 --decode_layer 2
+
+Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDIR names the output folder.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from masked_diffusion import checkpoint, dist_util, model_and_diffusion_defaults
+from masked_diffusion.config import CONFIG_NAME, DiffusionConfig, ModelConfig, RunConfig, check_resume, read_config
+from masked_diffusion.data_stream import DataOrder
+from masked_diffusion.files import write_json
+from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
+from masked_diffusion.image_datasets import ImageDataset, check_first_batch, load_data, open_dataset
+from masked_diffusion.logger import Logger, chosen_sinks, output_folder
+from masked_diffusion.models import MDT
+from masked_diffusion.randomness import DrawSpec, global_generator
+from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.script_util import (
+    add_dict_to_argparser,
+    add_launcher_flags,
+    args_to_dict,
+    optional,
+    place_from_args,
+    run_script,
+)
+from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
+
+HELPS = {
+    "data_dir": "folder of images, or builtin:digits",
+    "schedule_sampler": "uniform or loss-second-moment",
+    "lr_anneal_steps": "end the run here, with lr falling linearly to 0; 0 = constant lr",
+    "max_steps": "end the run here; 0 = never",
+    "batch_size": "images per process and step",
+    "microbatch": "images per pass, to save memory; -1 = the whole batch",
+    "ema_rate": "rate, or comma list of rates",
+    "resume_checkpoint": "auto, a model file, or empty for a fresh run",
+    "overwrite": "move the checkpoints in the output folder aside and start anew",
+    "init_from": "weights to start from at step 0",
+    "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
+    "mask_ratio": "share of the tokens to mask, such as 0.30; None trains without masking",
+    "decode_layer": "decoder blocks; None means 2",
+    "class_cond": "train with class labels",
+    "class_from": "where class names come from: auto, folder or filename",
+    "num_classes": "number of classes, if more than the data has",
+    "vae_path": "hub name or folder of a diffusers AutoencoderKL, or none for pixel space; default: "
+    + DEFAULT_VAE.format("mse"),
+    "num_workers": "loader processes per training process; -1 chooses by the number of cores",
+    "device": "auto, cpu, cuda or cuda:N",
+    "tf32": "allow TF32 matrix products on CUDA",
+    "preview_samples": "images in the grid drawn at every save; 0 = none",
+    "preview_steps": "sampling steps of that grid",
+}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = {
+        "data_dir": "",
+        "schedule_sampler": "uniform",
+        "lr": 3e-4,
+        "weight_decay": 0.0,
+        "lr_anneal_steps": 0,
+        "max_steps": 0,
+        "batch_size": 1,
+        "microbatch": -1,
+        "ema_rate": "0.9999",
+        "log_interval": 10,
+        "save_interval": 10000,
+        "resume_checkpoint": "auto",
+        "overwrite": False,
+        "init_from": None,
+        "use_bf16": False,
+        "fp16_scale_growth": 1e-3,
+        "model": "MDT_S_2",
+        **model_and_diffusion_defaults(),
+        "num_classes": None,
+        "class_from": "auto",
+        "random_flip": True,
+        "random_crop": False,
+        "vae_path": DEFAULT_VAE.format("mse"),
+        "num_workers": -1,
+        "seed": 0,
+        "device": "auto",
+        "tf32": False,
+        "preview_samples": 16,
+        "preview_steps": 25,
+    }
+    types = {"mask_ratio": optional(float), "decode_layer": optional(int), "num_classes": optional(int)}
+    parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
+    add_dict_to_argparser(parser, defaults, types, HELPS)
+    add_launcher_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = create_argparser().parse_args(argv)
+    return run_script(lambda stack: prepare(args, stack).run)
+
+
+def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
+    """Check everything that input can get wrong, and build the run. Raises ValueError or OSError."""
+    config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
+    place = place_from_args(args)
+    device = dist_util.choose_device(args.device, place.local_rank)
+    dist_util.allow_tf32(args.tf32)
+    sinks = chosen_sinks()
+    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
+
+    dataset = open_dataset(
+        args.data_dir,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        class_from=args.class_from,
+        random_crop=args.random_crop,
+        random_flip=args.random_flip,
+    )
+    first_stage = load_first_stage(args.vae_path, device, dataset.channels)
+    run_config = make_run_config(args, config, dataset, first_stage)
+    diffusion = run_config.diffusion.build()
+    schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
+    with global_generator(args.seed, "init"):
+        model = run_config.model.build()
+    # None stands for a default that may change; the checkpoint records what was built.
+    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer)
+    run_config = dataclasses.replace(run_config, model=built)
+
+    folder = ranks.from_main(output_folder)
+    start = ranks.from_main(
+        lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite)
+    )
+    if start.step and (former := read_config(start.folder)) is not None:
+        check_resume(former, run_config, start.folder / CONFIG_NAME)
+    ranks.from_main(lambda: claim_folder(folder, run_config))
+    messages = list(start.messages)
+    if start.init_from is not None:
+        state = checkpoint.read_weights(start.init_from)
+        checkpoint.load_weights_for_new_classes(model, state, start.init_from, messages.append)
+
+    global_batch = config.batch_size * ranks.world_size
+    position = checkpoint.start_position(start, global_batch)
+    order = DataOrder(len(dataset), args.seed)
+    check_first_batch(dataset, [order[i][1] for i in range(position, position + min(global_batch, 64))])
+    data = load_data(
+        data_dir=args.data_dir,
+        dataset=dataset,
+        batch_size=config.batch_size,
+        image_size=args.image_size,
+        seed=args.seed,
+        position=position,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        num_workers=choose_num_workers(args.num_workers),
+        draws=DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic),
+        pin_memory=device.type == "cuda",
+    )
+    stack.callback(data.close)
+    logger = Logger.open(folder, start.step, sinks) if ranks.is_main else Logger()
+    stack.callback(logger.close)
+    loop = TrainLoop(
+        config=config,
+        run_config=run_config,
+        model=model,
+        diffusion=diffusion,
+        schedule_sampler=schedule_sampler,
+        first_stage=first_stage,
+        data=data,
+        ranks=ranks,
+        logger=logger,
+        folder=folder,
+        start=start,
+        position=position,
+    )
+    for message in [f"output folder: {folder}", *describe(args, run_config, dataset, model), *messages]:
+        logger.text(message)
+    return loop
+
+
+def make_run_config(
+    args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, first_stage: FirstStage
+) -> RunConfig:
+    """What the checkpoints will say of themselves. Raises ValueError where flags and data do not fit together."""
+    if args.num_classes is not None and args.num_classes < dataset.num_classes:
+        raise ValueError(
+            f"--num_classes {args.num_classes}: the data has {dataset.num_classes}, so labels would be out of range"
+        )
+    if args.num_classes is not None and not args.class_cond:
+        raise ValueError("--num_classes has no meaning with --class_cond False: leave one of them out")
+    return RunConfig(
+        model=ModelConfig(
+            model=args.model,
+            image_size=args.image_size,
+            downsample=first_stage.downsample,
+            in_channels=first_stage.latent_channels,
+            num_classes=args.num_classes or dataset.num_classes,
+            mask_ratio=args.mask_ratio,
+            decode_layer=args.decode_layer,
+            learn_sigma=args.learn_sigma,
+        ),
+        diffusion=DiffusionConfig(**args_to_dict(args, DiffusionConfig.__dataclass_fields__)),
+        first_stage=first_stage.description,
+        class_names=dataset.class_names,
+        class_cond=args.class_cond,
+        training=training_record(
+            config,
+            data_dir=args.data_dir,
+            num_images=len(dataset),
+            random_flip=args.random_flip,
+            random_crop=args.random_crop,
+            schedule_sampler=args.schedule_sampler,
+        ),
+    )
+
+
+def claim_folder(folder: Path, run_config: RunConfig) -> None:
+    """Make the output folder and write the configuration into it: this shows, too, that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_NAME, run_config.as_json())
+    except OSError as error:
+        raise ValueError(
+            f"OPENAI_LOGDIR {folder}: cannot write there ({error.strerror}); give a folder that you may write to"
+        ) from error
+
+
+def choose_num_workers(asked: int) -> int:
+    """-1: as many loader processes as there are spare cores for this training process, at most 8."""
+    if asked >= 0:
+        return asked
+    return max(0, min(8, (os.cpu_count() or 1) // dist_util.local_world_size(os.environ) - 1))
+
+
+def describe(args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: MDT) -> list[str]:
+    """What a user wants confirmed before a long run."""
+    names = ", ".join(dataset.class_names[:5]) + (", ..." if len(dataset.class_names) > 5 else "")
+    classes = f"{dataset.num_classes} classes ({names})" if run_config.class_cond else "without classes"
+    parameters = sum(p.numel() for p in model.parameters())
+    defaulted = " (the default)" if args.decode_layer is None else ""
+    masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
+    return [
+        f"data: {len(dataset)} images, {classes}",
+        f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}, "
+        f"{model.decode_layer} decoder blocks{defaulted}",
+        f"first stage: {run_config.first_stage}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
