@@ -1,0 +1,194 @@
+"""The metrics of the ADM suite as plain numpy: moments, Fréchet distance, Inception Score, precision and recall.
+
+Nothing here knows files or networks: features go in, numbers come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+NEIGHBOURS = 3  # k of the manifolds' radii (ADM suite)
+BLOCK = 10_000  # rows and columns of a distance block: ADM decides per such block whether float16 is enough
+SPLIT_SIZE = 5_000  # samples in a split of the Inception Score
+_TILE = 1_000  # rows of a block computed at once; bounds memory, changes no result
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of a set of feature vectors: `mu` (D,), `sigma` (D, D), float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+class RunningMoments:
+    """Mean and unbiased covariance of (n, D) batches, accumulated in float64 without keeping the batches.
+
+    Deviations are taken from each batch's own mean and then moved to the common one (Chan, Golub and LeVeque 1983):
+    raw second moments would lose the digits of features whose mean is large beside their spread.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))
+
+    def add(self, batch: np.ndarray) -> None:
+        """Take in a batch of feature vectors, (n, D) with n >= 1."""
+        rows = batch.astype(np.float64)
+        mean = rows.mean(axis=0)
+        delta = mean - self._mean
+        total = self.count + len(rows)
+        shift = delta * np.sqrt(self.count * len(rows) / total)
+        spread = np.vstack([rows - mean, shift])  # (n + 1, D): the shift of the mean counts as one more row
+        self._scatter += spread.T @ spread
+        self._mean += delta * (len(rows) / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance (divisor count - 1). Raises ValueError when fewer than 2 vectors came in."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
+        return Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Squared Fréchet distance between two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A^½ B A^½)^½).
+
+    Both covariances are factored by a symmetric eigendecomposition, A = F Fᵀ and B = G Gᵀ. The trace of the root is
+    then the sum of the singular values of Fᵀ G. No root of a rounding error is taken on the way, so the number is
+    also right for covariances of few samples, whose rank is far below D. Everything in float64.
+
+    a, b: statistics of the same width D. Returns a float >= 0; exactly 0 for equal statistics.
+    Raises ValueError when the widths differ. Source: FID, 1706.08500, Eq. 6.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise ValueError(f"statistics of different widths: {len(a.mu)} and {len(b.mu)}")
+    if np.array_equal(a.mu, b.mu) and np.array_equal(a.sigma, b.sigma):
+        return 0.0
+    overlap = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
+    delta = a.mu - b.mu
+    distance = delta @ delta + np.trace(a.sigma) + np.trace(b.sigma) - 2.0 * overlap
+    return max(0.0, float(distance))
+
+
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """F (D, r) with F Fᵀ = sigma. Eigenvalues at or below zero are rounding errors of a null space: left out."""
+    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2.0)
+    positive = values > 0.0
+    return vectors[:, positive] * np.sqrt(values[positive])
+
+
+def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
+    """Mean over splits of exp(E[KL(p(y|x) || p(y))]), the class probabilities being softmax(pool @ weight).
+
+    pool: (N, D) features in the order of the samples; weight: (D, classes). Splits are consecutive; the last one may
+    be shorter, and fewer than `split_size` samples make a single split. Returns a float >= 1.
+    Source: 1606.03498, Sec. 4; no bias is added to the logits (ADM suite).
+    """
+    scores = []
+    for start in range(0, len(pool), split_size):
+        split = pool[start : start + split_size]
+        negative_entropy, marginal = 0.0, np.zeros(weight.shape[1])
+        for rows in _slices(len(split), _TILE):
+            logits = (split[rows] @ weight).astype(np.float64)  # (n, classes)
+            logits -= logits.max(axis=1, keepdims=True)
+            log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))  # finite where p itself underflows
+            p = np.exp(log_p)
+            negative_entropy += float((p * log_p).sum())
+            marginal += p.sum(axis=0)
+        marginal /= len(split)
+        seen = marginal[marginal > 0.0]  # a class nobody predicts adds 0 · log 0 = 0
+        divergence = negative_entropy / len(split) - float((seen * np.log(seen)).sum())
+        scores.append(np.exp(max(0.0, divergence)))
+    return float(np.mean(scores))
+
+
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, half: bool = True, k: int = NEIGHBOURS, block: int = BLOCK
+) -> tuple[float, float]:
+    """Improved precision and recall: the share of samples in the reference's manifold, and the other way round.
+
+    A set's manifold is the union of balls around its vectors, each reaching to the vector's k-th nearest neighbour
+    in the set (to the farthest one in a set of k or fewer).
+
+    reference, samples: (N, D) and (M, D) float32 features. half: distances in float16, as published numbers were
+    computed; a block in which any of them overflows is computed in float32. Memory is bounded by a few block² arrays.
+    Returns (precision, recall), each in [0, 1]. Source: 1904.06991, Eq. 1 and 2; block rule: ADM suite.
+    """
+    reference_radii = manifold_radii(reference, half, k, block)
+    sample_radii = manifold_radii(samples, half, k, block)
+    sample_inside = np.zeros(len(samples), dtype=bool)
+    reference_inside = np.zeros(len(reference), dtype=bool)
+    for rows in _slices(len(reference), block):
+        for columns in _slices(len(samples), block):
+            distances = squared_distances(reference[rows], samples[columns], half)
+            sample_inside[columns] |= (distances <= reference_radii[rows, None]).any(axis=0)
+            reference_inside[rows] |= (distances <= sample_radii[None, columns]).any(axis=1)
+    return float(sample_inside.mean()), float(reference_inside.mean())
+
+
+def manifold_radii(features: np.ndarray, half: bool = True, k: int = NEIGHBOURS, block: int = BLOCK) -> np.ndarray:
+    """Squared distance of every vector to its k-th nearest neighbour in the set, itself not counted.
+
+    features: (N, D) with N >= 2; k is lowered to N - 1 in smaller sets. Returns (N,) float32.
+    """
+    rank = min(k, len(features) - 1)  # the vector itself, at distance 0, is rank 0
+    radii = np.empty(len(features), dtype=np.float32)
+    for rows in _slices(len(features), block):
+        nearest = np.empty((rows.stop - rows.start, 0), dtype=np.float32)
+        for columns in _slices(len(features), block):
+            distances = squared_distances(features[rows], features[columns], half)
+            last = min(rank, distances.shape[1] - 1)
+            distances.partition(last, axis=1)  # in place: the block is ours, and large
+            nearest = np.concatenate([nearest, distances[:, : last + 1]], axis=1, dtype=np.float32)
+            nearest = np.sort(nearest, axis=1)[:, : rank + 1]
+        radii[rows] = nearest[:, rank]
+    return radii
+
+
+def squared_distances(u: np.ndarray, v: np.ndarray, half: bool = True) -> np.ndarray:
+    """Squared Euclidean distances |u|² - 2 u·v + |v|², at least 0, between the rows of u (n, D) and v (m, D).
+
+    half: every step is rounded to float16, unless that makes any entry infinite or NaN: then all of the block is
+    computed in float32. Returns (n, m) float16 or float32.
+    """
+    if half:
+        distances = _rounded_distances(u, v, np.float16)
+        if distances is not None:
+            return distances
+    wide = _rounded_distances(u, v, np.float32)
+    if wide is None:
+        raise ValueError("squared distances between features overflow float32: the features are not usable")
+    return wide
+
+
+def _rounded_distances(u: np.ndarray, v: np.ndarray, dtype: type[np.floating]) -> np.ndarray | None:
+    """squared_distances with every step rounded to `dtype` (sums and products are accumulated in float32).
+
+    None as soon as an entry is not finite.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        u, v = u.astype(dtype), v.astype(dtype)
+        norm_u = np.square(u).sum(axis=1, dtype=np.float32).astype(dtype)[:, None]  # (n, 1)
+        norm_v = np.square(v).sum(axis=1, dtype=np.float32).astype(dtype)[None, :]  # (1, m)
+        if not (np.isfinite(norm_u).all() and np.isfinite(norm_v).all()):
+            return None
+        v_transposed = v.astype(np.float32, copy=False).T
+        distances = np.empty((len(u), len(v)), dtype=dtype)
+        for rows in _slices(len(u), _TILE):
+            inner = (u[rows].astype(np.float32, copy=False) @ v_transposed).astype(dtype)
+            tile = norm_u[rows] - dtype(2) * inner + norm_v
+            if not np.isfinite(tile).all():
+                return None
+            np.maximum(tile, dtype(0), out=distances[rows])
+    return distances
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    """Consecutive slices that cover range(length)."""
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
