@@ -1,6 +1,7 @@
 """Process groups under every launcher. The only file that asks which rank or which device this is."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,9 +147,11 @@ class Ranks:
         if self.world_size == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # Buffers are constant tables, so no forward has to send them around. Newer torch renamed the switch.
+        ddp = torch.nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
+        switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **switch)
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():

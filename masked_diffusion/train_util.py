@@ -139,7 +139,8 @@ class EMA:
     def __init__(self, model: nn.Module, rate: str) -> None:
         self.rate = rate
         self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self._buffers = {name: b for name, b in model.state_dict().items() if name not in self._parameters}
+        # In the order of the model's own state dict, buffers among them, so that the files are alike.
+        self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -147,7 +148,7 @@ class EMA:
         torch._foreach_lerp_(list(self._parameters.values()), new, 1 - float(self.rate))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self._parameters, **self._buffers}
+        return self._state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self._parameters.items():

@@ -231,6 +231,8 @@ def claim_folder(folder: Path, run_config: RunConfig) -> None:
 
 def choose_num_workers(asked: int) -> int:
     """-1: as many loader processes as there are spare cores for this training process, at most 8."""
+    if asked < -1:
+        raise ValueError(f"--num_workers {asked}: must be 0 (load in the training process) or more, or -1 to choose")
     if asked >= 0:
         return asked
     return max(0, min(8, (os.cpu_count() or 1) // dist_util.local_world_size(os.environ) - 1))

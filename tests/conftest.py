@@ -5,6 +5,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import support  # noqa: E402  (tests import their helpers from this folder)
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +13,28 @@ def _one_thread_and_a_known_global_generator():
     # Two test processes with two threads each crawl on a small machine.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """A real diffusers autoencoder on disk, with a scale that is not the default."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+        scaling_factor=0.3,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colour_folder(tmp_path_factory):
+    return support.make_colour_folder(tmp_path_factory.mktemp("data") / "colours")

@@ -133,7 +133,7 @@ def test_one_gaussian_draw_is_made_per_step_also_where_it_is_multiplied_by_zero(
 
 
 def test_a_process_of_one_step_can_be_sampled():
-    diffusion = create_diffusion("1", diffusion_steps=1)
+    diffusion = create_diffusion("1", noise_schedule="cosine", diffusion_steps=1)
     assert diffusion.p_sample_loop(network, (1, 1, 1, 1)).isfinite().all()
     assert diffusion.ddim_sample_loop(network, (1, 1, 1, 1)).isfinite().all()
 
@@ -208,6 +208,10 @@ def test_a_model_with_the_wrong_number_of_channels_is_refused():
         ({"timestep_respacing": "fast"}, "expected counts such as"),
         ({"timestep_respacing": "", "noise_schedule": "sigmoid"}, "--noise_schedule sigmoid: unknown; choose one of"),
         ({"timestep_respacing": "", "diffusion_steps": 0}, "--diffusion_steps 0: must be at least 1"),
+        (
+            {"timestep_respacing": "", "diffusion_steps": 19},
+            "--diffusion_steps 19: too few for --noise_schedule linear",
+        ),
     ],
 )
 def test_nonsense_is_refused(kwargs, message):

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Train an MDT on this machine.
+#   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, on NUM_GPUS GPUs
+#   bash run.sh                                the whole story in minutes, without data or GPU: train on handwritten
+#                                              digits, sample, and see how many of them can be read
+# Every setting in capitals below can be given as an environment variable.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# An active virtual or conda environment is used as it is; otherwise .venv is made here.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+if ! python -c "import masked_diffusion" 2> /dev/null; then
+  echo "installing masked-diffusion and what it needs (a few minutes, several GB) ..."
+  python -m pip install --quiet --editable .
+fi
+
+run() {
+  printf '+'; printf ' %q' "$@"; printf '\n'
+  "$@"
+}
+
+if [ -n "${DATA_PATH:-}" ]; then
+  export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_s2}"
+  run python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
+    scripts/image_train.py --data_dir "$DATA_PATH" --image_size "${IMAGE_SIZE:-256}" \
+    --mask_ratio "${MASK_RATIO:-0.30}" --decode_layer "${DECODE_LAYER:-2}" --model "${MODEL:-MDT_S_2}" \
+    --diffusion_steps "${DIFFUSION_STEPS:-1000}" --batch_size "${BATCH_SIZE:-32}" "$@"
+  exit
+fi
+
+# One process per core, up to four, and one thread each: the result does not depend on it, and threads that share
+# cores wait for each other.
+cores=$(getconf _NPROCESSORS_ONLN)
+processes=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))
+export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_digits}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
+steps=${STEPS:-2000}
+samples=355
+launch=(python -m torch.distributed.run --standalone "--nproc_per_node=$processes")
+
+echo "1/3 training a small MDT on 8 x 8 handwritten digits, in pixel space, on $processes processes"
+run "${launch[@]}" scripts/image_train.py --data_dir builtin:digits --vae_path none --image_size 8 \
+  --model MDT_Ti_2 --mask_ratio 0.30 --decode_layer 2 --batch_size $((64 / processes)) --lr 2e-3 \
+  --lr_anneal_steps "$steps" --ema_rate 0.99 --log_interval 50 --save_interval 500 --device cpu
+
+echo "2/3 sampling $samples digits with guidance"
+run "${launch[@]}" scripts/image_sample.py \
+  --model_path "$OPENAI_LOGDIR/$(printf 'ema_0.99_%06d.pt' "$steps")" --cfg_cond True --cfg_scale 4 \
+  --num_sampling_steps 50 --num_samples "$samples" --batch_size 60 --labels balanced --device cpu
+
+echo "3/3 reading them"
+run python scripts/read_digits.py "$OPENAI_LOGDIR/samples_${samples}x8x8x3.npz"
+echo "training log: $OPENAI_LOGDIR/progress.csv"
+echo "pictures:     $OPENAI_LOGDIR/samples_${samples}x8x8x3.png"

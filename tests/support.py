@@ -1,0 +1,113 @@
+"""Starting the project's scripts: in this process, where many small runs are compared, and as real ones."""
+
+import csv
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+TIMEOUT = 180
+
+# A training that takes a second: digits in pixel space on the smallest model.
+TINY_DIGITS = [
+    "--data_dir", "builtin:digits", "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2",
+    "--mask_ratio", "0.3", "--decode_layer", "2", "--batch_size", "4", "--max_steps", "2", "--log_interval", "1",
+    "--preview_samples", "0", "--num_workers", "0", "--device", "cpu",
+]  # fmt: skip
+
+
+@cache
+def script(path):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(monkeypatch, path, folder, *arguments):
+    """Run a script in this process, with its output in ``folder``. Returns its exit status."""
+    monkeypatch.setenv("OPENAI_LOGDIR", str(folder))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
+    return script(path).main([str(argument) for argument in arguments])
+
+
+def environment(folder, **variables):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "SLURM_", "OMPI_", "PMI_"))}
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**kept, **offline, "OPENAI_LOGDIR": str(folder), **{k: str(v) for k, v in variables.items()}}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(path, *arguments, processes=None, launcher="torch.distributed.run"):
+    """Command line of a script, under a launcher when a number of processes is given."""
+    launch = []
+    if processes is not None:
+        launch = ["-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return [sys.executable, *launch, str(REPO / path), *map(str, arguments)]
+
+
+def run_command(arguments, env, cwd=None, timeout=TIMEOUT):
+    """Run a command to its end; on time-out its whole process group is ended. Returns a CompletedProcess."""
+    process = subprocess.Popen(
+        arguments, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def run(path, folder, *arguments, processes=None, launcher="torch.distributed.run", check=True, **variables):
+    """Run a script as a real process (or several) to its end."""
+    done = run_command(
+        command(path, *arguments, processes=processes, launcher=launcher), environment(folder, **variables)
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(folder):
+    with (Path(folder) / "progress.csv").open(newline="") as file:
+        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(folder, step, kind="model"):
+    return torch.load(Path(folder) / f"{kind}{step:06d}.pt", weights_only=True)
+
+
+def assert_same_weights(a, b, atol=0.0):
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 40)}
+
+
+def make_colour_folder(folder, per_class=8, size=40):
+    """Three classes of images, one colour each, in one folder per class."""
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            noise = rng.integers(-20, 20, (size, size + 8, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder

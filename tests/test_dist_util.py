@@ -1,0 +1,298 @@
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from masked_diffusion import dist_util
+from masked_diffusion.dist_util import (
+    Place,
+    Ranks,
+    choose_device,
+    find_place,
+    joined_ranks,
+    launched_rank,
+    local_world_size,
+    no_sync,
+)
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+OTHER_SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+CPU = torch.device("cpu")
+
+
+# -- place -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, OPEN_MPI, MPICH, SLURM])
+def test_the_place_is_read_from_every_launcher(environ):
+    assert find_place(environ) == Place(rank=5, world_size=8, local_rank=1)
+    assert launched_rank(environ) == 5
+
+
+def test_a_bare_process_is_alone():
+    assert find_place({}) == Place(0, 1, 0)
+    assert launched_rank({}) == 0
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, OPEN_MPI, MPICH])
+def test_a_launcher_inside_a_slurm_step_wins_over_the_step(environ):
+    assert find_place({**OTHER_SLURM, **environ}) == Place(5, 8, 1)
+
+
+def test_torchrun_wins_over_mpi():
+    assert find_place({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == Place(0, 2, 0)
+
+
+@pytest.mark.parametrize("environ", [{"RANK": "3"}, {"WORLD_SIZE": "4"}, {"LOCAL_RANK": "3"}, {"SLURM_PROCID": "3"}])
+def test_half_of_a_launchers_variables_do_not_count(environ):
+    # Clusters set RANK to the number of the node, without WORLD_SIZE.
+    assert find_place(environ) == Place(0, 1, 0)
+    assert find_place({**environ, **OPEN_MPI}) == Place(5, 8, 1)
+
+
+def test_flags_win_over_the_environment():
+    assert find_place(TORCHRUN, rank=2, world_size=3, local_rank=0) == Place(2, 3, 0)
+    assert find_place(TORCHRUN, local_rank=7) == Place(5, 8, 7)
+    assert find_place(TORCHRUN, rank=0) == Place(0, 8, 1)
+    assert find_place({}, rank=1, world_size=2) == Place(1, 2, 1)
+
+
+def test_without_a_local_rank_all_processes_are_on_one_machine():
+    assert find_place({"RANK": "5", "WORLD_SIZE": "8"}) == Place(5, 8, 5)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"rank": 1}, {"rank": 2, "world_size": 2}, {"rank": -1, "world_size": 2}, {"rank": 0, "world_size": 0}]
+)
+def test_a_rank_outside_the_world_is_refused_naming_the_flags(flags):
+    with pytest.raises(ValueError, match=f"--rank {flags['rank']} --world_size"):
+        find_place({}, **flags)
+    bad = {"RANK": str(flags["rank"]), "WORLD_SIZE": str(flags.get("world_size", 1))}
+    with pytest.raises(ValueError):
+        find_place(bad)
+    assert launched_rank(bad) == 0
+
+
+@given(world_size=st.integers(1, 64), data=st.data())
+def test_every_rank_of_a_world_has_its_place(world_size, data):
+    rank = data.draw(st.integers(0, world_size - 1))
+    assert find_place({"RANK": str(rank), "WORLD_SIZE": str(world_size)}) == Place(rank, world_size, rank)
+
+
+@pytest.mark.parametrize(
+    "environ, expected",
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
+        ({"MPI_LOCALNRANKS": "3"}, 3),
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "2(x3)"}, 1),
+        ({"LOCAL_WORLD_SIZE": "8", "SLURM_NTASKS_PER_NODE": "1"}, 8),
+        ({"LOCAL_WORLD_SIZE": "0"}, 1),
+    ],
+)
+def test_the_processes_of_this_machine_are_counted(environ, expected):
+    assert local_world_size(environ) == expected
+
+
+# -- device ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that this machine has so many GPUs."""
+
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+@pytest.mark.parametrize("count, expected", [(0, "cpu"), (1, "cuda:0"), (4, "cuda:0")])
+def test_auto_takes_a_gpu_where_there_is_one(gpus, count, expected):
+    gpus(count)
+    assert choose_device("auto") == torch.device(expected)
+
+
+def test_every_local_rank_has_a_gpu_of_its_own(gpus):
+    gpus(4)
+    assert [choose_device(name, 3) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        torch.device("cuda:3"),
+        torch.device("cuda:3"),
+        torch.device("cuda:1"),
+        CPU,
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "tpu:0", "", "CUDA"])
+def test_an_unknown_device_is_refused_with_the_known_ones(gpus, name):
+    gpus(1)
+    with pytest.raises(ValueError, match="^--device .*: expected auto, cpu, cuda or cuda:N$"):
+        choose_device(name)
+
+
+def test_cuda_is_refused_where_there_is_none(gpus):
+    gpus(0)
+    with pytest.raises(ValueError, match="--device cuda:0: no CUDA device .* --device cpu"):
+        choose_device("cuda:0")
+
+
+@pytest.mark.parametrize("name, local_rank", [("cuda:2", 0), ("cuda", 2), ("auto", 2)])
+def test_a_gpu_that_does_not_exist_is_refused(gpus, name, local_rank):
+    gpus(2)
+    with pytest.raises(ValueError, match="--device cuda:2: this machine has 2 GPUs"):
+        choose_device(name, local_rank)
+
+
+# -- alone -------------------------------------------------------------------------------------------------------------
+
+
+def test_alone_everything_is_a_no_op():
+    model, tensor = torch.nn.Linear(2, 2), torch.arange(3.0)
+    with joined_ranks(Place(), CPU) as ranks:
+        assert not torch.distributed.is_initialized()
+        assert ranks.is_main and (ranks.rank, ranks.world_size, ranks.device) == (0, 1, CPU)
+        assert ranks.sum_(tensor) is tensor and ranks.concat(tensor) is tensor
+        assert ranks.from_main(lambda: {"a": 1}) == {"a": 1}
+        assert ranks.data_parallel(model) is model
+        with no_sync(model):
+            pass
+        with pytest.raises(KeyError, match="why"):
+            ranks.from_main(lambda: {}["why"])
+    assert tensor.tolist() == [0, 1, 2]
+
+
+def test_only_rank_0_is_the_main_process():
+    assert [Ranks(Place(rank, 3, rank), CPU).is_main for rank in range(3)] == [True, False, False]
+
+
+def test_a_rank_without_an_address_to_meet_at_is_refused_with_a_remedy(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with (
+        pytest.raises(ValueError, match="rank 1 of 2, but MASTER_ADDR and MASTER_PORT are not set.*torchrun"),
+        joined_ranks(Place(1, 2, 1), CPU),
+    ):
+        pytest.fail("joined")
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.mark.parametrize("by, rank", [("environment", 0), ("environment", 1), ("tcp", 1), ("file", 0)])
+def test_a_rank_that_does_not_join_is_reported_in_time(monkeypatch, tmp_path, by, rank):
+    monkeypatch.setattr(dist_util, "JOIN_TIMEOUT", timedelta(seconds=1))
+    port, dist_url = free_port(), "env://"
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    if by != "environment":
+        dist_url = f"tcp://127.0.0.1:{port}" if by == "tcp" else f"file://{tmp_path}/meet"
+    begin = time.monotonic()
+    with pytest.raises(ValueError) as raised, joined_ranks(Place(rank, 2, rank), CPU, dist_url):
+        pytest.fail("joined")
+    assert time.monotonic() - begin < 15
+    text = str(raised.value)
+    assert "\n" not in text and text.startswith(f"rank {rank} of 2: not all ranks met at ") and "within 1 s" in text
+    assert (f"127.0.0.1:{port}" if by != "file" else "meet") in text
+    assert not torch.distributed.is_initialized()
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def two_ranks_talk(rank, dist_url, out):
+    """What one of two real processes saw, written to a file that the test reads."""
+    torch.set_num_threads(1)
+    seen = {}
+    with joined_ranks(Place(rank, 2, rank), CPU, dist_url) as ranks:
+        rows = torch.arange(6).reshape(3, 2) + 10 * rank
+        seen["concat"] = ranks.concat(rows).tolist()
+        seen["concat of a transposed view"] = ranks.concat(rows.T).tolist()
+        tensor = torch.tensor([1.0, 2.0]) * (rank + 1)
+        seen["sum in place"] = ranks.sum_(tensor) is tensor
+        seen["sum"] = tensor.tolist()
+        calls = []
+        seen["from main"] = ranks.from_main(lambda: calls.append(rank) or {"folder": f"of rank {rank}"})
+        seen["calls"] = calls
+        try:
+            ranks.from_main(fail_on_main)
+        except Exception as error:
+            seen["error"] = (type(error).__name__, str(error))
+        seen["after the error"] = ranks.from_main(lambda: rank)
+
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(model.weight, rank + 1.0)  # rank 0's is the one
+        parallel = ranks.data_parallel(model)
+        with no_sync(parallel):
+            parallel(torch.full((1, 1), 1.0 + rank)).sum().backward()
+        seen["gradient before"] = model.weight.grad.item()
+        parallel(torch.full((1, 1), 10.0 * (1 + rank))).sum().backward()
+        seen["gradient"], seen["weight"] = model.weight.grad.item(), model.weight.item()
+    seen["left"] = not torch.distributed.is_initialized()
+    torch.save(seen, f"{out}/{rank}.pt")
+
+
+def fail_on_main():
+    raise FileNotFoundError("--data_dir: no such folder")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    dist_url = f"tcp://127.0.0.1:{free_port()}"
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=two_ranks_talk, args=(rank, dist_url, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_concat_is_in_the_order_of_the_ranks_on_both(seen):
+    expected = [[0, 1], [2, 3], [4, 5], [10, 11], [12, 13], [14, 15]]
+    assert [rank["concat"] for rank in seen] == [expected, expected]
+    transposed = [[0, 2, 4], [1, 3, 5], [10, 12, 14], [11, 13, 15]]
+    assert [rank["concat of a transposed view"] for rank in seen] == [transposed, transposed]
+
+
+def test_sum_adds_up_over_the_ranks_in_place(seen):
+    assert [rank["sum"] for rank in seen] == [[3.0, 6.0]] * 2
+    assert all(rank["sum in place"] for rank in seen)
+
+
+def test_from_main_computes_on_rank_0_only_and_tells_all(seen):
+    assert [rank["from main"] for rank in seen] == [{"folder": "of rank 0"}] * 2
+    assert [rank["calls"] for rank in seen] == [[0], []]
+
+
+def test_an_error_on_rank_0_is_raised_on_all_and_the_ranks_go_on_together(seen):
+    assert [rank["error"] for rank in seen] == [("FileNotFoundError", "--data_dir: no such folder")] * 2
+    assert [rank["after the error"] for rank in seen] == [0, 0]
+
+
+def test_data_parallel_starts_from_rank_0_and_averages_gradients_but_not_under_no_sync(seen):
+    assert [rank["weight"] for rank in seen] == [1.0, 1.0]
+    assert [rank["gradient before"] for rank in seen] == [1.0, 2.0]
+    assert [rank["gradient"] for rank in seen] == [16.5, 16.5]
+
+
+def test_the_process_group_is_left_at_the_end(seen):
+    assert all(rank["left"] for rank in seen)

@@ -1,0 +1,203 @@
+"""The training step, through the training script in this process."""
+
+import numpy as np
+import pytest
+import torch
+from support import TINY_DIGITS, assert_same_weights, call, rows, weights
+
+TRAIN = "scripts/image_train.py"
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Run a tiny training; later flags win. Returns its folder."""
+    count = 0
+
+    def run(*flags, folder=None):
+        nonlocal count
+        count += 1
+        folder = folder or tmp_path / f"run{count}"
+        assert call(monkeypatch, TRAIN, folder, *TINY_DIGITS, *flags) == 0
+        return folder
+
+    return run
+
+
+def test_microbatches_and_workers_change_nothing_but_the_order_of_sums(train):
+    whole = train("--lr", "1e-3")
+    for flags in (["--microbatch", "1"], ["--microbatch", "3"], ["--num_workers", "2"]):
+        other = train("--lr", "1e-3", *flags)
+        assert_same_weights(weights(whole, 2), weights(other, 2), atol=1e-4)
+        for a, b in zip(rows(whole), rows(other), strict=True):
+            for name in ("loss", "m_loss", "grad_norm", "loss_q0"):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(train):
+    flags = ["--lr", "1e-3", "--schedule_sampler", "loss-second-moment", "--ema_rate", "0.5,0.9"]
+    whole = train(*flags, "--max_steps", "4")
+    resumed = train(*flags, "--max_steps", "2")
+    train(*flags, "--max_steps", "4", folder=resumed)
+    for kind in ("model", "ema_0.5_", "ema_0.9_"):
+        assert_same_weights(weights(whole, 4, kind), weights(resumed, 4, kind))
+    drop = ("images_per_second",)
+    assert [{k: v for k, v in row.items() if k not in drop} for row in rows(whole)] == [
+        {k: v for k, v in row.items() if k not in drop} for row in rows(resumed)
+    ]
+
+
+def test_starting_a_finished_run_again_changes_no_file(train):
+    folder = train()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+    train(folder=folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")} == before
+
+
+def test_steps_and_files_are_counted_as_completed_updates(train):
+    folder = train("--max_steps", "5", "--save_interval", "2", "--log_interval", "3", "--ema_rate", "0.9,0.99")
+    assert sorted(path.name for path in folder.glob("*.pt")) == sorted(
+        f"{kind}{step:06d}.pt" for kind in ("model", "ema_0.9_", "ema_0.99_", "opt", "state") for step in (2, 4, 5)
+    )
+    assert [(row["step"], row["samples"]) for row in rows(folder)] == [(3, 12), (5, 20)]
+
+
+def test_learning_rate_falls_linearly_to_the_end_of_the_run(train):
+    folder = train("--lr_anneal_steps", "4", "--max_steps", "0", "--lr", "1e-3")
+    assert [row["lr"] for row in rows(folder)] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_ema_follows_the_parameters_after_every_step(train):
+    folder = train("--ema_rate", "0.5,0", "--save_interval", "1", "--lr", "1e-2")
+    assert_same_weights(weights(folder, 2, "ema_0_"), weights(folder, 2))
+    name = "final_layer.linear.bias"
+    before, after = weights(folder, 1)[name], weights(folder, 2)[name]
+    ema_before, ema_after = weights(folder, 1, "ema_0.5_")[name], weights(folder, 2, "ema_0.5_")[name]
+    torch.testing.assert_close(ema_after, 0.5 * ema_before + 0.5 * after)
+    assert not torch.equal(before, after)
+
+
+def test_losses_are_logged_by_view_and_quartile_under_fixed_names(train):
+    names = ["loss", "mse", "vb", "m_loss", "m_mse", "m_vb"]
+    quartiles = [f"{name}_q{q}" for name in names for q in range(4)]
+    folder = train("--batch_size", "1")  # three quartiles are not hit
+    for row in rows(folder):
+        assert set(names + quartiles + ["step", "samples", "grad_norm", "param_norm", "lr"]) <= set(row)
+        hit = [q for q in range(4) if row[f"loss_q{q}"] is not None]
+        assert len(hit) == 1 and row[f"loss_q{hit[0]}"] == row["loss"]
+        assert row["loss"] == pytest.approx(row["mse"] + row["vb"])
+
+
+def test_without_a_mask_ratio_there_is_one_view(train):
+    folder = train("--mask_ratio", "None")
+    assert not any(name.startswith("m_") for name in rows(folder)[0])
+    assert not weights(folder, 2)["mask_token"].any()
+
+
+def test_the_two_views_draw_their_own_noise_and_share_the_timesteps(train):
+    [row] = rows(train("--max_steps", "1", "--batch_size", "64"))
+    hit = [name for name in ("loss", "m_loss") for q in range(4) if row[f"{name}_q{q}"] is not None]
+    assert hit.count("loss") == hit.count("m_loss")
+    # A fresh model predicts zero: the losses are those of the noise alone, and differ between the views.
+    assert row["mse"] == pytest.approx(1, abs=0.1) and row["m_mse"] == pytest.approx(1, abs=0.1)
+    assert row["mse"] != row["m_mse"]
+
+
+def test_weights_and_moments_stay_float32_under_half_precision(train):
+    for flag in ("--use_fp16", "--use_bf16"):
+        folder = train(flag, "True")
+        assert all(v.dtype == torch.float32 for v in weights(folder, 2).values() if v.is_floating_point())
+        assert all(np.isfinite(row["loss"]) for row in rows(folder))
+    state = torch.load(folder / "opt000002.pt", weights_only=True)["state"]
+    assert {value["exp_avg"].dtype for value in state.values()} == {torch.float32}
+
+
+def test_model_files_are_plain_state_dicts_without_prefixes(train):
+    folder = train()
+    state = torch.load(folder / "ema_0.9999_000002.pt", weights_only=True)
+    assert "pos_embed" in state and not any(name.startswith(("module.", "_orig_mod.")) for name in state)
+
+
+# Each flag that is not kept for compatibility alone changes something. Names are those of files and log columns.
+CHANGES_THE_WEIGHTS = [
+    ["--lr", "1e-3"], ["--weight_decay", "0.5"], ["--lr_anneal_steps", "3"], ["--batch_size", "5"], ["--seed", "1"],
+    ["--mask_ratio", "0.5"], ["--learn_sigma", "False"], ["--diffusion_steps", "500"], ["--class_cond", "False"],
+    ["--noise_schedule", "cosine"], ["--timestep_respacing", "100"], ["--use_kl", "True"],
+    ["--predict_xstart", "True"], ["--rescale_learned_sigmas", "True", "--diffusion_steps", "100"],
+    ["--use_bf16", "True"], ["--use_fp16", "True"], ["--decode_layer", "1"], ["--model", "MDT_S_2"],
+    ["--image_size", "10"], ["--num_classes", "12"], ["--max_steps", "3"], ["--ema_rate", "0.5"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", CHANGES_THE_WEIGHTS, ids=" ".join)
+def test_flag_changes_the_run(train, flags):
+    plain, changed = train(), train(*flags)
+    for kind in ("model", "ema_0.9999_"):
+        path = changed / f"{kind}000002.pt"
+        if not path.exists():
+            return  # another EMA rate has another file
+        a, b = weights(plain, 2, kind), weights(changed, 2, kind)
+        if list(a) != list(b) or any(a[n].shape != b[n].shape or not torch.equal(a[n], b[n]) for n in a):
+            return
+    assert [r["step"] for r in rows(plain)] != [r["step"] for r in rows(changed)]
+
+
+def test_sigma_small_changes_the_bound_of_a_fixed_variance(train):
+    losses = []
+    for value in ("True", "False"):
+        folder = train("--learn_sigma", "False", "--use_kl", "True", "--sigma_small", value, "--max_steps", "1")
+        losses.append(rows(folder)[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_flips_and_crops_change_the_images(train, colour_folder):
+    data = ["--data_dir", colour_folder, "--random_flip", "False"]
+    plain = train(*data)
+    for flags in (["--random_flip", "True"], ["--random_crop", "True"]):
+        changed = train(*data, *flags)
+        assert rows(plain)[-1]["grad_norm"] != rows(changed)[-1]["grad_norm"]
+
+
+def test_the_preview_is_the_same_picture_for_the_same_weights(train):
+    flags = ["--preview_samples", "4", "--preview_steps", "3", "--lr", "1e-3"]
+    a, b = train(*flags), train(*flags, "--save_interval", "1")
+    assert (a / "preview_000002.png").read_bytes() == (b / "preview_000002.png").read_bytes()
+    assert (b / "preview_000001.png").exists() and not list(train().glob("preview_*"))
+
+
+def test_the_preview_does_not_disturb_the_training(train):
+    plain, shown = train(), train("--preview_samples", "2", "--preview_steps", "2", "--save_interval", "1")
+    assert_same_weights(weights(plain, 2), weights(shown, 2))
+
+
+def test_a_new_training_can_start_from_the_weights_of_another(train, capsys):
+    source = train("--num_classes", "10", "--lr", "1e-2") / "ema_0.9999_000002.pt"
+    folder = train("--init_from", source, "--num_classes", "12", "--max_steps", "1", "--lr", "1e-9")
+    old, new = torch.load(source, weights_only=True), weights(folder, 1)
+    torch.testing.assert_close(new["pos_embed"], old["pos_embed"], atol=1e-6, rtol=0)
+    assert new["y_embedder.embedding_table.weight"].shape[0] == 13
+    nameless = source.rename(source.with_name("weights.pt"))
+    by_path = train("--resume_checkpoint", nameless, "--max_steps", "1", "--lr", "1e-9")
+    torch.testing.assert_close(weights(by_path, 1)["pos_embed"], old["pos_embed"], atol=1e-6, rtol=0)
+
+
+def test_a_published_checkpoint_resumes_from_its_path_with_its_optimizer(train, tmp_path):
+    whole = train("--max_steps", "4", "--save_interval", "2")
+    published = tmp_path / "published"
+    published.mkdir()
+    for kind in ("model", "ema_0.9999_", "opt"):
+        (published / f"{kind}000002.pt").write_bytes((whole / f"{kind}000002.pt").read_bytes())
+    resumed = train("--max_steps", "4", "--resume_checkpoint", published / "model000002.pt")
+    assert_same_weights(weights(whole, 4), weights(resumed, 4))
+    # A preempted job is started again with the same command, and goes on from its own, later checkpoint.
+    train("--max_steps", "5", "--resume_checkpoint", published / "model000002.pt", folder=resumed)
+    assert [row["step"] for row in rows(resumed)] == [3, 4, 5]
+
+
+def test_loss_second_moment_learns_the_unweighted_losses_of_both_views(train):
+    folder = train(
+        "--schedule_sampler", "loss-second-moment", "--diffusion_steps", "20", "--batch_size", "20", "--max_steps", "1"
+    )
+    state = torch.load(folder / "state000001.pt", weights_only=True)["schedule_sampler"]
+    [row] = rows(folder)
+    assert state["counts"].sum() == 20
+    assert state["losses"].sum().item() == pytest.approx(20 * (row["loss"] + row["m_loss"]), rel=1e-5)
