@@ -41,9 +41,15 @@ PUBLISHED: dict[str, Any] = {
 # For one's own models, of whatever classes; no labels: all classes in turn.
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
 OWN_IMAGES = 20
-COLUMNS = 3
+COLUMNS, MOST_COLUMNS = 3, 10
 
 HELPS = {
+    "model": "name of the model, where no config.json lies beside the checkpoint",
+    "image_size": "side of the images, where no config.json lies beside the checkpoint",
+    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
+    "seed": "determines the noise of each picture, with its number",
+    "vae_decoder": "ema or mse, where the first stage is the hub's default",
+    "device": "auto, cpu, cuda or cuda:N",
     "model_path": f"checkpoint; default: {V1_FILE} in the working directory, else the newest EMA under output_*",
     "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
     "out": "picture to write, .png or .jpg; default: sample.jpg for the published file, else sample.png",
@@ -108,7 +114,11 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     steps = min(sampler.num_sampling_steps, trained.config.diffusion.diffusion_steps)
     sampler = dataclasses.replace(sampler, num_sampling_steps=steps, cfg_cond=trained.config.class_cond)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device, progress=True)
-    return lambda: draw(make, labels, out)
+    # Small sets of classes in turn: one column per class.
+    columns = COLUMNS if len(labels) <= 2 * COLUMNS else None
+    if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
+        columns = trained.config.model.num_classes
+    return lambda: draw(make, labels, columns, out)
 
 
 def find_model(folder: Path) -> Path:
@@ -137,9 +147,8 @@ def labels_of(text: str, trained: Trained) -> list[int]:
     return ClassNames(num_classes, trained.config.class_names).labels(text)
 
 
-def draw(make: ImageSampler, labels: list[int], out: Path) -> None:
-    images = make(range(len(labels)), labels)
-    save_picture(grid(images, columns=COLUMNS if len(labels) <= 2 * COLUMNS else None), out)
+def draw(make: ImageSampler, labels: list[int], columns: int | None, out: Path) -> None:
+    save_picture(grid(make(range(len(labels)), labels), columns), out)
     sys.stdout.write(f"{out.absolute()}\n")
 
 

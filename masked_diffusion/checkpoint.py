@@ -118,7 +118,8 @@ def newest_complete_step(folder: Path, report: Callable[[str], None]) -> int | N
 
 
 def _files_of_step(folder: Path, step: int) -> list[Path]:
-    return [*folder.glob(f"ema_*_{step:06d}.pt"), *folder.glob(f"[mos]*{step:06d}.pt")]
+    others = [folder / name for name in (model_file(step), opt_file(step), state_file(step))]
+    return [*folder.glob(f"ema_*_{step:06d}.pt"), *(path for path in others if path.exists())]
 
 
 def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, overwrite: bool) -> Start:
@@ -133,9 +134,11 @@ def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, over
     asked = _asked_start(folder, resume_checkpoint, init_from)
     newest = newest_complete_step(folder, messages.append)
     if newest is not None and overwrite:
-        if asked.step and asked.folder.absolute() == folder.absolute():
+        source = asked.folder / model_file(asked.step) if asked.step else asked.init_from
+        if source is not None and source.resolve().parent == folder.resolve():
             raise ValueError(
-                f"--overwrite True would move the checkpoint of --resume_checkpoint {resume_checkpoint} away"
+                f"--overwrite True would move {source} away, which --resume_checkpoint or --init_from asks for; give "
+                "another OPENAI_LOGDIR"
             )
         messages.append(f"moved the former run to {_move_run_aside(folder)}")
         newest = None
@@ -148,7 +151,8 @@ def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, over
         wins = " (later than what the flags ask for)" if asked.step or asked.init_from else ""
         messages.append(f"resuming from the checkpoint of step {newest} in {folder}{wins}")
         return Start(newest, folder, messages=tuple(messages))
-    if resume_checkpoint == "auto" and not (folder / "config.json").exists():
+    # Also an empty --resume_checkpoint must not end in overwriting them.
+    if resume_checkpoint in ("", "auto") and not (folder / "config.json").exists():
         for path in sorted(folder.glob("model*.pt"), reverse=True):
             raise ValueError(
                 f"{path} was not written by this code (it has no manifest and no config.json): to go on from it, give "
@@ -168,9 +172,14 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
             )
         if not path.is_file():
             raise FileNotFoundError(f"--resume_checkpoint {path}: no such file")
+        if init_from:
+            raise ValueError(f"--resume_checkpoint {path} and --init_from {init_from}: a run starts from one of them")
         if match := MODEL_FILE.fullmatch(path.name):
-            return Start(int(match[1]), path.parent, messages=(f"resuming from {path}",))
-        init_from = init_from or resume_checkpoint
+            step = int(match[1])
+            if (path.parent / manifest_file(step)).exists() and (problem := damage(path.parent, step)):
+                raise ValueError(f"--resume_checkpoint {path}: this checkpoint is damaged: {problem}; give another one")
+            return Start(step, path.parent, messages=(f"resuming from {path}",))
+        init_from = resume_checkpoint
     if init_from:
         source = Path(init_from).expanduser()
         if not source.is_file():
@@ -211,7 +220,7 @@ def read_file(path: Path) -> Any:
             return load_file(str(path))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error):  # torch names the class or function that it does not call
             raise ValueError(f"{path}: refused, because reading it could run code that is pickled in it") from None
         raise ValueError(f"{path}: not a readable checkpoint, it may be cut off ({type(error).__name__})") from None
 

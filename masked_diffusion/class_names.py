@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import islice
 
 IMAGENET_CLASSES = 1000
 
@@ -32,7 +33,8 @@ class ClassNames:
             for name in [wordnet_id, *words.get(wordnet_id, "").split(",")]:
                 if name.strip():
                     self._labels[name.strip().lower()].add(label)
-        self._examples = ["goldfish", "panda"]
+        words_only = (name for name in self._labels if name not in words and len(self._labels[name]) == 1)
+        self._examples = list(islice(words_only, 5))
 
     def label(self, item: str) -> int:
         """A label or a class name, in any case, as a label. Where both could be meant it is the name.

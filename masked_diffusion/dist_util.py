@@ -3,6 +3,8 @@
 import contextlib
 import inspect
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -183,20 +185,55 @@ def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -
         ranks.close()
 
 
-def _join(place: Place, device: torch.device, dist_url: str) -> None:
-    if dist_url == "env://" and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise ValueError(
-            f"this is rank {place.rank} of {place.world_size}, but MASTER_ADDR and MASTER_PORT are not set: start "
-            "with torchrun, or set both to the address and a free port of the first machine"
-        )
-    address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if dist_url == "env://" else dist_url
+def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
+    """URL where the ranks meet when MASTER_ADDR and MASTER_PORT are not both set: what SLURM or MPI can tell.
+
+    Raises ValueError, with the remedy, where nothing can be told.
+    """
+    if "SLURM_STEP_NODELIST" in environ and "RANK" not in environ:
+        # The first of host names such as "gpu[03-05,9],login": all ranks derive the same, and nobody has to be asked.
+        first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
+        port = 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 50_000
+        if first:
+            return f"tcp://{environ.get('MASTER_ADDR', first[1] + (first[2] or ''))}:{port}"
+    if any(name in environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+        return _shared_over_mpi(local_world_size(environ) == place.world_size)
+    raise ValueError(
+        f"this is rank {place.rank} of {place.world_size}, but MASTER_ADDR and MASTER_PORT are not set: start with "
+        "torchrun, or set both to the address and a free port of the first machine"
+    )
+
+
+def _shared_over_mpi(one_machine: bool) -> str:
+    """Rank 0 chooses an address and tells the others."""
     try:
-        rendezvous = dist.rendezvous(dist_url, place.rank, place.world_size, timeout=JOIN_TIMEOUT)
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            "under mpiexec the ranks find each other through mpi4py, which cannot be imported here: install "
+            "masked-diffusion[mpi] and an MPI library, or set MASTER_ADDR and MASTER_PORT"
+        ) from error
+    url = None
+    if MPI.COMM_WORLD.Get_rank() == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        url = f"tcp://{'127.0.0.1' if one_machine else socket.gethostname()}:{port}"
+    return MPI.COMM_WORLD.bcast(url)
+
+
+def _join(place: Place, device: torch.device, dist_url: str) -> None:
+    # torchrun's agent may itself hold the store at MASTER_ADDR: then only env:// knows how to reach it.
+    known = dist_url != "env://" or {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    url = dist_url if known else meeting_point(place, os.environ)
+    address = url if url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    try:
+        rendezvous = dist.rendezvous(url, place.rank, place.world_size, timeout=JOIN_TIMEOUT)
         store, _, _ = next(iter(rendezvous))
         store = dist.PrefixStore("masked_diffusion", store)
         store.set(f"joined/{place.rank}", "1")
         store.wait([f"joined/{rank}" for rank in range(place.world_size)], JOIN_TIMEOUT)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
+    except RuntimeError as error:  # torch's own kinds, and for file:// a bare one
         raise ValueError(
             f"rank {place.rank} of {place.world_size}: not all ranks met at {address} within "
             f"{int(JOIN_TIMEOUT.total_seconds())} s; check that every node was started, with the same address and port"

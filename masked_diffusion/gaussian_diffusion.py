@@ -63,8 +63,8 @@ def get_named_beta_schedule(name: str, num_steps: int) -> np.ndarray:
         raise ValueError(f"--diffusion_steps {num_steps}: must be at least 1")
     if name == "linear":
         scale = 1000 / num_steps  # the same noise range whatever the number of steps
-        if scale * 0.02 > 1:
-            raise ValueError(f"--diffusion_steps {num_steps}: too few for --noise_schedule linear; 20 is the least")
+        if scale * 0.02 >= 1:
+            raise ValueError(f"--diffusion_steps {num_steps}: too few for --noise_schedule linear; 21 is the least")
         return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
     if name in ("squaredcos_cap_v2", "cosine"):
         s = 0.008

@@ -81,7 +81,9 @@ class RowsFile:
         if start_step == 0:
             move_aside(path)
         elif path.exists():
-            rows = [row for row in self._parse(path.read_text(encoding="utf-8")) if int(row["step"]) <= start_step]
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # without a last line that was cut off by a kill
+            rows = [row for row in self._parse(whole) if int(row["step"]) <= start_step]
             self._rewrite(rows)
 
     def row(self, values: Row) -> None:
@@ -116,25 +118,27 @@ class CSVSink(RowsFile):
 
     def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
         out = io.StringIO(newline="")
-        writer = csv.DictWriter(out, self._names or list(rows[0]), restval="")
+        names = self._names or [name for row in rows[:1] for name in row]
+        writer = csv.DictWriter(out, names, restval="")
         if header:
             writer.writeheader()
         writer.writerows(rows)
         return out.getvalue()
 
     def _parse(self, text: str) -> list[dict[str, Any]]:
-        # A line cut off by a kill has fewer cells than the header.
-        return [row for row in csv.DictReader(io.StringIO(text, newline="")) if None not in row.values()]
+        return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 class JSONSink(RowsFile):
     """``progress.json``: one JSON object per line."""
 
     def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
-        return "".join(json.dumps(row) + "\n" for row in rows)
+        # JSON has no word for infinity.
+        finite = [{k: None if v in (math.inf, -math.inf) else v for k, v in row.items()} for row in rows]
+        return "".join(json.dumps(row) + "\n" for row in finite)
 
     def _parse(self, text: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        return [json.loads(line) for line in text.splitlines()]
 
 
 class TensorBoardSink:

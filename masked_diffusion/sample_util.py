@@ -166,7 +166,8 @@ class SampleSet:
         moved: list[Path] = []
         if self._recorded_settings() != self.settings:
             old = (_read_json(manifest) or {}).get("samples")
-            old_path = self.folder / Path(old).name if isinstance(old, str) else self.path
+            named = isinstance(old, str) and old.endswith(".npz")
+            old_path = self.folder / Path(str(old)).name if named else self.path
             moved = move_aside(old_path, manifest, old_path.with_suffix(".png"))
             _rename_in_manifest(moved)
             moved += move_aside(self.path, self.path.with_suffix(".png"))
@@ -186,7 +187,7 @@ class SampleSet:
             return False
         try:
             part = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError):
+        except (ValueError, OSError, EOFError):  # EOFError: an empty file
             return False
         return part.shape == (len(self.indices(batch)), *self.image_shape) and part.dtype == np.uint8
 
@@ -199,11 +200,16 @@ class SampleSet:
             yield np.load(self._part(batch), allow_pickle=False)
 
     def assemble(self, labels: np.ndarray | None) -> None:
-        """Put the parts into one ``.npz``, streaming, and a preview grid beside it; then remove the parts.
+        """Draw a preview grid, and put the parts into one ``.npz`` beside it, streaming; then remove the parts.
 
         labels: (num_samples,) int64, written as ``arr_1``; None for none.
         """
         first: list[np.ndarray] = []
+        for images in self.images():
+            first.append(images)
+            if sum(map(len, first)) >= GRID_IMAGES:
+                break
+        save_picture(grid(np.concatenate(first)[:GRID_IMAGES]), self.path.with_suffix(".png"))
         with atomic_write(self.path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
             # A fixed date: equal images make equal bytes.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
@@ -212,13 +218,14 @@ class SampleSet:
                 np.lib.format.write_array_header_1_0(member, header)
                 for images in self.images():
                     member.write(images.tobytes())
-                    if sum(map(len, first)) < GRID_IMAGES:
-                        first.append(images)
             if labels is not None:
                 with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                     np.lib.format.write_array(member, labels, allow_pickle=False)
-        save_picture(grid(np.concatenate(first)[:GRID_IMAGES]), self.path.with_suffix(".png"))
-        shutil.rmtree(self._parts)
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove the parts, which a complete set needs no more."""
+        shutil.rmtree(self._parts, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -230,11 +237,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _rename_in_manifest(moved: Sequence[Path]) -> None:
-    """A manifest that was moved aside goes on naming its own samples."""
+    """A manifest that was moved aside goes on naming its own samples, that of an interrupted run none."""
     samples = [path for path in moved if path.suffix == ".npz"]
     manifests = [path for path in moved if path.suffix == ".json"]
-    if samples and manifests:
-        write_json(manifests[0], {**(_read_json(manifests[0]) or {}), "samples": samples[0].name})
+    if manifests and (content := _read_json(manifests[0])) is not None:
+        write_json(manifests[0], {**content, "samples": samples[0].name if samples else None})
 
 
 def generate(

@@ -10,6 +10,22 @@ from typing import Any
 from masked_diffusion import dist_util
 
 USAGE_ERROR = 2
+# Help of the flags in model_and_diffusion_defaults().
+MODEL_AND_DIFFUSION_HELPS = {
+    "image_size": "side of the square images in pixels",
+    "mask_ratio": "share of the tokens to mask, such as 0.30; None trains without masking",
+    "decode_layer": "decoder blocks; None means 2",
+    "class_cond": "use class labels",
+    "use_fp16": "compute in float16",
+    "learn_sigma": "the network predicts a variance, too",
+    "diffusion_steps": "timesteps of the process",
+    "noise_schedule": "linear, or squaredcos_cap_v2 (cosine)",
+    "timestep_respacing": "train on some of the timesteps only, such as 250 or 10,15,20; empty = all",
+    "use_kl": "train on the variational bound alone",
+    "predict_xstart": "the network predicts x_0 instead of the noise",
+    "sigma_small": "of the two fixed variances (--learn_sigma False), the posterior's",
+    "rescale_learned_sigmas": "multiply the variational term by diffusion_steps / 1000",
+}
 
 
 def str2bool(value: str | bool) -> bool:

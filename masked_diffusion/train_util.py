@@ -225,6 +225,9 @@ class TrainLoop:
     def run(self) -> None:
         """Train to the end; a last checkpoint is always written."""
         end = self.config.last_step
+        if end is not None and self.step >= end:
+            self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
+            return
         saved = self.step  # nothing is saved at step 0, nor again at the step resumed from
         self.ddp_model.train()
         with self._progress_bar(end) as bar:

@@ -73,6 +73,8 @@ def open_trained(
             config = dataclasses.replace(recorded, diffusion=process)
     else:
         vae_path = flags["vae_path"] or DEFAULT_VAE.format(flags["vae_decoder"])
+        if flags["vae_path"] and "vae_decoder" in explicit:
+            warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
         first_stage = load_first_stage(vae_path, device, channels)
         config = _config_of_flags(flags, state[checkpoint.LABEL_TABLE].shape[0] - 1, channels, first_stage, path)
     model = config.model.build()

@@ -23,6 +23,7 @@ from masked_diffusion.dist_util import Ranks
 from masked_diffusion.logger import output_folder
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 from masked_diffusion.script_util import (
+    MODEL_AND_DIFFUSION_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
@@ -35,6 +36,12 @@ from masked_diffusion.trained import Trained, open_trained
 
 RECORDED = "; the checkpoint's config.json says, where there is one"
 HELPS = {
+    **{name: text + RECORDED for name, text in MODEL_AND_DIFFUSION_HELPS.items()},
+    "num_samples": "images in the .npz",
+    "use_ddim": "sample with DDIM (eta 0) instead of DDPM",
+    "seed": "with a sample's number, determines its noise and label",
+    "num_classes": "number of classes" + RECORDED + ", else the label table",
+    "sigma_small": MODEL_AND_DIFFUSION_HELPS["sigma_small"],
     "model_path": "checkpoint to sample, such as ema_0.9999_400000.pt",
     "num_sampling_steps": "steps of the sampler, also under --use_ddim",
     "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
@@ -47,7 +54,6 @@ HELPS = {
     "vae_decoder": "ema or mse, where the first stage is the hub's default",
     "batch_size": "images per batch; batches are shared out over the processes",
     "model": "name of the model" + RECORDED,
-    "image_size": "side of the images" + RECORDED,
     "use_fp16": "compute in float16",
     "tf32": "allow TF32 matrix products on CUDA",
     "device": "auto, cpu, cuda or cuda:N",
@@ -125,6 +131,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     def claim(samples: SampleSet) -> bool:
         """Whether there is anything to do; on rank 0, before any work."""
         if samples.is_complete():
+            samples.remove_parts()
             say("these samples are already complete")
             return False
         circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}

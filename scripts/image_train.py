@@ -24,6 +24,7 @@ from masked_diffusion.models import MDT
 from masked_diffusion.randomness import DrawSpec, global_generator
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.script_util import (
+    MODEL_AND_DIFFUSION_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
@@ -34,6 +35,17 @@ from masked_diffusion.script_util import (
 from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
 
 HELPS = {
+    **MODEL_AND_DIFFUSION_HELPS,
+    "lr": "learning rate of AdamW",
+    "weight_decay": "weight decay of AdamW",
+    "log_interval": "steps between rows of the log",
+    "save_interval": "steps between checkpoints; a last one is always written",
+    "use_bf16": "compute in bfloat16; weights stay float32",
+    "use_fp16": "compute in float16 with a gradient scaler; weights stay float32",
+    "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
+    "random_flip": "mirror half of the images",
+    "random_crop": "crop at random, as ADM does, instead of at the centre",
+    "seed": "determines order, crops, noise and the fresh weights",
     "data_dir": "folder of images, or builtin:digits",
     "schedule_sampler": "uniform or loss-second-moment",
     "lr_anneal_steps": "end the run here, with lr falling linearly to 0; 0 = constant lr",
@@ -45,9 +57,6 @@ HELPS = {
     "overwrite": "move the checkpoints in the output folder aside and start anew",
     "init_from": "weights to start from at step 0",
     "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
-    "mask_ratio": "share of the tokens to mask, such as 0.30; None trains without masking",
-    "decode_layer": "decoder blocks; None means 2",
-    "class_cond": "train with class labels",
     "class_from": "where class names come from: auto, folder or filename",
     "num_classes": "number of classes, if more than the data has",
     "vae_path": "hub name or folder of a diffusers AutoencoderKL, or none for pixel space; default: "

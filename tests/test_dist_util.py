@@ -1,4 +1,3 @@
-import socket
 import time
 from datetime import timedelta
 
@@ -6,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import free_port
 
 from masked_diffusion import dist_util
 from masked_diffusion.dist_util import (
@@ -183,12 +183,6 @@ def test_a_rank_without_an_address_to_meet_at_is_refused_with_a_remedy(monkeypat
         joined_ranks(Place(1, 2, 1), CPU),
     ):
         pytest.fail("joined")
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.mark.parametrize("by, rank", [("environment", 0), ("environment", 1), ("tcp", 1), ("file", 0)])

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,8 +142,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
 
 def test_a_bare_name_lies_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from pathlib import Path
-
     check_picture_path(Path("sample.jpg"))
     save_picture(grid(flat_images(1, 64)), Path("sample.jpg"))
     assert (tmp_path / "sample.jpg").is_file()

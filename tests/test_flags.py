@@ -1,0 +1,43 @@
+"""The command line is a contract: people's scripts depend on the names and defaults of flags."""
+
+import pytest
+from support import script
+
+MODEL_AND_DIFFUSION = {
+    "image_size": 256, "mask_ratio": None, "decode_layer": None, "class_cond": True, "use_fp16": False,
+    "learn_sigma": True, "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "",
+    "use_kl": False, "predict_xstart": False, "sigma_small": False, "rescale_learned_sigmas": False,
+}  # fmt: skip
+LAUNCHER = {"local_rank": None, "rank": None, "world_size": None, "dist_url": "env://", "dist_on_itp": False}
+CONTRACT = {
+    "scripts/image_train.py": {
+        **MODEL_AND_DIFFUSION, **LAUNCHER, "data_dir": "", "schedule_sampler": "uniform", "lr": 3e-4, "weight_decay": 0,
+        "lr_anneal_steps": 0, "batch_size": 1, "microbatch": -1, "ema_rate": "0.9999", "log_interval": 10,
+        "save_interval": 10000, "resume_checkpoint": "auto", "fp16_scale_growth": 1e-3, "model": "MDT_S_2",
+        "vae_path": "stabilityai/sd-vae-ft-mse", "seed": 0, "max_steps": 0, "use_bf16": False, "num_classes": None,
+        "class_from": "auto", "random_flip": True, "random_crop": False, "init_from": None, "num_workers": -1,
+        "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
+    },
+    "scripts/image_sample.py": {
+        **MODEL_AND_DIFFUSION, **LAUNCHER, "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,
+        "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
+        "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
+        "num_classes": None, "tf32": True,
+    },
+    "infer_mdt.py": {
+        "model_path": "", "model": "MDT_XL_2", "image_size": 256, "labels": None, "cfg_scale": None, "scale_pow": None,
+        "num_sampling_steps": None, "seed": 0, "out": None, "vae_path": None, "decode_layer": None, "device": "auto",
+        "vae_decoder": "mse",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CONTRACT)
+def test_flags_and_defaults_are_the_contract(path):
+    assert vars(script(path).create_argparser().parse_args([])) == CONTRACT[path]
+
+
+@pytest.mark.parametrize("path", CONTRACT)
+def test_every_flag_has_help(path):
+    for action in script(path).create_argparser()._actions:
+        assert action.help and not action.help.startswith("(default"), action.dest
