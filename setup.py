@@ -3,9 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # On x86-64 Linux this TensorFlow also runs on the CPU alone; the evaluator imports it only when it computes features.
-EVAL = ["tensorflow>=2.16", "scipy>=1.11"]
+EVAL = ["tensorflow>=2.18", "scipy>=1.13"]
 # mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
-MPI = ["mpi4py>=4.0"]
+MPI = ["mpi4py>=4.1"]
 TEST = [*EVAL, *MPI, "mpich>=4.2; sys_platform == 'linux'", "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11"]
 
 setup(
@@ -18,17 +18,17 @@ setup(
     packages=find_packages(include=["masked_diffusion", "masked_diffusion.*"]),
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.9",
-        "torchvision>=0.24",
+        "torch>=2.9.1",
+        "torchvision>=0.24.1",
         "timm>=1.0.9",
-        "diffusers>=0.30",
-        "safetensors>=0.4",
-        "numpy>=1.26",
-        "pillow>=10.1",
+        "diffusers>=0.33",
+        "safetensors>=0.4.5",
+        "numpy>=2.0",
+        "pillow>=10.3",
         "blobfile>=3.0",
-        "tqdm>=4.66",
-        "tensorboard>=2.16",
-        "scikit-learn>=1.4",
+        "tqdm>=4.66.3",
+        "tensorboard>=2.18",
+        "scikit-learn>=1.5",
     ],
     extras_require={"eval": EVAL, "mpi": MPI, "test": TEST, "all": TEST},
 )

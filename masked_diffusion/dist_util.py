@@ -30,7 +30,8 @@ class Place:
 
 
 # Launchers in the order in which they are asked: name, (rank, world size, local rank) variables. A launcher counts
-# when its first two are set: torchrun inside a SLURM step wins over the step.
+# when rank and size are set: torchrun inside a SLURM step wins over the step. Of MPICH all three are asked for, because
+# srun, too, sets the first two for MPI programs.
 _LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -47,8 +48,8 @@ def find_place(
     Raises ValueError for a rank outside the world, or a rank without a world size.
     """
     found: dict[str, int] = {}
-    for variables in _LAUNCHERS.values():
-        if variables[0] in environ and variables[1] in environ:
+    for launcher, variables in _LAUNCHERS.items():
+        if set(variables if launcher == "MPICH" else variables[:2]) <= set(environ):
             names = ("rank", "world_size", "local_rank")
             found = {name: int(environ[v]) for name, v in zip(names, variables, strict=True) if v in environ}
             break
@@ -179,10 +180,9 @@ def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -
         torch.cuda.set_device(device)
     if place.world_size > 1:
         _join(place, device, dist_url)
-    try:
-        yield ranks
-    finally:
-        ranks.close()
+    yield ranks
+    # Not after an error: leaving takes part in the others' collectives, and those may wait for ever.
+    ranks.close()
 
 
 def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
@@ -196,7 +196,7 @@ def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
         port = 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 50_000
         if first:
             return f"tcp://{environ.get('MASTER_ADDR', first[1] + (first[2] or ''))}:{port}"
-    if any(name in environ for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+    if "PMI_RANK" in environ or "OMPI_COMM_WORLD_RANK" in environ:
         return _shared_over_mpi(local_world_size(environ) == place.world_size)
     raise ValueError(
         f"this is rank {place.rank} of {place.world_size}, but MASTER_ADDR and MASTER_PORT are not set: start with "

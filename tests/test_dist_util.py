@@ -46,6 +46,11 @@ def test_a_launcher_inside_a_slurm_step_wins_over_the_step(environ):
     assert find_place({**OTHER_SLURM, **environ}) == Place(5, 8, 1)
 
 
+def test_a_slurm_step_that_serves_mpi_programs_is_still_a_slurm_step():
+    # srun --mpi=pmi2 sets these two, and a local rank only in its own words.
+    assert find_place({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "8"}) == Place(5, 8, 1)
+
+
 def test_torchrun_wins_over_mpi():
     assert find_place({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}) == Place(0, 2, 0)
 

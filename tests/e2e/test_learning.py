@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -75,3 +76,15 @@ def test_run_sh_tells_its_story_in_the_active_environment(tmp_path):
     assert (tmp_path / "output_digits" / "samples_355x8x8x3.png").exists()
     with (tmp_path / "output_digits" / "progress.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["20"]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
+    done = run_command(["bash", "run.sh"], environment(tmp_path / "output_digits"), cwd=REPO, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [share] = re.findall(r"^samples: ([\d.]+)% of 355 read as the digit asked for", done.stdout, re.MULTILINE)
+    [accuracy] = re.findall(r"^digit classifier: ([\d.]+)% of 355", done.stdout, re.MULTILINE)
+    assert float(accuracy) > 95 and float(share) >= 90
+    [fid] = re.findall(r"^FID: ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert float(fid) < 100  # 25 for real digits, thousands for noise

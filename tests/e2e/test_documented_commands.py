@@ -1,0 +1,448 @@
+"""Every command of the README and of docs/ is run as it is written, shrunk only in sizes, paths, processes and steps.
+
+Commands run in a folder that looks like the repository (links to its files), so that relative paths are the
+documented ones: ``output_mdt_s2``, ``mdt_xl2_v1_ckpt.pt``, ``../dataeval``.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_arrays import GOLDENS
+from PIL import Image
+from support import COLOURS, REPO, TIMEOUT, call, environment, free_port, make_colour_folder, run_command
+
+from masked_diffusion.models import MODELS
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "evaluations" / "README.md"]
+TROUBLESHOOTING = REPO / "docs" / "troubleshooting.md"
+SIDE = 32  # of the images: latents of 4 x 4 behind the tiny autoencoder
+METRICS = ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+# What is documented
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def documented_commands():
+    """Commands in their order, each once: continued lines joined, comments and repeated spaces removed."""
+    found = {}
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                text = " ".join(re.sub(r"(^|\s)#.*", "", line).split())
+                if text:
+                    found.setdefault(text, page)
+    return list(found)
+
+
+COMMANDS = documented_commands()
+
+
+# How each is shrunk
+
+
+TRAINING = (
+    f"--model MDT_Ti_2 --image_size {SIDE} --batch_size 2 --max_steps 1 --preview_samples 2 --preview_steps 2 "
+    "--num_workers 0 --vae_path $TINY_VAE --device cpu"
+)
+SAMPLING = f"--image_size {SIDE} --num_samples 4 --batch_size 2 --num_sampling_steps 2 --device cpu"
+PUBLISHED = "--model MDT_Ti_2 --vae_path $TINY_VAE"  # a stand-in of the published file, which has no config.json
+PICTURES = "--num_sampling_steps 2 --device cpu"
+# Everywhere: data, number of processes and machines, addresses, sizes in file names.
+SHRINK = [
+    (r"/dataset/(\w+)", r"$DATA/\1"),
+    (r"(--nproc_per_node=|mpiexec -n |NUM_GPUS=)\d+", r"\g<1>2"),
+    (r"--nnodes=\d+", "--nnodes=1"),
+    (r"first-machine:\d+", "127.0.0.1:$MASTER_PORT"),
+    (r"MASTER_ADDR=first-machine", "MASTER_ADDR=127.0.0.1"),
+    (r"MASTER_PORT=\d+", "MASTER_PORT=$MASTER_PORT"),
+    (r"\bBATCH_SIZE=\d+", "BATCH_SIZE=2"),
+    (r"samples_\d+x256x256x3", f"samples_12x{SIDE}x{SIDE}x3"),
+]
+SMALL_SHELL = {"MODEL": "MDT_Ti_2", "IMAGE_SIZE": SIDE, "BATCH_SIZE": 2, "NUM_NODE": 2, "GPU_PRE_NODE": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A documented command. pattern: what tells it from others. flags: appended to it. environment: for scripts that
+    take their settings from there. makes: a glob of what has to be there afterwards. says: a part of its stdout.
+    beside: the pattern of a command that runs at the same time. elsewhere: where it is tested instead. without: a file
+    or folder that must not be there.
+    """
+
+    pattern: str
+    flags: str = ""
+    environment: dict = field(default_factory=dict)
+    makes: str = ""
+    says: str = ""
+    beside: str = ""
+    elsewhere: str = ""
+    without: str = ""
+
+
+def trains(folder, flags=TRAINING, step=1):
+    return {"flags": flags, "makes": f"{folder}/checkpoint{step:06d}.json"}
+
+
+TABLE = [
+    Row(r"^bash run\.sh$", elsewhere="test_learning.py runs it"),
+    Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
+    Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),
+    Row(r"^python infer_mdt\.py$", flags=PICTURES, makes="sample.png", without="mdt_xl2_v1_ckpt.pt"),
+    Row(r"^DATA_PATH=\S+ bash run\.sh$", elsewhere="first link of the chain below"),
+    Row(r"^python -m torch\.distributed\.launch .*image_train\.py", **trains("mdt-*")),
+    Row(
+        r"bash run_ddp_master\.sh$",
+        **trains("output_mdt_xl2"),
+        environment={**SMALL_SHELL, "MASTER_ADDR": "127.0.0.1"},
+        beside=r"bash run_ddp_worker\.sh",
+    ),
+    Row(r"RANK=1 bash run_ddp_worker\.sh$", elsewhere="runs beside the master"),
+    Row(r"^MODEL_PATH=\S+ bash run_sample\.sh$", elsewhere="second link of the chain below"),
+    Row(
+        r"^python -m torch\.distributed\.launch .*image_sample\.py",
+        flags=f"{SAMPLING} {PUBLISHED}",
+        makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz",
+    ),
+    Row(r"^python evaluations/evaluator\.py \.\./dataeval/\S+ samples_\S+$", says="Recall: "),
+    Row(
+        r"^python infer_mdt\.py --labels 207,360",
+        flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
+        makes="dogs_and_otters.png",
+    ),
+    Row(
+        r"^python infer_mdt\.py --labels .golden retriever,otter. --seed",
+        flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
+        makes="sample.jpg",
+    ),
+    # docs/data.md
+    Row(r"--class_from filename", **trains("output_flat"), says="12 images, 3 classes (n01440764, "),
+    Row(
+        r"--init_from mdt_xl2_v1_ckpt\.pt",
+        **trains("output_flowers"),
+        says="has 1001 labels, the data 3: the label table starts anew",
+        without="output_flowers",
+    ),
+    Row(r"/landscapes --class_cond False", **trains("output_landscapes"), says="12 images, without classes"),
+    # docs/training.md
+    Row(
+        r"^NUM_GPUS=4 .*bash run\.sh",
+        **trains("output_mdt_s2", "--max_steps 1 --preview_samples 0 --vae_path $TINY_VAE --device cpu"),
+        environment=SMALL_SHELL,
+        without="output_mdt_s2",
+    ),
+    Row(r"torchrun --standalone .*image_train\.py", **trains("output_mdt_s2"), without="output_mdt_s2"),
+    Row(
+        r"--microbatch 32",
+        **trains("output_mdt_s2", TRAINING + " --batch_size 4 --microbatch 2"),
+        without="output_mdt_s2",
+    ),
+    Row(r"mpiexec", **trains("output_mdt_s2"), without="output_mdt_s2"),
+    Row(r"torchrun --nnodes=2", **trains("output_mdt_xl2"), without="output_mdt_xl2"),
+    Row(r"srun", **trains("output_mdt_xl2"), without="output_mdt_xl2"),
+    Row(
+        r"--resume_checkpoint \S+/model400000\.pt", **trains("output_longer", f"{TRAINING} --max_steps 400001", 400001)
+    ),
+    # docs/sampling.md
+    Row(
+        r"torchrun --standalone .*image_sample\.py",
+        flags=SAMPLING,
+        makes=f"output_mdt_s2_eval/samples_4x{SIDE}x{SIDE}x3.npz",
+    ),
+    Row(r"--class_cond False --num_samples 16", flags=SAMPLING, makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz"),
+    Row(
+        r"--use_ddim True --num_sampling_steps 50",
+        flags=f"{SAMPLING} {PUBLISHED}",
+        makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz",
+    ),
+    Row(r"evaluator\.py flowers256\.npz", makes="output_flowers_eval/scores.json", says="Recall: "),
+    Row(r"^python infer_mdt\.py --model_path output_flowers", flags=PICTURES, makes="flowers.png"),
+    # evaluations/README.md
+    Row(r"^python evaluations/evaluator\.py REF\.npz SAMPLE\.npz", makes="report.json", says="Recall: "),
+]
+
+
+def shrunk(text, row):
+    for pattern, replacement in SHRINK:
+        text = re.sub(pattern, replacement, text)
+    return f"{text} {row.flags}".strip()
+
+
+def rows_of(text):
+    return [row for row in TABLE if re.search(row.pattern, text)]
+
+
+RUN_HERE = [text for text in COMMANDS if not any(row.elsewhere for row in rows_of(text))]
+
+
+# What they run on
+
+
+@pytest.fixture(scope="module")
+def images_by_name(tmp_path_factory):
+    """What /dataset holds: ImageNet in folders, ADM's flat folder, one's own classes, images without any."""
+    root = tmp_path_factory.mktemp("dataset")
+    colours = make_colour_folder(root / "imagenet", per_class=4)
+    wordnet_ids = dict(zip(COLOURS, ("n01440764", "n01443537", "n01484850"), strict=True))
+    for colour, wordnet_id in wordnet_ids.items():
+        (colours / colour).rename(colours / wordnet_id)
+    for name in ("imagenet_flat", "landscapes"):
+        (root / name).mkdir()
+    for path in sorted(colours.glob("*/*.png")):
+        Image.open(path).save(root / "imagenet_flat" / f"{path.parent.name}_{path.stem}.JPEG")
+        shutil.copy(path, root / "landscapes" / f"{path.parent.name}-{path.name}")
+    for flower, wordnet_id in (("daisy", "n01440764"), ("tulip", "n01443537")):
+        shutil.copytree(colours / wordnet_id, root / "flowers" / flower)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stub_graph(tmp_path_factory):
+    path = tmp_path_factory.mktemp("graph") / "classify_image_graph_def.pb"
+    script = GOLDENS / "evaluator" / "stub_graph.py"
+    done = run_command([sys.executable, str(script), str(path)], environment(""))
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, images_by_name, tiny_vae):
+    """Trained models under their documented names: two of one's own, and a file as the published one is."""
+    root = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, data, step in (("output_mdt_s2", "imagenet", 400000), ("output_flowers", "flowers", 100000)):
+            flags = TRAINING.replace("$TINY_VAE", str(tiny_vae)).split()
+            flags += ["--mask_ratio", "0.3", "--decode_layer", "2", "--data_dir", images_by_name / data]
+            assert call(patch, "scripts/image_train.py", root / name, *flags) == 0
+            for path in root.glob(f"{name}/*000001.pt"):
+                path.rename(path.with_name(path.name.replace("000001", str(step))))
+            (root / name / "checkpoint000001.json").unlink()
+            [(root / name / f"state{step}.pt").unlink(), (root / name / "progress.csv").unlink()]
+    published = MODELS["MDT_Ti_2"](input_size=SIDE // 8, num_classes=1000, decode_layer=2)
+    torch.save(published.state_dict(), root / "mdt_xl2_v1_ckpt.pt")
+    return root
+
+
+@pytest.fixture
+def workspace(tmp_path, images_by_name, stub_graph, models):
+    """A folder like the repository's, with everything in it and beside it that the documents speak of."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for path in REPO.iterdir():
+        if path.name in ("scripts", "evaluations", "infer_mdt.py") or path.suffix == ".sh":
+            (folder / path.name).symlink_to(path)
+    (folder / stub_graph.name).symlink_to(stub_graph)
+    for path in models.iterdir():
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    (folder / "output_mdt_xl2").mkdir()
+    shutil.copy(models / "mdt_xl2_v1_ckpt.pt", folder / "output_mdt_xl2")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, SIDE, SIDE, 3), dtype=np.uint8)
+    (tmp_path / "dataeval").mkdir()
+    for name in ("../dataeval/VIRTUAL_imagenet256_labeled", "flowers256", "REF"):
+        np.savez(folder / f"{name}.npz", arr_0=pixels)
+    (folder / "output_flowers_eval").mkdir()
+    for name in (f"samples_12x{SIDE}x{SIDE}x3", f"output_flowers_eval/samples_12x{SIDE}x{SIDE}x3", "SAMPLE"):
+        np.savez(folder / f"{name}.npz", arr_0=pixels[:12])
+    return folder
+
+
+SRUN = """#!/bin/bash
+# Two processes with the variables that SLURM's srun sets.
+while [[ "$1" == -* ]]; do shift; done
+export SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost SLURM_JOB_ID=$((MASTER_PORT % 50000))
+unset MASTER_PORT
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & processes+=($!); done
+for process in "${processes[@]}"; do wait "$process" || exit; done
+"""
+
+
+def run_here(text, workspace, images_by_name, tiny_vae, **variables):
+    """A command in the workspace, by the shell, with this Python as ``python``."""
+    tools = workspace.parent / "bin"
+    tools.mkdir(exist_ok=True)
+    (tools / "srun").write_text(SRUN)
+    (tools / "srun").chmod(stat.S_IRWXU)
+    variables = {"OPENAI_LOGDIR": "", "TINY_VAE": tiny_vae, "DATA": images_by_name} | variables
+    env = environment(variables.pop("OPENAI_LOGDIR"), TF_CPP_MIN_LOG_LEVEL=3, **variables)
+    env["PATH"] = os.pathsep.join([str(tools), str(Path(sys.executable).parent), env["PATH"]])
+    env["VIRTUAL_ENV"] = env.get("VIRTUAL_ENV") or sys.prefix
+    return run_command(["bash", "-euo", "pipefail", "-c", text], env, cwd=workspace, timeout=TIMEOUT)
+
+
+# The tests
+
+
+def test_every_documented_command_has_one_row_and_every_row_a_command():
+    unclear = [text for text in COMMANDS if len(rows_of(text)) != 1]
+    assert not unclear, "give each of these one row of TABLE, so that it is run:\n" + "\n".join(unclear)
+    unused = [row.pattern for row in TABLE if not any(re.search(row.pattern, text) for text in COMMANDS)]
+    assert not unused, f"rows of commands that are documented nowhere: {unused}"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("text", RUN_HERE, ids=lambda text: text[:70])
+def test_a_documented_command_runs(text, workspace, images_by_name, tiny_vae):
+    [row] = rows_of(text)
+    if "mpiexec" in text:
+        pytest.importorskip("mpi4py", reason="the processes find each other through mpi4py")
+        if not (Path(sys.executable).parent / "mpiexec").exists() and not shutil.which("mpiexec"):
+            pytest.skip("no mpiexec")
+    if row.without:
+        path = workspace / row.without
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    port = free_port()
+    commands = [text, *(other for other in COMMANDS if row.beside and re.search(row.beside, other))]
+    # PET_MASTER_PORT: the launcher's own variable, for commands that leave the port at its default.
+    variables = {"MASTER_PORT": port, "PET_MASTER_PORT": port} | row.environment
+    if "torchrun" in text or text.startswith("python"):
+        variables["MASTER_ADDR"] = "127.0.0.1"
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(run_here, shrunk(command, row), workspace, images_by_name, tiny_vae, **variables)
+            for command in commands
+        ]
+    for command, job in zip(commands, jobs, strict=True):
+        done = job.result()
+        assert done.returncode == 0, f"{shrunk(command, row)}\n{done.stdout}{done.stderr}"
+        assert row.says in done.stdout, done.stdout
+    if row.makes:
+        assert list(workspace.glob(row.makes)), sorted(workspace.glob("*/*"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_a_documented_python_program_runs(page, images_by_name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program in blocks(page, "python"):
+        for old, new in (("/dataset/", f"{images_by_name}/"), ("256", str(SIDE)), ("10000", "6")):
+            assert old in program
+            program = program.replace(old, new)
+        exec(compile(program, str(page), "exec"), {})
+    with np.load(tmp_path / f"flowers{SIDE}.npz") as file:
+        assert file["arr_0"].shape == (6, SIDE, SIDE, 3) and file["arr_0"].dtype == np.uint8
+
+
+@pytest.mark.e2e
+def test_the_published_chain_in_one_output_folder(workspace, images_by_name, tiny_vae):
+    """Train with run.sh, sample twice and score twice with run_sample.sh, as the README has it."""
+    [training] = [text for text in COMMANDS if re.search(r"^DATA_PATH=\S+ bash run\.sh$", text)]
+    [sampling] = [text for text in COMMANDS if re.search(r"^MODEL_PATH=\S+ bash run_sample\.sh$", text)]
+    variables = {**SMALL_SHELL, "NUM_GPUS": 2, "MASTER_PORT": free_port(), "OPENAI_LOGDIR": "output_chain"}
+    flags = "--max_steps 2 --preview_samples 2 --preview_steps 2 --vae_path $TINY_VAE --device cpu --num_workers 0"
+    done = run_here(shrunk(training, Row("", flags=flags)), workspace, images_by_name, tiny_vae, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 images, 3 classes (n01440764, n01443537, n01484850)" in done.stdout
+    weights = "output_chain/ema_0.9999_000002.pt"
+    variables |= {"NUM_SAMPLES": 6, "NUM_SAMPLING_STEPS": 2, "MASTER_PORT": free_port()}
+    variables |= {"REFERENCE": "../dataeval/VIRTUAL_imagenet256_labeled.npz", "GRAPH": "classify_image_graph_def.pb"}
+    command = re.sub(r"MODEL_PATH=\S+", f"MODEL_PATH={weights}", sampling)
+    done = run_here(f"{command} --device cpu", workspace, images_by_name, tiny_vae, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    chain, name = workspace / "output_chain", f"samples_6x{SIDE}x{SIDE}x3"
+    printed = re.findall(r"^(.*): ([-\d.e]+)$", done.stdout, re.MULTILINE)
+    reports = [json.loads((chain / f"scores_{kind}.json").read_text()) for kind in ("guided", "unguided")]
+    assert [found for found, _ in printed] == 2 * METRICS
+    assert [float(value) for _, value in printed] == [r["metrics"][m] for r in reports for m in METRICS]
+    assert all(np.isfinite(report["metrics"][metric]) for report in reports for metric in METRICS)
+    guidance = [report["manifest"]["settings"]["guidance"] for report in reports]
+    assert guidance[0]["cfg_scale"] == 3.8 and guidance[1] is None
+    for report in reports:
+        assert report["manifest"]["settings"]["weights"]["file"] == Path(weights).name
+        assert report["sample"]["N"] == 6 and report["reference"]["N"] == 20
+    # Everything of the chain is there: the guided set was moved aside, the training untouched.
+    for left in (f"{name}.npz", f"{name}_1.npz", "manifest.json", "manifest_1.json", "checkpoint000002.json"):
+        assert (chain / left).is_file(), left
+    assert json.loads((chain / "manifest_1.json").read_text()) | {"samples": f"{name}.npz"} == reports[0]["manifest"]
+
+
+# The troubleshooting page
+
+
+def message(node):
+    """A message in the source, with … for what is filled in; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return None
+
+
+def sources():
+    folders = [REPO / "masked_diffusion", REPO / "evaluations"]
+    scripts = [REPO / f"scripts/{name}.py" for name in ("image_train", "image_sample", "read_digits")]
+    return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
+
+
+def quoted_messages():
+    return re.findall(r"^\| `(.+?)` \|", TROUBLESHOOTING.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def occurs(quote, template):
+    """Whether a quoted message is a part of one in the source; … stands for anything in both."""
+    pattern = ".*?".join(re.escape(part) for part in quote.split("…"))
+    return re.search(pattern, template.replace("\n", " ")) is not None
+
+
+def test_every_quoted_message_occurs_in_the_source():
+    nodes = [node for path in sources() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    templates = [text for node in nodes if node not in docstrings and (text := message(node))]
+    quotes = quoted_messages()
+    assert len(quotes) > 100
+    gone = [quote for quote in quotes if not any(occurs(quote, template) for template in templates)]
+    assert not gone, f"{TROUBLESHOOTING.name} quotes what nothing says: {gone}"
+
+
+# Raised for callers of the functions, out of a command line's reach, or shown only inside another message.
+NOT_FOR_USERS = """
+betas: expected | crop fractions | the data set was opened for | has no order | hidden_size
+must be at least 1 (images per process and step) | cannot be negative | must be between 0 and the number of ranks
+this model has no null class | use_timesteps: | a sampling loop needs | so there are no images to read
+no images to compute features of | statistics of different widths | a covariance needs | what arrived is not the graph
+none of these folders can be written to | bytes arrived | of the .npy format | --data_dir: …
+holds something else than its name says
+"""
+
+
+def test_every_message_for_users_is_on_the_page():
+    quotes = quoted_messages()
+    hidden = [text for line in NOT_FOR_USERS.strip().splitlines() for text in line.split(" | ")]
+    kinds = ("ValueError", "FileNotFoundError", "PermissionError", "OSError", "ImportError", "ArgumentTypeError")
+    missing, used = [], set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            text, name = message(node.exc.args[0]), ast.unparse(node.exc.func).rpartition(".")[2]
+            if text is None or name not in kinds:
+                continue
+            excused = [part for part in hidden if part in text]
+            used.update(excused)
+            if not excused and not any(occurs(quote, text) for quote in quotes):
+                missing.append(f"{path.name}:{node.lineno} {text}")
+    assert not missing, f"{TROUBLESHOOTING.name} does not explain:\n" + "\n".join(missing)
+    assert not set(hidden) - used, "no such message any more"
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", text):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, f"{page.name}: {target}#{anchor}"
