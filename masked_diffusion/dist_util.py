@@ -110,6 +110,7 @@ class Ranks:
         self.rank = place.rank
         self.world_size = place.world_size
         self.device = device
+        self._asked: tuple[Tensor, Any] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -121,6 +122,21 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any(self, asked: bool) -> bool:
+        """Whether some rank asked for something; all ranks get the same answer, one call late where that saves a wait.
+
+        Alone, the answer is immediate. Among several, this call's question is sent off and the last one's is answered.
+        """
+        if self.world_size == 1:
+            return asked
+        answered = self._asked
+        flag = torch.tensor([int(asked)], dtype=torch.int32, device=self.device)
+        self._asked = (flag, dist.all_reduce(flag, async_op=True))
+        if answered is None:
+            return False
+        answered[1].wait()
+        return bool(answered[0].item())
 
     def concat(self, tensor: Tensor) -> Tensor:
         """(n, ...) of every rank, equal shapes -> (world_size * n, ...), in the order of the ranks."""

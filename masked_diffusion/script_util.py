@@ -104,8 +104,8 @@ def place_from_args(args: argparse.Namespace) -> dist_util.Place:
     return dist_util.find_place(os.environ, args.rank, args.world_size, args.local_rank)
 
 
-def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], Any]]) -> int:
-    """Prepare, then work. Returns the exit status.
+def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:
+    """Prepare, then work. Returns the exit status: the work's, None being 0.
 
     prepare: checks the input and returns the work, registering on the stack what has to be closed. Only its ValueError
     and OSError become one line on stderr and status 2: an error on day three keeps its traceback.
@@ -115,8 +115,7 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], Any]]) -> 
             work = prepare(stack)
         except (ValueError, OSError) as error:
             return usage_error(error, dist_util.launched_rank(os.environ))
-        work()
-    return 0
+        return work() or 0
 
 
 def usage_error(error: Exception, rank: int = 0) -> int:

@@ -23,6 +23,7 @@ from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
 from masked_diffusion.models import MDT
 from masked_diffusion.pictures import grid, save_picture
+from masked_diffusion.preemption import STOPPED, StopSignals
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 
@@ -222,16 +223,20 @@ class TrainLoop:
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to the end; a last checkpoint is always written."""
+    def run(self) -> int:
+        """Train to the end, or until a signal asks to stop; a last checkpoint is always written.
+
+        Returns the exit status: 0, or ``preemption.STOPPED`` when there is more to do.
+        """
         end = self.config.last_step
         if end is not None and self.step >= end:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
-            return
+            return 0
         saved = self.step  # nothing is saved at step 0, nor again at the step resumed from
+        stopping = False
         self.ddp_model.train()
-        with self._progress_bar(end) as bar:
-            while end is None or self.step < end:
+        with StopSignals() as signals, self._progress_bar(end) as bar:
+            while not stopping and (end is None or self.step < end):
                 self.train_step(*next(self.data))
                 bar.update(1)
                 if self.step % self.config.log_interval == 0 or self.step == end:
@@ -239,8 +244,13 @@ class TrainLoop:
                 if self.step % self.config.save_interval == 0 or self.step == end:
                     self.save()
                     saved = self.step
-        if saved != self.step:
-            self.save()
+                stopping = self.ranks.any(signals.received is not None)
+            if saved != self.step:
+                self.save()
+        if end is not None and self.step >= end:
+            return 0
+        self.logger.text(f"stopped by a signal after step {self.step}; the same command goes on from here")
+        return STOPPED
 
     def train_step(self, images: Tensor, extras: Batch) -> None:
         """One update. images: (N, C, H, W) in [-1, 1]; extras: labels ``y`` and the draws of each image."""

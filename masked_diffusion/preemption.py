@@ -1,0 +1,45 @@
+"""Being asked to stop: SIGTERM, SIGINT or SIGUSR1 lets a run finish its step and save, a second one ends it at once."""
+
+import os
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# Exit status of a run that saved because it was asked to stop (EX_TEMPFAIL: start it again and it goes on).
+STOPPED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Ctrl-C reaches launcher and processes alike, and the launcher passes a signal of its own on: that is one request.
+SAME_REQUEST_SECONDS = 1.0
+
+
+class StopSignals:
+    """Inside the context, the first signal is noted in ``received``; a later one has its default effect."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._when = 0.0
+        self._owner = os.getpid()
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in SIGNALS:
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a loader process, forked with these handlers
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return  # the run itself decides when its loaders end
+        if self.received is None:
+            self.received, self._when = number, time.monotonic()
+        elif time.monotonic() - self._when > SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

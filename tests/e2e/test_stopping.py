@@ -1,0 +1,88 @@
+"""Runs that are stopped or killed go on, and end where an undisturbed run ends. Real processes, real signals."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from support import TIMEOUT, TINY_DIGITS, assert_same_weights, command, environment, rows, run, weights
+
+from masked_diffusion.preemption import STOPPED
+
+pytestmark = pytest.mark.e2e
+
+TRAIN = "scripts/image_train.py"
+STEPS = 40
+FLAGS = [*TINY_DIGITS, "--max_steps", STEPS, "--save_interval", 10, "--lr", "1e-3", "--ema_rate", "0.9",
+         "--schedule_sampler", "loss-second-moment", "--diffusion_steps", "50"]  # fmt: skip
+KINDS = ("model", "ema_0.9_")
+
+
+def start(folder, *flags, processes=None):
+    return subprocess.Popen(
+        command(TRAIN, *FLAGS, *flags, processes=processes), env=environment(folder), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(process, folder, step):
+    """Until the run has logged a step, or is over."""
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None and not (
+        (folder / "progress.csv").exists() and any(r["step"] >= step for r in rows(folder))
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", params=[None, 2], ids=["one process", "two processes"])
+def undisturbed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(TRAIN, folder, *FLAGS, processes=request.param)
+    return folder, request.param
+
+
+def assert_ends_as(folder, undisturbed):
+    for kind in KINDS:
+        assert_same_weights(weights(undisturbed, STEPS, kind), weights(folder, STEPS, kind))
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(undisturbed)]
+
+
+# The launcher decides what it passes on to several processes; SIGTERM is what schedulers send.
+@pytest.mark.parametrize(
+    "undisturbed, number",
+    [(None, signal.SIGTERM), (None, signal.SIGINT), (None, signal.SIGUSR1), (2, signal.SIGTERM)],
+    indirect=["undisturbed"],
+    ids=str,
+)
+def test_a_signal_lets_the_run_save_and_the_same_command_goes_on(undisturbed, tmp_path, number):
+    reference, processes = undisturbed
+    process = start(tmp_path, processes=processes)
+    wait_for_step(process, tmp_path, 12)
+    os.kill(process.pid, number)
+    out, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == STOPPED if processes is None else process.returncode != 0, out
+    [step] = [
+        int(line.split("after step ")[1].split(";")[0]) for line in out.splitlines() if "stopped by a signal" in line
+    ]
+    assert 12 <= step < STEPS and (tmp_path / f"checkpoint{step:06d}.json").exists()
+    run(TRAIN, tmp_path, *FLAGS, processes=processes)
+    assert_ends_as(tmp_path, reference)
+
+
+def test_a_run_killed_again_and_again_ends_bit_for_bit_where_an_undisturbed_one_ends(undisturbed, tmp_path):
+    reference, processes = undisturbed
+    chance = random.Random(processes)
+    kills, first_step = 0, 5
+    while kills < 4:
+        process = start(tmp_path, "--num_workers", kills % 2, processes=processes)
+        wait_for_step(process, tmp_path, first_step + 7 * kills)
+        time.sleep(chance.uniform(0, 0.1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=TIMEOUT)
+        kills += 1
+    run(TRAIN, tmp_path, *FLAGS, processes=processes)
+    assert_ends_as(tmp_path, reference)
