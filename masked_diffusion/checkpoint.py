@@ -66,6 +66,28 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
     write_json(folder / manifest_file(step), {"step": step, "files": files})
 
 
+def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
+    """Remove old complete checkpoints. Returns the steps removed.
+
+    keep_last: how many of the newest stay, never fewer than two; 0 removes nothing. keep_every: steps divisible by it
+    stay as well; 0 for none. Files that belong to no complete checkpoint are left alone.
+    """
+    if not keep_last:
+        return []
+    matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir())
+    steps = sorted(int(match[1]) for match in matches if match)
+    removed = []
+    for step in steps[: -max(2, keep_last)]:
+        if keep_every and step % keep_every == 0:
+            continue
+        # The manifest goes first: a crash in between leaves no checkpoint that would be found to be damaged.
+        (folder / manifest_file(step)).unlink()
+        for path in _files_of_step(folder, step):
+            path.unlink()
+        removed.append(step)
+    return removed
+
+
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: a list of sinks, each a class. Rows are appended on resume, never wiped."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -214,12 +215,22 @@ class Logger:
     def row(self, values: Row) -> None:
         """Log one row of numbers; ``step`` must be among them."""
         for sink in self._sinks:
-            sink.row(values)
+            with self._surviving(sink):
+                sink.row(values)
 
     def text(self, message: str) -> None:
         """Log a message for people."""
         for sink in self._sinks:
-            sink.text(message)
+            with self._surviving(sink):
+                sink.text(message)
+
+    @contextlib.contextmanager
+    def _surviving(self, sink: Sink) -> Iterator[None]:
+        """A full disk costs log lines, not the run."""
+        try:
+            yield
+        except OSError as error:
+            sys.stderr.write(f"{type(sink).__name__} could not write: {error}\n")
 
     def close(self) -> None:
         for sink in self._sinks:

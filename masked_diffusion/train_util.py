@@ -49,6 +49,8 @@ class TrainConfig:
     fp16_scale_growth: float = 1e-3
     use_bf16: bool = False
     seed: int = 0
+    keep_checkpoints: int = 0
+    keep_every: int = 0
     preview_samples: int = 16
     preview_steps: int = 25
 
@@ -56,11 +58,20 @@ class TrainConfig:
         for name in ("batch_size", "log_interval", "save_interval", "preview_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("weight_decay", "lr_anneal_steps", "max_steps", "preview_samples"):
+        for name in (
+            "weight_decay",
+            "lr_anneal_steps",
+            "max_steps",
+            "preview_samples",
+            "keep_checkpoints",
+            "keep_every",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
+        if self.keep_every and not self.keep_checkpoints:
+            raise ValueError(f"--keep_every {self.keep_every}: needs --keep_checkpoints; without it all are kept")
         if self.microbatch == 0 or self.microbatch < -1:
             raise ValueError(f"--microbatch {self.microbatch}: must be at least 1, or -1 for the whole batch")
         if self.use_fp16 and self.use_bf16:
@@ -241,8 +252,7 @@ class TrainLoop:
                 bar.update(1)
                 if self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar)
-                if self.step % self.config.save_interval == 0 or self.step == end:
-                    self.save()
+                if self.step % self.config.save_interval == 0 and self.step != end and self._save_if_possible():
                     saved = self.step
                 stopping = self.ranks.any(signals.received is not None)
             if saved != self.step:
@@ -339,6 +349,15 @@ class TrainLoop:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def _save_if_possible(self) -> bool:
+        """Save; a disk that is full now may have room at the next save, so that is no reason to lose the training."""
+        try:
+            self.save()
+        except OSError as error:
+            self.logger.text(f"could not save the checkpoint of step {self.step} ({error}); training goes on")
+            return False
+        return True
+
     def save(self) -> None:
         """Write a checkpoint and a preview, on rank 0; the others meet it again in the next step."""
         if not self.ranks.is_main:
@@ -355,6 +374,7 @@ class TrainLoop:
         }
         checkpoint.save_checkpoint(self.folder, self.step, parts)
         self.logger.text(f"saved the checkpoint of step {self.step} in {self.folder}")
+        checkpoint.prune(self.folder, self.config.keep_checkpoints, self.config.keep_every)
         self._preview()
 
     def _load(self, start: checkpoint.Start) -> None:

@@ -201,3 +201,28 @@ def test_loss_second_moment_learns_the_unweighted_losses_of_both_views(train):
     [row] = rows(folder)
     assert state["counts"].sum() == 20
     assert state["losses"].sum().item() == pytest.approx(20 * (row["loss"] + row["m_loss"]), rel=1e-5)
+
+
+def test_old_checkpoints_are_pruned_but_never_the_last_two(train):
+    folder = train("--max_steps", "7", "--save_interval", "1", "--keep_checkpoints", "1", "--keep_every", "3")
+    assert sorted(path.name for path in folder.glob("checkpoint*.json")) == [
+        f"checkpoint{step:06d}.json" for step in (3, 6, 7)
+    ]
+    assert sorted(path.name for path in folder.glob("opt*.pt")) == [f"opt{step:06d}.pt" for step in (3, 6, 7)]
+
+
+def test_a_save_that_fails_is_reported_and_tried_again_and_training_goes_on(train, monkeypatch):
+    from masked_diffusion import checkpoint
+
+    save, failures = checkpoint.save_checkpoint, []
+
+    def full_disk_at_step_2(folder, step, parts):
+        if step == 2:
+            failures.append(step)
+            raise OSError(28, "No space left on device")
+        save(folder, step, parts)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full_disk_at_step_2)
+    folder = train("--max_steps", "4", "--save_interval", "1")
+    assert failures == [2]
+    assert [path.name for path in sorted(folder.glob("model*.pt"))] == [f"model00000{step}.pt" for step in (1, 3, 4)]
