@@ -161,6 +161,10 @@ class ImageDataset:
         """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image."""
         raise NotImplementedError
 
+    def name_of(self, index: int) -> str:
+        """What to call an image in messages."""
+        return f"image {index}"
+
 
 class FolderDataset(ImageDataset):
     """Images of a local or remote folder and the folders below it, cropped to squares.
@@ -186,8 +190,11 @@ class FolderDataset(ImageDataset):
         self.random_crop = random_crop
         self.random_flip = random_flip
 
+    def name_of(self, index: int) -> str:
+        return join(self.data_dir, self.files[index])
+
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        image = read_image(join(self.data_dir, self.files[index]))
+        image = read_image(self.name_of(index))
         if rng is None:
             return to_model_range(center_crop_arr(image, self.image_size))
         # The flip is drawn first and always, so that it is the same with and without random crops.

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class TrainConfig:
     fp16_scale_growth: float = 1e-3
     use_bf16: bool = False
     seed: int = 0
+    max_bad_steps: int = 10
     keep_checkpoints: int = 0
     keep_every: int = 0
     preview_samples: int = 16
@@ -65,6 +66,7 @@ class TrainConfig:
             "preview_samples",
             "keep_checkpoints",
             "keep_every",
+            "max_bad_steps",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
@@ -155,9 +157,12 @@ class EMA:
         self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        new = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(list(self._parameters.values()), new, 1 - float(self.rate))
+    def update(self, model: nn.Module, good: Tensor) -> None:
+        """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
+        averaged = list(self._parameters.values())
+        change = torch._foreach_sub([p.detach() for p in model.parameters()], averaged)
+        torch._foreach_mul_(change, good * (1 - float(self.rate)))
+        torch._foreach_add_(averaged, change)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state
@@ -167,11 +172,33 @@ class EMA:
             value.copy_(state[name])
 
 
+class LateFlag:
+    """A flag set on the device and read on the host a step later, so that the host does not wait for the step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._arrived = torch.cuda.Event() if self._on_gpu else None
+
+    def put(self, flag: Tensor) -> None:
+        """flag: () bool on the device."""
+        self._host.copy_(flag, non_blocking=self._on_gpu)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def get(self) -> bool:
+        """The flag that was put last."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._host)
+
+
 class TrainLoop:
     """Train an MDT until the configured end.
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. start: where to begin; its checkpoint is read here.
+    name_of: what to call an image in messages, by its index.
     """
 
     def __init__(
@@ -189,6 +216,7 @@ class TrainLoop:
         folder: Path,
         start: checkpoint.Start,
         position: int,
+        name_of: Callable[[int], str] = str,
     ) -> None:
         self.config = config
         self.run_config = run_config
@@ -199,10 +227,11 @@ class TrainLoop:
         self.ranks = ranks
         self.logger = logger
         self.folder = folder
+        self.name_of = name_of
 
         self.model = model.to(ranks.device).train()
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(
             ranks.device.type,
@@ -215,6 +244,9 @@ class TrainLoop:
         self.step = start.step
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
         self.position = position
+        self._bad_step = LateFlag(ranks.device)
+        self._bad_steps = 0  # in a row
+        self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch and index of the images
         if start.step:
             self._load(start)
         self.ddp_model = ranks.data_parallel(self.model)
@@ -250,6 +282,12 @@ class TrainLoop:
             while not stopping and (end is None or self.step < end):
                 self.train_step(*next(self.data))
                 bar.update(1)
+                if self.config.max_bad_steps and self._bad_steps >= self.config.max_bad_steps:
+                    self.save()  # of the last good state: bad steps change nothing
+                    raise FloatingPointError(
+                        f"{self._bad_steps} steps in a row were not finite; the state before them is saved as step "
+                        f"{self.step} (--max_bad_steps {self.config.max_bad_steps})"
+                    )
                 if self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar)
                 if self.step % self.config.save_interval == 0 and self.step != end and self._save_if_possible():
@@ -275,8 +313,10 @@ class TrainLoop:
             is_last = part.stop >= len(z)
             part_draws = {name: value[part] for name, value in draws.items()}
             losses.append(self._backward(z[part], t[part], weights[part], part_draws, len(z), is_last))
-        self._teach_schedule_sampler(t, torch.cat(losses))
-        self._update()
+        self._check_last_step()
+        good = self._update()
+        self._teach_schedule_sampler(t, torch.cat(losses), good)
+        self._last_batch = (t, extras["epoch"], extras["index"])
 
     def _backward(self, z: Tensor, t: Tensor, weights: Tensor, draws: Batch, batch_size: int, is_last: bool) -> Tensor:
         """Add a microbatch's gradients. Each view runs backward by itself, so that the two graphs never live
@@ -307,25 +347,49 @@ class TrainLoop:
         with torch.autocast(self.ranks.device.type, dtype=half, enabled=enabled):
             return self.ddp_model(x, t, **kwargs)
 
-    def _update(self) -> None:
+    def _update(self) -> Tensor:
+        """AdamW and EMA from the reduced gradients; neither moves where these are not finite.
+
+        That is decided on the device, alike on all ranks, and not waited for. Returns () bool, whether they were.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.meter.add_grad_norm(nn.utils.get_total_norm(gradients))
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        good = norm.isfinite()
+        self.meter.add_grad_norm(norm)
+        if not self.config.use_fp16:  # the gradient scaler does the same, and also lowers its scale
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
-            ema.update(self.model)
+            ema.update(self.model, good)
+        self._bad_step.put(~good)
         self.step += 1
         self.position += self.global_batch
+        return good
 
-    def _teach_schedule_sampler(self, t: Tensor, losses: Tensor) -> None:
+    def _check_last_step(self) -> None:
+        """Count bad steps in a row, one step late. An fp16 overflow only lowers the scale, as long as it can."""
+        if not self._bad_step.get() or (self.config.use_fp16 and self.scaler.get_scale() > 1):
+            self._bad_steps = 0
+            return
+        self._bad_steps += 1
+        t, epochs, indices = (values.tolist() for values in self._last_batch)
+        images = ", ".join(f"{self.name_of(i)} (epoch {e}, t {t})" for i, e, t in zip(indices, epochs, t, strict=True))
+        message = f"step {self.step}: loss or gradients are not finite, the update was skipped; the batch was {images}"
+        if self.ranks.is_main:
+            self.logger.text(message)
+        else:
+            sys.stderr.write(f"rank {self.ranks.rank}: {message}\n")
+
+    def _teach_schedule_sampler(self, t: Tensor, losses: Tensor, good: Tensor) -> None:
         """Once per step, from the losses of all ranks in sample order: ranks hold consecutive parts of a batch."""
         if self.schedule_sampler.learns:
             pairs = self.ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
-            self.schedule_sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
+            if good.item():
+                self.schedule_sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -396,13 +460,23 @@ class TrainLoop:
             ema.load_state_dict(averaged)
         path = sibling(checkpoint.opt_file(step))
         try:
-            self.optimizer.load_state_dict(checkpoint.read_file(path))
+            self._load_optimizer(checkpoint.read_file(path))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not this model's optimizer state ({error})") from None
         if (folder / checkpoint.state_file(step)).is_file():
             state = checkpoint.read_file(folder / checkpoint.state_file(step))
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """The moments of the checkpoint with the settings of the flags."""
+        former = state["param_groups"][0]["lr"]
+        for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+            group |= {name: value for name, value in own.items() if name != "params"}
+        self.optimizer.load_state_dict(state)
+        now = self.config.lr_at(self.step)
+        if not self.config.lr_anneal_steps and former != now:
+            self.logger.text(f"learning rate {now} from here on (the checkpoint had {former})")
 
     @torch.no_grad()
     def _preview(self) -> None:

@@ -40,6 +40,7 @@ HELPS = {
     "weight_decay": "weight decay of AdamW",
     "log_interval": "steps between rows of the log",
     "save_interval": "steps between checkpoints; a last one is always written",
+    "max_bad_steps": "stop after so many steps in a row without finite gradients; 0 = never",
     "keep_checkpoints": "keep only so many of the newest checkpoints (two at least); 0 keeps all",
     "keep_every": "with --keep_checkpoints, also keep those of steps divisible by this; 0 for none",
     "use_bf16": "compute in bfloat16; weights stay float32",
@@ -84,6 +85,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "ema_rate": "0.9999",
         "log_interval": 10,
         "save_interval": 10000,
+        "max_bad_steps": 10,
         "keep_checkpoints": 0,
         "keep_every": 0,
         "resume_checkpoint": "auto",
@@ -189,6 +191,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
         folder=folder,
         start=start,
         position=position,
+        name_of=dataset.name_of,
     )
     for message in [f"output folder: {folder}", *describe(args, run_config, dataset, model), *messages]:
         logger.text(message)

@@ -34,10 +34,10 @@ def script(path):
     return module
 
 
-def call(monkeypatch, path, folder, *arguments):
+def call(monkeypatch, path, folder, *arguments, sinks="csv"):
     """Run a script in this process, with its output in ``folder``. Returns its exit status."""
     monkeypatch.setenv("OPENAI_LOGDIR", str(folder))
-    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", sinks)
     return script(path).main([str(argument) for argument in arguments])
 
 

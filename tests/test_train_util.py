@@ -13,11 +13,11 @@ def train(monkeypatch, tmp_path):
     """Run a tiny training; later flags win. Returns its folder."""
     count = 0
 
-    def run(*flags, folder=None):
+    def run(*flags, folder=None, sinks="csv"):
         nonlocal count
         count += 1
         folder = folder or tmp_path / f"run{count}"
-        assert call(monkeypatch, TRAIN, folder, *TINY_DIGITS, *flags) == 0
+        assert call(monkeypatch, TRAIN, folder, *TINY_DIGITS, *flags, sinks=sinks) == 0
         return folder
 
     return run
@@ -226,3 +226,54 @@ def test_a_save_that_fails_is_reported_and_tried_again_and_training_goes_on(trai
     folder = train("--max_steps", "4", "--save_interval", "1")
     assert failures == [2]
     assert [path.name for path in sorted(folder.glob("model*.pt"))] == [f"model00000{step}.pt" for step in (1, 3, 4)]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Digits of which some, by (epoch, index), are NaN. Call it with the predicate."""
+    from masked_diffusion.image_datasets import DigitsDataset
+
+    load, calls = DigitsDataset.load, []
+
+    def poison(is_bad):
+        def load_poisoned(self, index, rng=None):
+            image = load(self, index, rng)
+            if rng is not None:  # not the check of the first batch
+                calls.append(index)
+                if is_bad(len(calls) - 1):
+                    image[:] = np.nan
+            return image
+
+        monkeypatch.setattr(DigitsDataset, "load", load_poisoned)
+
+    return poison
+
+
+@pytest.mark.parametrize("precision", [[], ["--use_bf16", "True"]])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_position(train, poisoned, precision):
+    flags = ["--save_interval", "1", "--ema_rate", "0.5", "--lr", "1e-3", "--schedule_sampler", "loss-second-moment"]
+    poisoned(lambda call: call == 6)  # one image of the second batch of four
+    folder = train(*flags, *precision, "--max_steps", "4")
+    for kind in ("model", "ema_0.5_"):
+        assert_same_weights(weights(folder, 1, kind), weights(folder, 2, kind))
+        assert all(value.isfinite().all() for value in weights(folder, 4, kind).values())
+        assert not torch.equal(
+            weights(folder, 2, kind)["final_layer.linear.bias"], weights(folder, 3, kind)["final_layer.linear.bias"]
+        )
+    states = [torch.load(folder / f"state{step:06d}.pt", weights_only=True) for step in (1, 2)]
+    assert states[0]["schedule_sampler"]["counts"].sum() == states[1]["schedule_sampler"]["counts"].sum()
+    moments = [torch.load(folder / f"opt{step:06d}.pt", weights_only=True)["state"][0] for step in (1, 2)]
+    assert torch.equal(moments[0]["exp_avg"], moments[1]["exp_avg"]) and moments[0]["step"] == moments[1]["step"]
+
+
+def test_a_bad_step_is_reported_with_its_images(train, poisoned, capsys, monkeypatch):
+    poisoned(lambda call: call == 6)
+    train("--max_steps", "4", sinks="stdout")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert line.startswith("step 2: ") and line.count("image ") == 4 and line.count("epoch 0") == 4
+
+
+def test_after_too_many_bad_steps_the_run_stops_with_the_last_good_state(train, poisoned):
+    poisoned(lambda call: call >= 8)  # from the third step on
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite"):
+        train("--max_steps", "50", "--max_bad_steps", "3", "--save_interval", "2")
