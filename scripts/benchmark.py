@@ -180,7 +180,8 @@ def training_batch(settings: Settings) -> tuple[Tensor, Batch]:
     shape = (3, settings.image_size, settings.image_size) if settings.with_vae else spec.latent_shape
     images = torch.randn(count, *shape, generator=torch_generator(0, "images"))
     extras = default_collate([training_draws(spec, 0, 0, i) for i in range(count)])
-    return images, {**extras, "y": torch.arange(count) % settings.num_classes}
+    index = torch.arange(count)
+    return images, {**extras, "y": index % settings.num_classes, "index": index, "epoch": torch.zeros_like(index)}
 
 
 class UndecodedLatents(PixelSpace):
