@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.pictures import check_picture_path, grid, save_picture
@@ -42,6 +44,7 @@ PUBLISHED: dict[str, Any] = {
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
 OWN_IMAGES = 20
 COLUMNS, MOST_COLUMNS = 3, 10
+BATCH_SIZE = 20
 
 HELPS = {
     "model": "name of the model, where no config.json lies beside the checkpoint",
@@ -108,11 +111,14 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     out = Path(args.out).expanduser()
     check_picture_path(out)
     device = dist_util.choose_device(args.device)
+    dist_util.allow_tf32(True)
     flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
     trained = open_trained(path, flags, explicit, device, warn=lambda text: say(f"warning: {text}"))
     labels = labels_of(args.labels, trained)
-    steps = min(sampler.num_sampling_steps, trained.config.diffusion.diffusion_steps)
-    sampler = dataclasses.replace(sampler, num_sampling_steps=steps, cfg_cond=trained.config.class_cond)
+    sampler = dataclasses.replace(sampler, cfg_cond=trained.config.class_cond)
+    if "num_sampling_steps" not in explicit:
+        steps = min(sampler.num_sampling_steps, trained.config.diffusion.diffusion_steps)
+        sampler = dataclasses.replace(sampler, num_sampling_steps=steps)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device, progress=True)
     # Small sets of classes in turn: one column per class.
     columns = COLUMNS if len(labels) <= 2 * COLUMNS else None
@@ -148,7 +154,9 @@ def labels_of(text: str, trained: Trained) -> list[int]:
 
 
 def draw(make: ImageSampler, labels: list[int], columns: int | None, out: Path) -> None:
-    save_picture(grid(make(range(len(labels)), labels), columns), out)
+    batches = [range(i, min(i + BATCH_SIZE, len(labels))) for i in range(0, len(labels), BATCH_SIZE)]
+    images = [make(batch, labels[batch.start : batch.stop]) for batch in batches]
+    save_picture(grid(np.concatenate(images), columns), out)
     sys.stdout.write(f"{out.absolute()}\n")
 
 

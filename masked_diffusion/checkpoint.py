@@ -117,7 +117,7 @@ def damage(folder: Path, step: int) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
             if sha256_of(path) != expected["sha256"]:
                 return f"{name} does not have the recorded SHA-256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a disk that fails for now proves nothing
         return f"its manifest cannot be read ({error})"
     return None
 

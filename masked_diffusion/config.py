@@ -119,7 +119,7 @@ class RunConfig:
             fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
             fields["model"] = ModelConfig(**fields["model"])
             fields["diffusion"] = DiffusionConfig(**fields["diffusion"])
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{source}: not a configuration of this code ({error})") from None
         return cls(**fields)
 
@@ -147,7 +147,7 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
             (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))
             for name in FIXED_PROCESS_SETTINGS
         ),
-        *((name, former.first_stage[name], now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
+        *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", former.class_names, now.class_names),
     ]
@@ -157,6 +157,16 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
                 f"{source}: the run to resume has {name} {_short(old)}, this one {_short(new)}; resume with the same "
                 "setting, or start a new run from its weights with --init_from"
             )
+
+
+def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
+    """Settings of the training that a resumed run has in another way than before, to be said to the user."""
+    olds, news = ({**config.training, "mask_ratio": config.model.mask_ratio} for config in (former, now))
+    return [
+        f"{name} was {_short(olds[name])}, is {_short(new)}"
+        for name, new in news.items()
+        if name in olds and olds[name] != new
+    ]
 
 
 def _short(value: Any) -> str:

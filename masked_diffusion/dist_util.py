@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A rank that does not join within this time is reported. Model downloads and imports happen before.
+# A rank that does not join within this time is reported. Listing data and loading the first stage happen before.
 JOIN_TIMEOUT = timedelta(minutes=5)
 # Longest wait inside one collective: rank 0 may be writing a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -97,7 +98,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is available here; use --device cpu")
-    index = int(number) if number else local_rank
+    # srun can show each process its own GPU only.
+    index = int(number) if number else local_rank if torch.cuda.device_count() > 1 else 0
     if index >= torch.cuda.device_count():
         raise ValueError(f"--device cuda:{index}: this machine has {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)
@@ -177,6 +179,23 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def under_mpi() -> bool:
+    """Whether this process has joined others through mpi4py."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() > 1
+
+
+def abort_mpi(status: int) -> None:
+    """End all processes of an MPI job when this one fails; no effect elsewhere.
+
+    At exit, mpi4py waits for the other ranks, and those may be waiting for this one.
+    """
+    if under_mpi():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
+
+
 def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Forward and backward in here leave the gradients of a data-parallel model unreduced, to be added to."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
@@ -209,7 +228,7 @@ def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
     if "SLURM_STEP_NODELIST" in environ and "RANK" not in environ:
         # The first of host names such as "gpu[03-05,9],login": all ranks derive the same, and nobody has to be asked.
         first = re.match(r"([^,\[]+)(?:\[(\d+))?", environ["SLURM_STEP_NODELIST"])
-        port = 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 50_000
+        port = environ.get("MASTER_PORT", 10_000 + int(environ.get("SLURM_JOB_ID", 0)) % 50_000)
         if first:
             return f"tcp://{environ.get('MASTER_ADDR', first[1] + (first[2] or ''))}:{port}"
     if "PMI_RANK" in environ or "OMPI_COMM_WORLD_RANK" in environ:
@@ -249,6 +268,7 @@ def _join(place: Place, device: torch.device, dist_url: str) -> None:
         store = dist.PrefixStore("masked_diffusion", store)
         store.set(f"joined/{place.rank}", "1")
         store.wait([f"joined/{rank}" for rank in range(place.world_size)], JOIN_TIMEOUT)
+        store.set_timeout(COLLECTIVE_TIMEOUT)
     except RuntimeError as error:  # torch's own kinds, and for file:// a bare one
         raise ValueError(
             f"rank {place.rank} of {place.world_size}: not all ranks met at {address} within "

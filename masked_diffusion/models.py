@@ -159,7 +159,8 @@ class RelativePositionBias(nn.Module):
     def forward(self, index: Tensor) -> Tensor:
         """index: (L, L), or (N, L, L) where each sample has tokens of its own. Returns (1 or N, heads, L, L)."""
         bias = F.embedding(index, self.relative_position_bias_table)  # (..., L, L, heads)
-        return bias.movedim(-1, -3).reshape(-1, bias.shape[-1], *index.shape[-2:])
+        # Fused attention kernels take a mask only if its last dimension is contiguous.
+        return bias.movedim(-1, -3).contiguous().view(-1, bias.shape[-1], *index.shape[-2:])
 
 
 class Attention(nn.Module):

@@ -1,5 +1,6 @@
 """Samplers of training timesteps: uniform, or by the history of the losses (2102.09672, section 3.3)."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +82,8 @@ class LossSecondMomentResampler(ScheduleSampler):
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
+            if not math.isfinite(loss):
+                continue  # one would leave no weight to any other timestep, for good
             if self._counts[t] == self.history_per_term:
                 self._losses[t] = np.roll(self._losses[t], -1)
                 self._losses[t, -1] = loss

@@ -33,6 +33,7 @@ from masked_diffusion.randomness import SampleNoise, numpy_generator
 MANIFEST_NAME = "manifest.json"
 GRID_IMAGES = 64
 POLL_SECONDS = 0.5
+STALL_SECONDS = 2 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class ImageSampler:
         timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
         x_start = noise.randn(self._latent_shape, self._device)
         latents = samplers.last(samplers.loop(self._step, predict, x_start, timesteps, noise.randn_like))
-        return to_uint8(self._first_stage.decode(latents))
+        images = self._first_stage.decode(latents)
+        if not images.isfinite().all():
+            raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
+        return to_uint8(images)
 
 
 def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:
@@ -156,27 +160,61 @@ class SampleSet:
     def _recorded_settings(self) -> Any:
         return (_read_json(self.folder / MANIFEST_NAME) or {}).get("settings")
 
+    def restore(self) -> bool:
+        """Bring back a complete set of these settings that was moved aside, moving aside what is in its place.
+
+        Returns whether there was one.
+        """
+        for manifest in sorted(self.folder.glob("manifest_*.json")):
+            record = _read_json(manifest) or {}
+            samples = self.folder / Path(str(record.get("samples"))).name
+            if record.get("settings") == self.settings and samples.suffix == ".npz" and samples.is_file():
+                self._move_aside()
+                if samples.with_suffix(".png").is_file():
+                    samples.with_suffix(".png").rename(self.path.with_suffix(".png"))
+                samples.rename(self.path)
+                manifest.unlink()
+                write_json(self.folder / MANIFEST_NAME, {**record, "samples": self.path.name})
+                return True
+        return False
+
+    def _move_aside(self) -> list[Path]:
+        """Move the set that the manifest speaks of, and whatever has this one's names, to numbered names."""
+        manifest = self.folder / MANIFEST_NAME
+        old = (_read_json(manifest) or {}).get("samples")
+        named = isinstance(old, str) and old.endswith(".npz")
+        old_path = self.folder / Path(str(old)).name if named else self.path
+        moved = move_aside(old_path, manifest, old_path.with_suffix(".png"))
+        _rename_in_manifest(moved)
+        return moved + move_aside(self.path, self.path.with_suffix(".png"))
+
     def open(self, circumstances: dict[str, Any]) -> list[Path]:
         """Make the folder ready, on one rank: move a set of other settings aside and write the manifest.
 
         circumstances: what else the manifest records (devices, versions). Returns the files that were moved.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        manifest = self.folder / MANIFEST_NAME
-        moved: list[Path] = []
-        if self._recorded_settings() != self.settings:
-            old = (_read_json(manifest) or {}).get("samples")
-            named = isinstance(old, str) and old.endswith(".npz")
-            old_path = self.folder / Path(str(old)).name if named else self.path
-            moved = move_aside(old_path, manifest, old_path.with_suffix(".png"))
-            _rename_in_manifest(moved)
-            moved += move_aside(self.path, self.path.with_suffix(".png"))
-        write_json(manifest, {"samples": self.path.name, "settings": self.settings, **circumstances})
+        moved = [] if self._recorded_settings() == self.settings else self._move_aside()
+        record = {"samples": self.path.name, "settings": self.settings, **circumstances}
+        write_json(self.folder / MANIFEST_NAME, record)
         self._parts.mkdir(exist_ok=True)
+        for marker in self._parts.glob("*.failed"):
+            marker.unlink()
         return moved
 
+    def mark_failed(self, rank: int) -> None:
+        """Let rank 0 know that this rank will write no more parts."""
+        (self._parts / f"rank{rank}.failed").touch()
+
+    def failed(self) -> list[str]:
+        """Ranks that will write no more parts."""
+        return sorted(path.stem for path in self._parts.glob("*.failed"))
+
     def write_part(self, batch: int, images: np.ndarray) -> None:
-        """Keep a batch's images, (n, H, W, 3) uint8."""
+        """Keep a batch's images, (n, H, W, 3) uint8. Raises ValueError for others."""
+        expected = (len(self.indices(batch)), *self.image_shape)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise ValueError(f"batch {batch}: expected uint8 images {expected}, got {images.dtype} {images.shape}")
         with atomic_write(self._part(batch)) as file:
             np.save(file, images)
 
@@ -253,19 +291,37 @@ def generate(
 ) -> None:
     """Make this rank's batches and, on rank 0, wait until the others' are there too.
 
-    make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes.
+    make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes. Raises
+    RuntimeError on rank 0 when another one failed or nothing has come for ``STALL_SECONDS``; all parts stay.
     """
     with tqdm(total=samples.num_samples, unit="image", disable=rank != 0) as bar:
-        for batch in range(rank, samples.num_batches, world_size):
-            if not samples.has_part(batch):
-                indices = samples.indices(batch)
-                samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
-            bar.update(len(samples.indices(batch)))
+        try:
+            for batch in range(rank, samples.num_batches, world_size):
+                if not samples.has_part(batch):
+                    indices = samples.indices(batch)
+                    samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
+                bar.update(len(samples.indices(batch)))
+        except BaseException:
+            samples.mark_failed(rank)
+            raise
         if rank == 0:
-            waiting = {batch for batch in range(samples.num_batches) if batch % world_size}
-            while waiting:
-                done = {batch for batch in waiting if samples.has_part(batch)}
-                bar.update(sum(len(samples.indices(batch)) for batch in done))
-                waiting -= done
-                if waiting:
-                    time.sleep(POLL_SECONDS)
+            _wait_for_others(samples, world_size, bar)
+
+
+def _wait_for_others(samples: SampleSet, world_size: int, bar: tqdm) -> None:
+    waiting = {batch for batch in range(samples.num_batches) if batch % world_size}
+    last_news = time.monotonic()
+    while waiting:
+        done = {batch for batch in waiting if samples.has_part(batch)}
+        if done:
+            last_news = time.monotonic()
+            bar.update(sum(len(samples.indices(batch)) for batch in done))
+            waiting -= done
+        elif samples.failed() or time.monotonic() - last_news > STALL_SECONDS:
+            reason = f"{', '.join(samples.failed())} failed" if samples.failed() else "no part has come for hours"
+            raise RuntimeError(
+                f"{len(waiting)} batches of other ranks are missing, and {reason}; start the same command again to "
+                "continue (on several machines the output folder must be shared)"
+            )
+        if waiting:
+            time.sleep(POLL_SECONDS)

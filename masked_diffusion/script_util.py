@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -114,8 +115,16 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
         try:
             work = prepare(stack)
         except (ValueError, OSError) as error:
-            return usage_error(error, dist_util.launched_rank(os.environ))
-        return work() or 0
+            status = usage_error(error, dist_util.launched_rank(os.environ))
+            dist_util.abort_mpi(status)
+            return status
+        try:
+            return work() or 0
+        except BaseException:
+            if dist_util.under_mpi():
+                traceback.print_exc()  # aborting leaves no time for it
+                dist_util.abort_mpi(1)
+            raise
 
 
 def usage_error(error: Exception, rank: int = 0) -> int:

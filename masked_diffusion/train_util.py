@@ -29,6 +29,7 @@ from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 
 Batch = dict[str, Tensor]
 QUARTILES = 4
+EMA_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class Meter:
         self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
         self._counts += quartile.sum(dim=0)
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        self._grad_norm += torch.stack([norm.double(), torch.ones_like(norm, dtype=torch.float64)])
+    def add_grad_norm(self, norm: Tensor, good: Tensor) -> None:
+        """norm, good: (); a norm that is not finite belongs to a skipped step and does not count."""
+        self._grad_norm += torch.stack([torch.where(good, norm, 0), good]).double()
 
     def flush(self) -> dict[str, float]:
         """Means over all ranks since the last flush, NaN where there was nothing. Reduces once, copies once."""
@@ -159,10 +161,13 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, good: Tensor) -> None:
         """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
-        averaged = list(self._parameters.values())
-        change = torch._foreach_sub([p.detach() for p in model.parameters()], averaged)
-        torch._foreach_mul_(change, good * (1 - float(self.rate)))
-        torch._foreach_add_(averaged, change)
+        weight = good * (1 - float(self.rate))
+        parameters = [p.detach() for p in model.parameters()]
+        for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
+            averaged = list(self._parameters.values())[start : start + EMA_GROUP]
+            change = torch._foreach_sub(parameters[start : start + EMA_GROUP], averaged)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averaged, change)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state
@@ -304,15 +309,16 @@ class TrainLoop:
         """One update. images: (N, C, H, W) in [-1, 1]; extras: labels ``y`` and the draws of each image."""
         draws = {name: value.to(self.ranks.device, non_blocking=True) for name, value in extras.items() if name != "t"}
         images = images.to(self.ranks.device, non_blocking=True)
-        z = self.first_stage.encode(images, noise=draws.get("posterior"))  # (N, C, h, w)
         t, weights = self.schedule_sampler.from_uniform(extras["t"], self.ranks.device)  # (N,), (N,)
-        size = self.config.microbatch if self.config.microbatch > 0 else len(z)
+        batch_size = len(images)
+        size = self.config.microbatch if self.config.microbatch > 0 else batch_size
         losses = []
-        for start in range(0, len(z), size):
+        for start in range(0, batch_size, size):
             part = slice(start, start + size)
-            is_last = part.stop >= len(z)
             part_draws = {name: value[part] for name, value in draws.items()}
-            losses.append(self._backward(z[part], t[part], weights[part], part_draws, len(z), is_last))
+            z = self.first_stage.encode(images[part], noise=part_draws.get("posterior"))  # (n, C, h, w)
+            is_last = part.stop >= batch_size
+            losses.append(self._backward(z, t[part], weights[part], part_draws, batch_size, is_last))
         self._check_last_step()
         good = self._update()
         self._teach_schedule_sampler(t, torch.cat(losses), good)
@@ -357,7 +363,7 @@ class TrainLoop:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         good = norm.isfinite()
-        self.meter.add_grad_norm(norm)
+        self.meter.add_grad_norm(norm, good)
         if not self.config.use_fp16:  # the gradient scaler does the same, and also lowers its scale
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
@@ -439,7 +445,12 @@ class TrainLoop:
         checkpoint.save_checkpoint(self.folder, self.step, parts)
         self.logger.text(f"saved the checkpoint of step {self.step} in {self.folder}")
         checkpoint.prune(self.folder, self.config.keep_checkpoints, self.config.keep_every)
-        self._preview()
+        try:
+            self._preview()
+        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
+            self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
+        finally:
+            self.model.train()
 
     def _load(self, start: checkpoint.Start) -> None:
         """Everything a checkpoint has; published ones have no state file."""
@@ -495,7 +506,6 @@ class TrainLoop:
         self.model.eval()
         make = ImageSampler(ema_model, self.run_config, sampler, self.first_stage, self.ranks.device)
         images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
-        self.model.train()
         save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")
 
 

@@ -109,6 +109,12 @@ def _recorded_first_stage(
     elif "vae_decoder" in explicit:
         warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
     first_stage = load_first_stage(vae_path, device, channels)
+    shape = (first_stage.downsample, first_stage.latent_channels)
+    if shape != (recorded.model.downsample, recorded.model.in_channels):
+        raise ValueError(
+            f"--vae_path {vae_path}: it divides by {shape[0]} into {shape[1]} channels, the model was trained with "
+            f"{recorded.model.downsample} and {recorded.model.in_channels}; give the autoencoder it was trained with"
+        )
     for name in ("scaling_factor", "shift_factor"):
         if first_stage.description[name] != recorded.first_stage[name]:
             raise ValueError(

@@ -134,6 +134,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
             samples.remove_parts()
             say("these samples are already complete")
             return False
+        if samples.restore():
+            say(f"these samples were complete and had been moved aside; they are {samples.path.name} again")
+            return False
         circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
         try:
             moved = samples.open(circumstances)
@@ -182,8 +185,10 @@ def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
     """(num_samples,) labels asked for. Raises ValueError where guidance or a label cannot be had."""
     if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
         raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
-    if args.cfg_cond and not trained.model.has_null_class:
-        raise ValueError(f"--cfg_cond True: {trained.path} has no null class, so it cannot be guided")
+    unconditional = not (args.class_cond and trained.config.class_cond)
+    if (args.cfg_cond or unconditional) and not trained.model.has_null_class:
+        flag = "--cfg_cond True" if args.cfg_cond else "--class_cond False"
+        raise ValueError(f"{flag}: {trained.path} has no null class in its label table")
     num_classes = trained.config.model.num_classes
     names = ClassNames(num_classes, trained.config.class_names)
     return choose_labels(args.labels, args.num_samples, num_classes, names, args.seed)
@@ -216,7 +221,7 @@ def settings_of(
             "noise_schedule": config.diffusion.noise_schedule,
             "learn_sigma": config.diffusion.learn_sigma,
             "predict_xstart": config.diffusion.predict_xstart,
-            "sigma_small": config.diffusion.sigma_small,
+            "sigma_small": None if config.diffusion.learn_sigma else config.diffusion.sigma_small,
         },
         "sampler": "ddim" if sampler.use_ddim else "ddpm",
         "num_sampling_steps": sampler.num_sampling_steps,

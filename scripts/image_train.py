@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from masked_diffusion import checkpoint, dist_util, model_and_diffusion_defaults
-from masked_diffusion.config import CONFIG_NAME, DiffusionConfig, ModelConfig, RunConfig, check_resume, read_config
+from masked_diffusion.config import (
+    CONFIG_NAME,
+    DiffusionConfig,
+    ModelConfig,
+    RunConfig,
+    changed_settings,
+    check_resume,
+    read_config,
+)
 from masked_diffusion.data_stream import DataOrder
 from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
@@ -28,6 +36,7 @@ from masked_diffusion.script_util import (
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
+    explicit_flags,
     optional,
     place_from_args,
     run_script,
@@ -115,19 +124,19 @@ def create_argparser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, stack).run)
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    explicit = explicit_flags(parser, argv)
+    return run_script(lambda stack: prepare(args, explicit, stack).run)
 
 
-def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
+def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> TrainLoop:
     """Check everything that input can get wrong, and build the run. Raises ValueError or OSError."""
     config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
-    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
-
     dataset = open_dataset(
         args.data_dir,
         image_size=args.image_size,
@@ -137,6 +146,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
         random_flip=args.random_flip,
     )
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
+    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     run_config = make_run_config(args, config, dataset, first_stage)
     diffusion = run_config.diffusion.build()
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
@@ -150,10 +160,10 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
     start = ranks.from_main(
         lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite)
     )
+    messages = list(start.messages)
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
-    ranks.from_main(lambda: claim_folder(folder, run_config))
-    messages = list(start.messages)
+        messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
     if start.init_from is not None:
         state = checkpoint.read_weights(start.init_from)
         checkpoint.load_weights_for_new_classes(model, state, start.init_from, messages.append)
@@ -176,6 +186,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
         pin_memory=device.type == "cuda",
     )
     stack.callback(data.close)
+    ranks.from_main(lambda: claim_folder(folder, run_config))
     logger = Logger.open(folder, start.step, sinks) if ranks.is_main else Logger()
     stack.callback(logger.close)
     loop = TrainLoop(
@@ -193,7 +204,9 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> TrainLoop:
         position=position,
         name_of=dataset.name_of,
     )
-    for message in [f"output folder: {folder}", *describe(args, run_config, dataset, model), *messages]:
+    for message in [f"output folder: {folder}", *describe(args, run_config, dataset, model)]:
+        logger.text(message)
+    for message in [*(f"warning: {text}" for text in warnings_of(args, explicit)), *messages]:
         logger.text(message)
     return loop
 
@@ -245,13 +258,28 @@ def claim_folder(folder: Path, run_config: RunConfig) -> None:
         ) from error
 
 
+def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    """Settings that are given and have no effect."""
+    idle = {
+        "fp16_scale_growth": not args.use_fp16 and "without --use_fp16 True",
+        "sigma_small": args.learn_sigma and "with --learn_sigma True",
+        "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")
+        or (not args.learn_sigma and "with --learn_sigma False"),
+        "preview_steps": not args.preview_samples and "with --preview_samples 0",
+        "random_flip": args.data_dir.startswith("builtin:") and "for the embedded digits",
+        "tf32": args.device == "cpu" and "on a CPU",
+    }
+    return [f"--{name} is ignored {reason}" for name, reason in idle.items() if reason and name in explicit]
+
+
 def choose_num_workers(asked: int) -> int:
     """-1: as many loader processes as there are spare cores for this training process, at most 8."""
     if asked < -1:
         raise ValueError(f"--num_workers {asked}: must be 0 (load in the training process) or more, or -1 to choose")
     if asked >= 0:
         return asked
-    return max(0, min(8, (os.cpu_count() or 1) // dist_util.local_world_size(os.environ) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // dist_util.local_world_size(os.environ) - 1))
 
 
 def describe(args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: MDT) -> list[str]:

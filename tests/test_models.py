@@ -260,3 +260,12 @@ def test_a_model_without_a_null_class_refuses_guidance():
     assert not model.has_null_class
     with pytest.raises(ValueError, match="no null class"):
         model.forward_with_cfg(tensor("x"), tensor("t"), tensor("y"), cfg_scale=2.0)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (3, 11, 11)])
+def test_the_attention_bias_has_the_layout_that_fused_kernels_ask_for(model, shape):
+    index = torch.randint(0, 49, shape, dtype=torch.int32)
+    bias = model.blocks[0].attn.rel_pos_bias(index)
+    assert bias.shape == (1 if len(shape) == 2 else 3, CONFIG["num_heads"], *shape[-2:]) and bias.is_contiguous()
+    table = model.blocks[0].attn.rel_pos_bias.relative_position_bias_table
+    assert torch.equal(bias[-1, :, 2, 5], table[index[..., 2, 5].reshape(-1)[-1]])

@@ -67,3 +67,10 @@ def test_the_state_of_another_sampler_is_refused():
 def test_an_unknown_sampler_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="choose one of uniform, loss-second-moment"):
         create_named_schedule_sampler("importance", create_diffusion("4"))
+
+
+def test_a_loss_that_is_not_finite_teaches_nothing():
+    sampler = skewed_sampler()
+    before = sampler.weights().copy()
+    sampler.update_with_all_losses([0, 1, 2], [float("nan"), float("inf"), 3.0])
+    np.testing.assert_allclose(sampler.weights(), before)

@@ -536,3 +536,41 @@ def test_a_manifest_that_names_no_file_stops_nobody(tmp_path, name):
     (tmp_path / "manifest.json").write_text(json.dumps({"samples": name, "settings": {}}))
     complete(sample_set(tmp_path))
     assert sample_set(tmp_path).is_complete()
+
+
+def test_a_complete_set_that_was_moved_aside_comes_back_instead_of_being_made_again(tmp_path):
+    sets = [SampleSet(tmp_path, 3, 4, 2, {"guidance": scale}) for scale in (1.0, 2.0)]
+    contents = []
+    for number, samples in enumerate(sets):
+        samples.open({})
+        for batch in range(samples.num_batches):
+            samples.write_part(batch, np.full((len(samples.indices(batch)), 4, 4, 3), number, np.uint8))
+        samples.assemble(None)
+        contents.append(samples.path.read_bytes())
+    assert sets[1].is_complete() and not sets[0].is_complete()
+    assert sets[0].restore() and sets[0].is_complete() and sets[0].path.read_bytes() == contents[0]
+    assert sets[1].restore() and sets[1].path.read_bytes() == contents[1]
+    assert not SampleSet(tmp_path, 3, 4, 2, {"guidance": 3.0}).restore()
+    assert len(list(tmp_path.glob("*.npz"))) == len(list(tmp_path.glob("manifest*.json"))) == 2
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_failed(tmp_path):
+    samples = SampleSet(tmp_path, 4, 4, 2, {})
+    samples.open({})
+
+    def fail(indices, labels):
+        raise RuntimeError("out of memory")
+
+    labels = np.zeros(4, dtype=np.int64)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(samples, fail, labels, rank=1, world_size=2)
+    with pytest.raises(RuntimeError, match="1 batches of other ranks are missing, and rank1 failed"):
+        generate(samples, lambda i, y: np.zeros((len(i), 4, 4, 3), np.uint8), labels, rank=0, world_size=2)
+    assert samples.has_part(0)
+
+
+def test_a_part_of_another_size_is_refused(tmp_path):
+    samples = SampleSet(tmp_path, 2, 4, 2, {})
+    samples.open({})
+    with pytest.raises(ValueError, match="expected uint8 images"):
+        samples.write_part(0, np.zeros((2, 2, 2, 3), np.uint8))

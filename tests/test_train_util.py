@@ -277,3 +277,48 @@ def test_after_too_many_bad_steps_the_run_stops_with_the_last_good_state(train, 
     poisoned(lambda call: call >= 8)  # from the third step on
     with pytest.raises(FloatingPointError, match="3 steps in a row were not finite"):
         train("--max_steps", "50", "--max_bad_steps", "3", "--save_interval", "2")
+
+
+def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(train):
+    folder = train("--max_steps", "2", "--lr", "1e-3")
+    path = folder / "opt000002.pt"
+    state = torch.load(path, weights_only=True)
+    state["param_groups"][0].update(fused=None, foreach=True, weight_decay=0.7, lr=1.0)
+    for name in ("checkpoint000002.json", "state000002.pt"):  # as the published code leaves them
+        (folder / name).unlink()
+    torch.save(state, path)
+    resumed = train("--max_steps", "4", "--lr", "1e-3", "--resume_checkpoint", folder / "model000002.pt")
+    assert_same_weights(weights(train("--max_steps", "4", "--lr", "1e-3"), 4), weights(resumed, 4))
+    [group] = torch.load(resumed / "opt000004.pt", weights_only=True)["param_groups"]
+    assert group["weight_decay"] == 0 and group["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "flags, warning",
+    [
+        (["--fp16_scale_growth", "0.1"], "--fp16_scale_growth is ignored without --use_fp16 True"),
+        (["--sigma_small", "True"], "--sigma_small is ignored with --learn_sigma True"),
+        (["--use_kl", "True", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas is ignored with --use_kl"),
+        (["--preview_steps", "3"], "--preview_steps is ignored with --preview_samples 0"),
+        (["--random_flip", "True"], "--random_flip is ignored for the embedded digits"),
+    ],
+)
+def test_a_setting_without_effect_warns(train, capsys, flags, warning):
+    train(*flags, "--max_steps", "1", sinks="stdout")
+    assert f"warning: {warning}" in capsys.readouterr().out
+
+
+def test_a_resumed_run_says_what_has_changed(train, capsys):
+    folder = train("--max_steps", "1")
+    train("--max_steps", "2", "--seed", "3", "--lr", "1e-3", folder=folder, sinks="stdout")
+    out = capsys.readouterr().out
+    assert "changed since that checkpoint: seed was 0, is 3" in out and "learning rate 0.001 from here on" in out
+
+
+def test_a_preview_that_fails_does_not_stop_the_training(train, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room for pictures")
+
+    monkeypatch.setattr("masked_diffusion.train_util.ImageSampler", out_of_memory)
+    folder = train("--preview_samples", "2", "--save_interval", "1")
+    assert (folder / "checkpoint000002.json").exists() and not list(folder.glob("preview*"))

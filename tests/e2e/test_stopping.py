@@ -2,12 +2,25 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
-from support import TIMEOUT, TINY_DIGITS, assert_same_weights, command, environment, rows, run, weights
+from support import (
+    REPO,
+    TIMEOUT,
+    TINY_DIGITS,
+    assert_same_weights,
+    command,
+    environment,
+    rows,
+    run,
+    run_command,
+    weights,
+)
 
 from masked_diffusion.preemption import STOPPED
 
@@ -86,3 +99,25 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_where_an_undisturbed_one_
         kills += 1
     run(TRAIN, tmp_path, *FLAGS, processes=processes)
     assert_ends_as(tmp_path, reference)
+
+
+def test_a_rank_that_dies_under_mpiexec_takes_the_job_down(tmp_path):
+    """mpi4py's goodbye is collective: without an abort, the dead rank would wait for the living and they for it."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    mpiexec = shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("mpiexec is not installed")
+    program = tmp_path / "dies.py"
+    program.write_text(
+        "import sys\nfrom masked_diffusion.image_datasets import DigitsDataset\n"
+        "from masked_diffusion.randomness import numpy_generator\nload = DigitsDataset.load\n"
+        "def failing(self, index, rng=None):\n"
+        "    import os\n"
+        "    if rng is not None and os.environ['PMI_RANK'] == '1': raise RuntimeError('a dead disk')\n"
+        "    return load(self, index, rng)\n"
+        "DigitsDataset.load = failing\n"
+        f"sys.path.insert(0, {str(REPO / 'scripts')!r})\nimport image_train\nsys.exit(image_train.main())\n"
+    )
+    flags = [str(flag) for flag in TINY_DIGITS]
+    done = run_command([mpiexec, "-n", "2", sys.executable, str(program), *flags], environment(tmp_path), timeout=60)
+    assert done.returncode != 0 and "a dead disk" in done.stderr
