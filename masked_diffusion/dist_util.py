@@ -75,6 +75,8 @@ def local_world_size(environ: Mapping[str, str]) -> int:
     for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
         if environ.get(name, "").isdigit():
             return max(1, int(environ[name]))
+    if number := re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):  # such as 8(x2)
+        return max(1, int(number[0]))
     return 1
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from masked_diffusion.files import atomic_write
 from masked_diffusion.image_datasets import open_dataset
-from masked_diffusion.pictures import to_uint8
 from masked_diffusion.randomness import global_generator
 from masked_diffusion.script_util import run_script
 
@@ -49,7 +48,8 @@ def digits(name: str) -> tuple[Tensor, Tensor]:
     """Pixels (N, 8, 8, 3) uint8 and labels (N,) of a part of the embedded data set."""
     dataset = open_dataset(f"builtin:{name}", image_size=8)
     images = torch.stack([torch.from_numpy(dataset.load(i)) for i in range(len(dataset))])
-    return torch.from_numpy(to_uint8(images)), torch.from_numpy(dataset.labels)
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)  # (N, 1, 8, 8), exactly the data set's
+    return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous(), torch.from_numpy(dataset.labels)
 
 
 def train_classifier(pixels: Tensor, labels: Tensor) -> DigitClassifier:

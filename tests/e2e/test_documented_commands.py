@@ -114,11 +114,11 @@ TABLE = [
     Row(r"RANK=1 bash run_ddp_worker\.sh$", elsewhere="runs beside the master"),
     Row(r"^MODEL_PATH=\S+ bash run_sample\.sh$", elsewhere="second link of the chain below"),
     Row(
-        r"^python -m torch\.distributed\.launch .*image_sample\.py",
+        r"torch\.distributed\.launch .*image_sample\.py",
         flags=f"{SAMPLING} {PUBLISHED}",
-        makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz",
+        makes=f"output_mdt_xl2_eval/samples_4x{SIDE}x{SIDE}x3.npz",
     ),
-    Row(r"^python evaluations/evaluator\.py \.\./dataeval/\S+ samples_\S+$", says="Recall: "),
+    Row(r"^python evaluations/evaluator\.py \.\./dataeval/\S+ output_\S+$", says="Recall: "),
     Row(
         r"^python infer_mdt\.py --labels 207,360",
         flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
@@ -254,9 +254,10 @@ def workspace(tmp_path, images_by_name, stub_graph, models):
     (tmp_path / "dataeval").mkdir()
     for name in ("../dataeval/VIRTUAL_imagenet256_labeled", "flowers256", "REF"):
         np.savez(folder / f"{name}.npz", arr_0=pixels)
-    (folder / "output_flowers_eval").mkdir()
-    for name in (f"samples_12x{SIDE}x{SIDE}x3", f"output_flowers_eval/samples_12x{SIDE}x{SIDE}x3", "SAMPLE"):
-        np.savez(folder / f"{name}.npz", arr_0=pixels[:12])
+    for name in ("output_flowers_eval", "output_mdt_xl2_eval"):
+        (folder / name).mkdir()
+        np.savez(folder / name / f"samples_12x{SIDE}x{SIDE}x3.npz", arr_0=pixels[:12])
+    np.savez(folder / "SAMPLE.npz", arr_0=pixels[:12])
     return folder
 
 
@@ -413,7 +414,7 @@ must be at least 1 (images per process and step) | cannot be negative | must be 
 this model has no null class | use_timesteps: | a sampling loop needs | so there are no images to read
 no images to compute features of | statistics of different widths | a covariance needs | what arrived is not the graph
 none of these folders can be written to | bytes arrived | of the .npy format | --data_dir: …
-holds something else than its name says
+holds something else than its name says | expected uint8 images
 """
 
 
