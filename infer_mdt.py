@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
         sampler = dataclasses.replace(sampler, num_sampling_steps=steps)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device, progress=True)
     # Small sets of classes in turn: one column per class.
-    columns = COLUMNS if len(labels) <= 2 * COLUMNS else None
+    columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
     if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
         columns = trained.config.model.num_classes
     return lambda: draw(make, labels, columns, out)

@@ -30,6 +30,10 @@ run() {
 }
 
 if [ -n "${DATA_PATH:-}" ]; then
+  case "$DATA_PATH" in
+    *:*) ;; # a bucket or an embedded data set
+    *) [ -d "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
+  esac
   export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_s2}"
   run python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
     scripts/image_train.py --data_dir "$DATA_PATH" --image_size "${IMAGE_SIZE:-256}" \
@@ -45,7 +49,6 @@ processes=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))
 export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_digits}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
 steps=${STEPS:-2000}
 samples=355
-export TF_CPP_MIN_LOG_LEVEL=3 # TensorFlow tells much about this processor
 launch=(python -m torch.distributed.run --standalone "--nproc_per_node=$processes")
 
 echo "1/4 training a small MDT on 8 x 8 handwritten digits, in pixel space, on $processes processes"

@@ -17,6 +17,12 @@ CFG_SCALE="${CFG_SCALE:-3.8}"
 REFERENCE="${REFERENCE:-../dataeval/VIRTUAL_imagenet256_labeled.npz}"
 GRAPH="${GRAPH:-}"
 
+[ -f "$MODEL_PATH" ] || { echo "run_sample.sh: error: MODEL_PATH $MODEL_PATH: no such file" >&2; exit 2; }
+[ -f "$REFERENCE" ] || {
+  echo "run_sample.sh: error: REFERENCE $REFERENCE: no such file; evaluations/README.md says where to get it" >&2
+  exit 2
+}
+
 run() {
   printf '+'; printf ' %q' "$@"; printf '\n'
   "$@"

@@ -204,7 +204,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         position=position,
         name_of=dataset.name_of,
     )
-    for message in [f"output folder: {folder}", *describe(args, run_config, dataset, model)]:
+    where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
+    for message in [
+        f"output folder: {folder}",
+        f"device: {device}, {where}",
+        *describe(args, run_config, dataset, model),
+    ]:
         logger.text(message)
     for message in [*(f"warning: {text}" for text in warnings_of(args, explicit)), *messages]:
         logger.text(message)

@@ -8,8 +8,10 @@
 """
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,28 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """TensorFlow's libraries greet with several lines about the processor, past Python's stderr."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def export_graph(classifier: DigitClassifier, path: Path) -> None:
     """Write the classifier as a frozen graph that the ADM evaluator can read its features from.
 
     ``ExpandDims:0`` takes (N, 8, 8, 3) pixels in [0, 255]; ``mixed_6/conv:0`` are the second convolution's maps,
     ``pool_3:0`` the 64 hidden features, ``softmax/logits/MatMul`` the last layer.
     """
-    import tensorflow as tf
+    with quiet_stderr():
+        import tensorflow as tf
 
     def constant(tensor: Any) -> Any:
         return tf.constant(tensor.detach().numpy())
