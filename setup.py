@@ -25,7 +25,7 @@ setup(
         "safetensors>=0.4.5",
         "numpy>=2.0",
         "pillow>=10.3",
-        "blobfile>=3.0",
+        "blobfile>=3.2",
         "tqdm>=4.66.3",
         "tensorboard>=2.18",
         "scikit-learn>=1.5",
