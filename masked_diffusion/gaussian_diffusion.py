@@ -191,6 +191,14 @@ class GaussianDiffusion:
         variance = self._at("posterior_variance", t, x_t).expand_as(mean)
         return mean, variance, self._at("posterior_log_variance_clipped", t, x_t).expand_as(mean)
 
+    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        recip = self._at("sqrt_recip_alphas_cumprod", t, x_t)
+        return recip * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        recip = self._at("sqrt_recip_alphas_cumprod", t, x_t)
+        return (recip * x_t - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
     # -- network output -> prediction -> target -> loss ----------------------------------------------------------------
     # Another objective (v-prediction, rectified flow) is a branch in _predict_xstart, _target and _mse_weight.
 
@@ -199,11 +207,7 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.START_X:
             return output
         if self.model_mean_type is ModelMeanType.EPSILON:
-            recip, recipm1 = (
-                self._at("sqrt_recip_alphas_cumprod", t, x_t),
-                self._at("sqrt_recipm1_alphas_cumprod", t, x_t),
-            )
-            return recip * x_t - recipm1 * output
+            return self._predict_xstart_from_eps(x_t, t, output)
         coef1, coef2 = self._at("posterior_mean_coef1", t, x_t), self._at("posterior_mean_coef2", t, x_t)
         return (output - coef2 * x_t) / coef1
 
@@ -331,13 +335,6 @@ class GaussianDiffusion:
         output, extra = output if isinstance(output, tuple) else (output, None)
         return {**self._p_mean_variance_of(output.float(), x, t, denoised_fn, clip_denoised), "extra": extra}
 
-    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        recip, recipm1 = (
-            self._at("sqrt_recip_alphas_cumprod", t, x_t),
-            self._at("sqrt_recipm1_alphas_cumprod", t, x_t),
-        )
-        return (recip * x_t - pred_xstart) / recipm1
-
     def condition_mean(
         self,
         cond_fn: Callable[..., Tensor],
@@ -362,11 +359,7 @@ class GaussianDiffusion:
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         gradient = cond_fn(x, self.original_timesteps(t), **(model_kwargs or {}))
         eps = eps - (1 - self.alpha_bar(t, x)).sqrt() * gradient
-        recip, recipm1 = (
-            self._at("sqrt_recip_alphas_cumprod", t, x),
-            self._at("sqrt_recipm1_alphas_cumprod", t, x),
-        )
-        pred_xstart = recip * x - recipm1 * eps
+        pred_xstart = self._predict_xstart_from_eps(x, t, eps)
         mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
