@@ -2,13 +2,14 @@
 
 A checkpoint of step s is ``model{s:06d}.pt``, ``ema_{rate}_{s:06d}.pt`` for each EMA rate, ``opt{s:06d}.pt``,
 ``state{s:06d}.pt`` (position in the data stream, gradient scaler, timestep sampler) and, written last, its manifest
-``checkpoint{s:06d}.json`` with sizes and SHA-256 of the others: no manifest, no checkpoint. A model or EMA file is a
-plain state dict. Nothing here runs code from a file.
+``checkpoint{s:06d}.json`` with the configuration and the sizes and SHA-256 of the others: no manifest, no checkpoint. A
+model or EMA file is a plain state dict, and may be a ``.safetensors`` instead. Nothing here runs code from a file.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from masked_diffusion.files import atomic_write, sha256_of, write_json
 
-MODEL_FILE = re.compile(r"model(\d{6,})\.pt")
-EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.pt")
+WEIGHTS_FORMATS = ("pt", "safetensors")
+MODEL_FILE = re.compile(r"model(\d{6,})\.(?:pt|safetensors)")
+EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.(?:pt|safetensors)")
 MANIFEST_FILE = re.compile(r"checkpoint(\d{6,})\.json")
 RUN_FILES = (
     MODEL_FILE,
@@ -33,12 +35,12 @@ LABEL_TABLE = "y_embedder.embedding_table.weight"
 PATCH_EMBEDDING = "x_embedder.proj.weight"
 
 
-def model_file(step: int) -> str:
-    return f"model{step:06d}.pt"
+def model_file(step: int, weights_format: str = "pt") -> str:
+    return f"model{step:06d}.{weights_format}"
 
 
-def ema_file(rate: str, step: int) -> str:
-    return f"ema_{rate}_{step:06d}.pt"
+def ema_file(rate: str, step: int, weights_format: str = "pt") -> str:
+    return f"ema_{rate}_{step:06d}.{weights_format}"
 
 
 def opt_file(step: int) -> str:
@@ -56,14 +58,68 @@ def manifest_file(step: int) -> str:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any]) -> None:
-    """Write ``parts`` (file name -> what ``torch.save`` takes) and then their manifest. Each file is atomic."""
+def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
+    """Write ``parts`` (file name -> state) and then their manifest, which carries ``config``. Each file is atomic.
+
+    A part named ``.safetensors`` is a mapping of names to contiguous tensors, any other what ``torch.save`` takes.
+    """
     files = {}
     for name, part in parts.items():
         with atomic_write(folder / name) as file:
-            torch.save(part, file)
+            if name.endswith(".safetensors"):
+                from safetensors.torch import save
+
+                file.write(save(part))
+            else:
+                torch.save(part, file)
         files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    write_json(folder / manifest_file(step), {"step": step, "files": files})
+    write_json(folder / manifest_file(step), {"step": step, "files": files, "config": config})
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a state, nested dicts and lists with tensors, in host memory: further training does not change it."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {name: snapshot(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
+    return value
+
+
+class CheckpointWriter:
+    """Writes checkpoints one at a time on a thread of its own, from a snapshot in host memory, while training goes on.
+
+    A process that dies meanwhile leaves no manifest, so that the checkpoint before is the newest one. keep_last,
+    keep_every: see :func:`prune`.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 0, keep_every: int = 0) -> None:
+        self._folder = folder
+        self._keep = (keep_last, keep_every)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def start(self, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
+        """Begin to write a checkpoint. The one before must have been collected with :meth:`outcome`."""
+        assert self._pending is None
+        self._pending = step, self._thread.submit(self._write, step, snapshot(parts), config)
+
+    def outcome(self, wait: bool = False) -> tuple[int, OSError | None] | None:
+        """Step of the checkpoint begun last, and what kept it from being written; None while that is not known, and
+        once it has been told. wait: until it is known. Raises what is not an OSError."""
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return None
+        (step, written), self._pending = self._pending, None
+        try:
+            written.result()
+        except OSError as error:
+            return step, error
+        return step, None
+
+    def _write(self, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
+        save_checkpoint(self._folder, step, parts, config)
+        prune(self._folder, *self._keep)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
@@ -140,8 +196,9 @@ def newest_complete_step(folder: Path, report: Callable[[str], None]) -> int | N
 
 
 def _files_of_step(folder: Path, step: int) -> list[Path]:
-    others = [folder / name for name in (model_file(step), opt_file(step), state_file(step))]
-    return [*folder.glob(f"ema_*_{step:06d}.pt"), *(path for path in others if path.exists())]
+    weights = [path for form in WEIGHTS_FORMATS for path in folder.glob(ema_file("*", step, form))]
+    others = [folder / name for name in (*(model_file(step, form) for form in WEIGHTS_FORMATS), opt_file(step))]
+    return [*weights, *(path for path in [*others, folder / state_file(step)] if path.exists())]
 
 
 def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, overwrite: bool) -> Start:
@@ -175,7 +232,9 @@ def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, over
         return Start(newest, folder, messages=tuple(messages))
     # Also an empty --resume_checkpoint must not end in overwriting them.
     if resume_checkpoint in ("", "auto") and not (folder / "config.json").exists():
-        for path in sorted(folder.glob("model*.pt"), reverse=True):
+        for path in sorted(folder.glob("model*"), reverse=True):
+            if not MODEL_FILE.fullmatch(path.name):
+                continue
             raise ValueError(
                 f"{path} was not written by this code (it has no manifest and no config.json): to go on from it, give "
                 "its path as --resume_checkpoint, else give another OPENAI_LOGDIR"
@@ -189,8 +248,8 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
         path = Path(resume_checkpoint).expanduser()
         if ema := EMA_FILE.fullmatch(path.name):
             raise ValueError(
-                f"--resume_checkpoint {path}: this is an EMA file; give {path.with_name(model_file(int(ema[2])))}, or "
-                "use it with --init_from"
+                f"--resume_checkpoint {path}: this is an EMA file; give "
+                f"{path.with_name(model_file(int(ema[2]), path.suffix[1:]))}, or use it with --init_from"
             )
         if not path.is_file():
             raise FileNotFoundError(f"--resume_checkpoint {path}: no such file")
@@ -255,10 +314,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def start_position(start: Start, global_batch: int) -> int:
-    """Items of the data stream consumed before ``start``: recorded, or for published checkpoints full batches."""
+def read_state(start: Start) -> dict[str, Any] | None:
+    """What a checkpoint says of its run beside weights and optimizer; None at step 0 and for published checkpoints."""
     path = start.folder / state_file(start.step)
-    return read_file(path)["position"] if start.step and path.is_file() else start.step * global_batch
+    return read_file(path) if start.step and path.is_file() else None
+
+
+def sibling(start: Start, name: Callable[[int, str], str]) -> Path:
+    """The file of a checkpoint in whichever format it has. name: of step and format, such as :func:`model_file`.
+
+    Raises FileNotFoundError naming the file.
+    """
+    paths = [start.folder / name(start.step, form) for form in WEIGHTS_FORMATS]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{paths[0]}: no such file; it belongs to the checkpoint of step {start.step}")
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:

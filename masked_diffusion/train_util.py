@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from masked_diffusion import checkpoint
-from masked_diffusion.config import CONFIG_NAME, RunConfig
+from masked_diffusion.config import RunConfig
 from masked_diffusion.dist_util import Ranks, no_sync
-from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
@@ -53,6 +53,7 @@ class TrainConfig:
     max_bad_steps: int = 10
     keep_checkpoints: int = 0
     keep_every: int = 0
+    weights_format: str = "pt"
     preview_samples: int = 16
     preview_steps: int = 25
 
@@ -79,6 +80,9 @@ class TrainConfig:
             raise ValueError(f"--microbatch {self.microbatch}: must be at least 1, or -1 for the whole batch")
         if self.use_fp16 and self.use_bf16:
             raise ValueError("--use_fp16 and --use_bf16: choose one")
+        if self.weights_format not in checkpoint.WEIGHTS_FORMATS:
+            known = ", ".join(checkpoint.WEIGHTS_FORMATS)
+            raise ValueError(f"--weights_format {self.weights_format}: unknown; choose one of {known}")
         for rate in self.ema_rates:
             try:
                 valid = 0 <= float(rate) < 1
@@ -97,6 +101,24 @@ class TrainConfig:
         """Where the run ends, None for never."""
         ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
         return min(ends) if ends else None
+
+    def on_ranks(self, world_size: int, former: dict[str, Any] | None) -> "TrainConfig":
+        """These settings with the global batch of the run that is resumed, when only the number of processes changed.
+
+        former: the checkpoint's ``batch_size`` (the flag) and ``global_batch``, None where there are none. A pass
+        never holds more images than it did. Raises ValueError when the processes cannot share the batch equally.
+        """
+        if former is None or former.get("batch_size") != self.batch_size:
+            return self
+        global_batch = former["global_batch"]
+        if global_batch % world_size:
+            raise ValueError(
+                f"the run to resume has a global batch of {global_batch}, which {world_size} processes cannot share "
+                "equally: start another number of them, or choose a new batch with --batch_size"
+            )
+        batch_size = global_batch // world_size
+        microbatch = self.batch_size if self.microbatch < 0 and batch_size > self.batch_size else self.microbatch
+        return dataclasses.replace(self, batch_size=batch_size, microbatch=microbatch)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update after ``step`` completed ones."""
@@ -249,6 +271,8 @@ class TrainLoop:
         self.step = start.step
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
         self.position = position
+        self.writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
+        self.saved_step = start.step  # nothing is saved at step 0, nor again at the step resumed from
         self._bad_step = LateFlag(ranks.device)
         self._bad_steps = 0  # in a row
         self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch and index of the images
@@ -280,7 +304,6 @@ class TrainLoop:
         if end is not None and self.step >= end:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
-        saved = self.step  # nothing is saved at step 0, nor again at the step resumed from
         stopping = False
         self.ddp_model.train()
         with StopSignals() as signals, self._progress_bar(end) as bar:
@@ -288,18 +311,18 @@ class TrainLoop:
                 self.train_step(*next(self.data))
                 bar.update(1)
                 if self.config.max_bad_steps and self._bad_steps >= self.config.max_bad_steps:
-                    self.save()  # of the last good state: bad steps change nothing
+                    self.save_and_wait()  # the last good state: bad steps change nothing
                     raise FloatingPointError(
                         f"{self._bad_steps} steps in a row were not finite; the state before them is saved as step "
                         f"{self.step} (--max_bad_steps {self.config.max_bad_steps})"
                     )
                 if self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar)
-                if self.step % self.config.save_interval == 0 and self.step != end and self._save_if_possible():
-                    saved = self.step
+                if self.step % self.config.save_interval == 0 and self.step != end:
+                    self.save()
+                self._report_save()
                 stopping = self.ranks.any(signals.received is not None)
-            if saved != self.step:
-                self.save()
+            self.save_and_wait()
         if end is not None and self.step >= end:
             return 0
         self.logger.text(f"stopped by a signal after step {self.step}; the same command goes on from here")
@@ -419,32 +442,24 @@ class TrainLoop:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save_if_possible(self) -> bool:
-        """Save; a disk that is full now may have room at the next save, so that is no reason to lose the training."""
-        try:
-            self.save()
-        except OSError as error:
-            self.logger.text(f"could not save the checkpoint of step {self.step} ({error}); training goes on")
-            return False
-        return True
-
     def save(self) -> None:
-        """Write a checkpoint and a preview, on rank 0; the others meet it again in the next step."""
+        """Begin to write a checkpoint, and draw a preview, on rank 0; the others meet it again in the next step."""
         if not self.ranks.is_main:
             return
-        write_json(self.folder / CONFIG_NAME, self.run_config.as_json())
-        parts = {checkpoint.model_file(self.step): self.model.state_dict()}
-        parts |= {checkpoint.ema_file(ema.rate, self.step): ema.state_dict() for ema in self.emas}
+        self._report_save(wait=True)  # one at a time: a snapshot takes as much memory as the training's state
+        form = self.config.weights_format
+        parts: dict[str, Any] = {checkpoint.model_file(self.step, form): self.model.state_dict()}
+        parts |= {checkpoint.ema_file(ema.rate, self.step, form): ema.state_dict() for ema in self.emas}
         parts[checkpoint.opt_file(self.step)] = self.optimizer.state_dict()
         parts[checkpoint.state_file(self.step)] = {
             "step": self.step,
             "position": self.position,
+            "batch_size": self.run_config.training["batch_size"],
+            "global_batch": self.global_batch,
             "scaler": self.scaler.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
         }
-        checkpoint.save_checkpoint(self.folder, self.step, parts)
-        self.logger.text(f"saved the checkpoint of step {self.step} in {self.folder}")
-        checkpoint.prune(self.folder, self.config.keep_checkpoints, self.config.keep_every)
+        self.writer.start(self.step, parts, self.run_config.as_json())
         try:
             self._preview()
         except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
@@ -452,30 +467,43 @@ class TrainLoop:
         finally:
             self.model.train()
 
+    def save_and_wait(self) -> None:
+        """Have the present state on disk. Raises OSError when it cannot be written."""
+        self._report_save(wait=True)
+        if self.saved_step != self.step:
+            self.save()
+            if error := self._report_save(wait=True):
+                raise error
+
+    def _report_save(self, wait: bool = False) -> OSError | None:
+        """Say how the writing of a checkpoint ended, if it did. A disk that is full now may have room at the next save,
+        so that is no reason to lose the training."""
+        outcome = self.writer.outcome(wait)
+        if outcome is None:
+            return None
+        step, error = outcome
+        if error is None:
+            self.saved_step = step
+            self.logger.text(f"saved the checkpoint of step {step} in {self.folder}")
+        else:
+            self.logger.text(f"could not save the checkpoint of step {step} ({error})")
+        return error
+
     def _load(self, start: checkpoint.Start) -> None:
         """Everything a checkpoint has; published ones have no state file."""
-        folder, step = start.folder, start.step
-
-        def sibling(name: str) -> Path:
-            path = folder / name
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file; it belongs to the checkpoint of step {step}")
-            return path
-
-        path = sibling(checkpoint.model_file(step))
+        path = checkpoint.sibling(start, checkpoint.model_file)
         checkpoint.load_weights(self.model, checkpoint.read_weights(path), path)
         for ema in self.emas:
-            path = sibling(checkpoint.ema_file(ema.rate, step))
+            path = checkpoint.sibling(start, partial(checkpoint.ema_file, ema.rate))
             averaged = checkpoint.read_weights(path)
             checkpoint.check_names(self.model, averaged, path)
             ema.load_state_dict(averaged)
-        path = sibling(checkpoint.opt_file(step))
+        path = start.folder / checkpoint.opt_file(start.step)
         try:
             self._load_optimizer(checkpoint.read_file(path))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not this model's optimizer state ({error})") from None
-        if (folder / checkpoint.state_file(step)).is_file():
-            state = checkpoint.read_file(folder / checkpoint.state_file(step))
+        if (state := checkpoint.read_state(start)) is not None:
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
 

@@ -51,6 +51,7 @@ HELPS = {
     "save_interval": "steps between checkpoints; a last one is always written",
     "max_bad_steps": "stop after so many steps in a row without finite gradients; 0 = never",
     "keep_checkpoints": "keep only so many of the newest checkpoints (two at least); 0 keeps all",
+    "weights_format": "of model and EMA files: pt or safetensors",
     "keep_every": "with --keep_checkpoints, also keep those of steps divisible by this; 0 for none",
     "use_bf16": "compute in bfloat16; weights stay float32",
     "use_fp16": "compute in float16 with a gradient scaler; weights stay float32",
@@ -97,6 +98,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "max_bad_steps": 10,
         "keep_checkpoints": 0,
         "keep_every": 0,
+        "weights_format": "pt",
         "resume_checkpoint": "auto",
         "overwrite": False,
         "init_from": None,
@@ -165,11 +167,18 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
     if start.init_from is not None:
-        state = checkpoint.read_weights(start.init_from)
-        checkpoint.load_weights_for_new_classes(model, state, start.init_from, messages.append)
+        weights = checkpoint.read_weights(start.init_from)
+        checkpoint.load_weights_for_new_classes(model, weights, start.init_from, messages.append)
 
+    state = ranks.from_main(lambda: checkpoint.read_state(start))
+    config = config.on_ranks(ranks.world_size, state)
     global_batch = config.batch_size * ranks.world_size
-    position = checkpoint.start_position(start, global_batch)
+    if config.batch_size != args.batch_size:
+        messages.append(
+            f"the global batch stays {global_batch}: {config.batch_size} images for each of the {ranks.world_size} "
+            "processes"
+        )
+    position = state["position"] if state else start.step * global_batch  # published checkpoints: full batches
     order = DataOrder(len(dataset), args.seed)
     check_first_batch(dataset, [order[i][1] for i in range(position, position + min(global_batch, 64))])
     data = load_data(

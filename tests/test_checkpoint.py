@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from masked_diffusion.checkpoint import (
     read_file,
     read_weights,
     save_checkpoint,
-    start_position,
 )
 from masked_diffusion.models import MDT
 
@@ -41,7 +41,7 @@ def write_checkpoint(folder, step, position=None, **parts):
         checkpoint.opt_file(step): {"state": {}, "param_groups": []},
         checkpoint.state_file(step): {"step": step, "position": 8 * step if position is None else position},
     }
-    save_checkpoint(folder, step, files | parts)
+    save_checkpoint(folder, step, files | parts, {})
     return files
 
 
@@ -93,7 +93,7 @@ def test_files_have_the_published_names(tmp_path):
 
 def test_a_model_file_is_a_plain_state_dict_that_torch_reads_without_running_code(tmp_path):
     model = tiny_model()
-    save_checkpoint(tmp_path, 3, {"model000003.pt": model.state_dict()})
+    save_checkpoint(tmp_path, 3, {"model000003.pt": model.state_dict()}, {})
     state = torch.load(tmp_path / "model000003.pt", weights_only=True)
     assert list(state) == list(model.state_dict())
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
@@ -102,7 +102,7 @@ def test_a_model_file_is_a_plain_state_dict_that_torch_reads_without_running_cod
 def test_what_is_written_reads_back_exactly(tmp_path):
     model, state = tiny_model(), {"step": 5, "position": 40, "scaler": {"scale": 2.0**20}, "schedule_sampler": {}}
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(tmp_path, 5, {"opt000005.pt": optimizer.state_dict(), "state000005.pt": state})
+    save_checkpoint(tmp_path, 5, {"opt000005.pt": optimizer.state_dict(), "state000005.pt": state}, {})
     assert read_file(tmp_path / "opt000005.pt") == optimizer.state_dict()
     assert read_file(tmp_path / "state000005.pt") == state
 
@@ -550,15 +550,96 @@ def test_a_run_that_was_killed_during_its_first_save_starts_again(tmp_path):
     assert plan(tmp_path).step == 0
 
 
-# -- position in the data ----------------------------------------------------------------------------------------------
+# -- what a checkpoint says of its run --------------------------------------------------------------------------------
 
 
-def test_the_position_is_recorded_or_that_of_full_batches(tmp_path):
+def test_the_state_is_that_of_the_step_and_published_checkpoints_have_none(tmp_path):
     write_checkpoint(tmp_path, 10, position=77)
-    assert start_position(plan(tmp_path), global_batch=256) == 77
+    assert checkpoint.read_state(plan(tmp_path))["position"] == 77
+    assert checkpoint.read_state(checkpoint.Start(0, tmp_path)) is None
     (tmp_path / "state000010.pt").unlink()
-    assert start_position(checkpoint.Start(10, tmp_path), global_batch=256) == 2560
-    assert start_position(checkpoint.Start(0, tmp_path), global_batch=256) == 0
+    assert checkpoint.read_state(checkpoint.Start(10, tmp_path)) is None
+
+
+def test_the_manifest_carries_the_configuration(tmp_path):
+    save_checkpoint(tmp_path, 1, {}, {"model": {"depth": 4}})
+    assert json.loads((tmp_path / "checkpoint000001.json").read_text())["config"] == {"model": {"depth": 4}}
+
+
+# -- writing while training goes on -----------------------------------------------------------------------------------
+
+
+def test_a_snapshot_does_not_follow_the_training(tmp_path):
+    weight, history = torch.zeros(3), torch.zeros(2, 3)
+    writer = checkpoint.CheckpointWriter(tmp_path)
+    parts = {"model000001.pt": {"w": weight, "t": history.T}, "opt000001.pt": {"groups": [{"lr": 1.0, "m": weight}]}}
+    writer.start(1, parts, {})
+    weight += 1
+    history += 1
+    assert writer.outcome(wait=True) == (1, None)
+    state, optimizer = read_file(tmp_path / "model000001.pt"), read_file(tmp_path / "opt000001.pt")
+    assert not state["w"].any() and not state["t"].any() and not optimizer["groups"][0]["m"].any()
+    assert optimizer["groups"][0]["lr"] == 1.0 and newest_complete_step(tmp_path, pytest.fail) == 1
+
+
+def test_an_outcome_is_told_once_and_not_before_it_is_known(tmp_path, monkeypatch):
+    go_on = threading.Event()
+
+    class Slow(checkpoint.CheckpointWriter):
+        def _write(self, *arguments):
+            go_on.wait()
+            super()._write(*arguments)
+
+    writer = Slow(tmp_path)
+    assert writer.outcome() is None and writer.outcome(wait=True) is None
+    writer.start(1, {"model000001.pt": {"w": torch.zeros(1)}}, {})
+    assert writer.outcome() is None and not names(tmp_path)
+    go_on.set()
+    assert writer.outcome(wait=True) == (1, None) and writer.outcome(wait=True) is None
+
+
+def test_an_error_of_the_disk_is_an_outcome_and_any_other_is_raised(tmp_path):
+    writer = checkpoint.CheckpointWriter(tmp_path / "missing")
+    writer.start(1, {"model000001.pt": {"w": torch.zeros(1)}}, {})
+    step, error = writer.outcome(wait=True)
+    assert step == 1 and isinstance(error, FileNotFoundError)
+    writer = checkpoint.CheckpointWriter(tmp_path)
+    writer.start(2, {"model000002.safetensors": {"w": "no tensor"}}, {})
+    with pytest.raises(Exception, match="tensor|str"):
+        writer.outcome(wait=True)
+
+
+def test_the_writer_prunes_only_after_the_new_checkpoint_is_complete(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    writer = checkpoint.CheckpointWriter(tmp_path, keep_last=2)
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    writer.start(4, {"model000004.pt": {"w": torch.zeros(1)}}, {})
+    assert writer.outcome(wait=True)[1] is not None and (tmp_path / "checkpoint000001.json").exists()
+    monkeypatch.undo()
+    writer.start(4, {"model000004.pt": {"w": torch.zeros(1)}}, {})
+    assert writer.outcome(wait=True) == (4, None)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["checkpoint000003.json", "checkpoint000004.json"]
+
+
+@pytest.mark.parametrize("form", checkpoint.WEIGHTS_FORMATS)
+def test_a_checkpoint_is_found_checked_and_set_aside_in_either_format(tmp_path, form):
+    weights = {"w": torch.arange(6.0).reshape(2, 3).T}
+    parts = {checkpoint.model_file(7, form): weights, checkpoint.ema_file("0.9", 7, form): weights}
+    writer = checkpoint.CheckpointWriter(tmp_path)
+    writer.start(7, parts, {})
+    assert writer.outcome(wait=True) == (7, None)
+    path = checkpoint.sibling(checkpoint.Start(7, tmp_path), checkpoint.model_file)
+    assert path.suffix == f".{form}" and torch.equal(checkpoint.read_weights(path)["w"], weights["w"])
+    assert plan(tmp_path, str(path)).step == 7
+    flip_a_bit(path)
+    assert newest_complete_step(tmp_path, lambda _: None) is None
+    assert all(name.endswith(".corrupt") for name in names(tmp_path)) and len(names(tmp_path)) == 3
+
+
+def test_a_missing_part_of_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model000007\.pt: no such file.*step 7"):
+        checkpoint.sibling(checkpoint.Start(7, tmp_path), checkpoint.model_file)
 
 
 def test_saved_bytes_hold_no_object_that_needs_code(tmp_path):

@@ -5,6 +5,9 @@ import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
+from masked_diffusion.checkpoint import read_weights
+from masked_diffusion.train_util import TrainConfig
+
 TRAIN = "scripts/image_train.py"
 
 
@@ -33,13 +36,15 @@ def test_microbatches_and_workers_change_nothing_but_the_order_of_sums(train):
                 assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(train):
-    flags = ["--lr", "1e-3", "--schedule_sampler", "loss-second-moment", "--ema_rate", "0.5,0.9"]
+@pytest.mark.parametrize("precision", [[], ["--use_bf16", "True"], ["--weights_format", "safetensors"]], ids=str)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(train, precision):
+    flags = ["--lr", "1e-3", "--schedule_sampler", "loss-second-moment", "--ema_rate", "0.5,0.9", *precision]
     whole = train(*flags, "--max_steps", "4")
     resumed = train(*flags, "--max_steps", "2")
     train(*flags, "--max_steps", "4", folder=resumed)
     for kind in ("model", "ema_0.5_", "ema_0.9_"):
-        assert_same_weights(weights(whole, 4, kind), weights(resumed, 4, kind))
+        a, b = (read_weights(*folder.glob(f"{kind}000004.*")) for folder in (whole, resumed))
+        assert_same_weights(a, b)
     drop = ("images_per_second",)
     assert [{k: v for k, v in row.items() if k not in drop} for row in rows(whole)] == [
         {k: v for k, v in row.items() if k not in drop} for row in rows(resumed)
@@ -203,6 +208,27 @@ def test_loss_second_moment_learns_the_unweighted_losses_of_both_views(train):
     assert state["losses"].sum().item() == pytest.approx(20 * (row["loss"] + row["m_loss"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("flag, processes, batch_size, microbatch", [
+    (8, 4, 8, -1),  # as before
+    (8, 2, 16, 8),  # a pass holds no more than it did
+    (8, 8, 4, -1),
+    (16, 2, 16, -1),  # a new batch was asked for
+])  # fmt: skip
+def test_the_global_batch_stays_when_only_the_number_of_processes_changes(flag, processes, batch_size, microbatch):
+    config = TrainConfig(batch_size=flag).on_ranks(processes, {"batch_size": 8, "global_batch": 32})
+    assert (config.batch_size, config.microbatch) == (batch_size, microbatch)
+
+
+def test_a_given_microbatch_stays_on_another_number_of_processes():
+    config = TrainConfig(batch_size=8, microbatch=2).on_ranks(2, {"batch_size": 8, "global_batch": 32})
+    assert (config.batch_size, config.microbatch) == (16, 2)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="global batch of 32, which 3 processes cannot share"):
+        TrainConfig(batch_size=8).on_ranks(3, {"batch_size": 8, "global_batch": 32})
+
+
 def test_old_checkpoints_are_pruned_but_never_the_last_two(train):
     folder = train("--max_steps", "7", "--save_interval", "1", "--keep_checkpoints", "1", "--keep_every", "3")
     assert sorted(path.name for path in folder.glob("checkpoint*.json")) == [
@@ -216,11 +242,11 @@ def test_a_save_that_fails_is_reported_and_tried_again_and_training_goes_on(trai
 
     save, failures = checkpoint.save_checkpoint, []
 
-    def full_disk_at_step_2(folder, step, parts):
+    def full_disk_at_step_2(folder, step, *further):
         if step == 2:
             failures.append(step)
             raise OSError(28, "No space left on device")
-        save(folder, step, parts)
+        save(folder, step, *further)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", full_disk_at_step_2)
     folder = train("--max_steps", "4", "--save_interval", "1")
