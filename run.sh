@@ -35,7 +35,9 @@ if [ -n "${DATA_PATH:-}" ]; then
     *) [ -d "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
   esac
   export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_s2}"
-  run python -m torch.distributed.launch --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
+  # shellcheck source=scripts/launcher.sh
+  source scripts/launcher.sh
+  run "${launcher[@]}" --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
     scripts/image_train.py --data_dir "$DATA_PATH" --image_size "${IMAGE_SIZE:-256}" \
     --mask_ratio "${MASK_RATIO:-0.30}" --decode_layer "${DECODE_LAYER:-2}" --model "${MODEL:-MDT_S_2}" \
     --diffusion_steps "${DIFFUSION_STEPS:-1000}" --batch_size "${BATCH_SIZE:-32}" "$@"

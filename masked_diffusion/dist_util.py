@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from masked_diffusion.rendezvous import meet
+
 # A rank that does not join within this time is reported. Listing data and loading the first stage happen before.
 JOIN_TIMEOUT = timedelta(minutes=5)
-# Longest wait inside one collective: rank 0 may be writing a checkpoint to a slow disk.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Longest wait inside one collective: meanwhile rank 0 may be drawing a preview.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -268,17 +270,18 @@ def _join(place: Place, device: torch.device, dist_url: str) -> None:
         rendezvous = dist.rendezvous(url, place.rank, place.world_size, timeout=JOIN_TIMEOUT)
         store, _, _ = next(iter(rendezvous))
         store = dist.PrefixStore("masked_diffusion", store)
-        store.set(f"joined/{place.rank}", "1")
-        store.wait([f"joined/{rank}" for rank in range(place.world_size)], JOIN_TIMEOUT)
+        meeting = meet(store, place.rank, place.world_size, JOIN_TIMEOUT)
         store.set_timeout(COLLECTIVE_TIMEOUT)
-    except RuntimeError as error:  # torch's own kinds, and for file:// a bare one
+    except (TimeoutError, RuntimeError) as error:  # torch's own kinds, and for file:// a bare one
+        missing = f" ({error})" if isinstance(error, TimeoutError) else ""
         raise ValueError(
             f"rank {place.rank} of {place.world_size}: not all ranks met at {address} within "
-            f"{int(JOIN_TIMEOUT.total_seconds())} s; check that every node was started, with the same address and port"
+            f"{int(JOIN_TIMEOUT.total_seconds())} s{missing}; check that every node was started, with the same address "
+            "and port"
         ) from error
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
-        store=store,
+        store=dist.PrefixStore(meeting, store),
         rank=place.rank,
         world_size=place.world_size,
         timeout=COLLECTIVE_TIMEOUT,

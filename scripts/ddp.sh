@@ -3,9 +3,12 @@
 
 export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_xl2}"
 
+# shellcheck source=scripts/launcher.sh
+source scripts/launcher.sh
+
 train_on_this_node() {
   local command=(
-    python -m torch.distributed.launch
+    "${launcher[@]}"
     --nnodes="${NUM_NODE:-8}" --nproc_per_node="${GPU_PRE_NODE:-8}" --node_rank="$RANK"
     --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}"
     --rdzv_conf="timeout=${JOIN_SECONDS:-300}"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import (
@@ -16,6 +17,7 @@ from support import (
     assert_same_weights,
     command,
     environment,
+    free_port,
     rows,
     run,
     run_command,
@@ -121,3 +123,67 @@ def test_a_rank_that_dies_under_mpiexec_takes_the_job_down(tmp_path):
     flags = [str(flag) for flag in TINY_DIGITS]
     done = run_command([mpiexec, "-n", "2", sys.executable, str(program), *flags], environment(tmp_path), timeout=60)
     assert done.returncode != 0 and "a dead disk" in done.stderr
+
+
+def pid_of_rank(number, folder):
+    """The training process that a launcher started as this rank."""
+    wanted = {f"RANK={number}".encode(), f"OPENAI_LOGDIR={folder}".encode()}
+    [pid] = [
+        int(path.name)
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit()
+        and wanted <= set(variables := environ_of(path))
+        and any(variable.startswith(b"LOCAL_RANK=") for variable in variables)  # not the launcher
+    ]
+    return pid
+
+
+def environ_of(process):
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return []
+
+
+def lose_a_rank(processes, folder):
+    """Kill rank 1 after some steps, and wait for the launchers. Returns what they said."""
+    wait_for_step(processes[0], folder, 12)
+    os.kill(pid_of_rank(1, folder), signal.SIGKILL)
+    return [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+
+
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
+def test_after_a_rank_is_killed_torchrun_goes_on_by_itself_from_the_last_checkpoint(undisturbed, tmp_path):
+    arguments = command(TRAIN, *FLAGS, processes=2)
+    arguments.insert(3, "--max-restarts=1")
+    process = subprocess.Popen(
+        arguments, env=environment(tmp_path), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    [out] = lose_a_rank([process], tmp_path)
+    assert process.returncode == 0 and "resuming from the checkpoint of step 10" in out, out
+    assert_ends_as(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
+def test_after_a_rank_is_killed_the_published_scripts_go_on_by_themselves_on_both_nodes(undisturbed, tmp_path):
+    given = dict(zip(map(str, FLAGS[::2]), FLAGS[1::2], strict=True))
+    settings = {
+        "NUM_NODE": 2, "GPU_PRE_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
+    for name, flag in (("DATA_PATH", "data_dir"), ("MODEL", "model"), ("IMAGE_SIZE", "image_size"),
+                       ("MASK_RATIO", "mask_ratio"), ("BATCH_SIZE", "batch_size"),
+                       ("DIFFUSION_STEPS", "diffusion_steps")):  # fmt: skip
+        settings[name] = given[f"--{flag}"]
+    nodes = [
+        subprocess.Popen(
+            ["bash", str(REPO / script), *map(str, FLAGS)], env=environment(tmp_path, RANK=rank, **settings),
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, script in enumerate(["run_ddp_master.sh", "run_ddp_worker.sh"])
+    ]  # fmt: skip
+    outputs = lose_a_rank(nodes, tmp_path)
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "resuming from the checkpoint of step 10" in outputs[0]
+    assert_ends_as(tmp_path, undisturbed[0])
