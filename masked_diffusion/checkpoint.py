@@ -63,17 +63,26 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], config: d
 
     A part named ``.safetensors`` is a mapping of names to contiguous tensors, any other what ``torch.save`` takes.
     """
-    files = {}
-    for name, part in parts.items():
-        with atomic_write(folder / name) as file:
-            if name.endswith(".safetensors"):
-                from safetensors.torch import save
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        for name, part in parts.items():
+            _write_part(folder / name, part)
+            files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        write_json(folder / manifest_file(step), {"step": step, "files": files, "config": config})
+    except BaseException:
+        for name in files:  # of no use without a manifest, and the disk may be full
+            (folder / name).unlink(missing_ok=True)
+        raise
 
-                file.write(save(part))
-            else:
-                torch.save(part, file)
-        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    write_json(folder / manifest_file(step), {"step": step, "files": files, "config": config})
+
+def _write_part(path: Path, part: Any) -> None:
+    with atomic_write(path) as file:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save
+
+            file.write(save(part))
+        else:
+            torch.save(part, file)
 
 
 def snapshot(value: Any) -> Any:
@@ -178,10 +187,11 @@ def damage(folder: Path, step: int) -> str | None:
     return None
 
 
-def newest_complete_step(folder: Path, report: Callable[[str], None]) -> int | None:
+def newest_complete_step(folder: Path, report: Callable[[str], None], dry_run: bool = False) -> int | None:
     """Step of the newest undamaged checkpoint in a folder.
 
-    Damaged ones on the way are reported and renamed with the suffix ``.corrupt``, so that they are never taken again.
+    Damaged ones on the way are reported and renamed with the suffix ``.corrupt``, so that they are never taken again;
+    in a dry run they are only reported.
     """
     matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     for step in sorted((int(match[1]) for match in matches if match), reverse=True):
@@ -189,6 +199,8 @@ def newest_complete_step(folder: Path, report: Callable[[str], None]) -> int | N
         if problem is None:
             return step
         report(f"the checkpoint of step {step} in {folder} is damaged: {problem}; renamed to .corrupt")
+        if dry_run:
+            continue
         # The manifest goes last: a crash in between leaves a checkpoint that is still found to be damaged.
         for path in [*_files_of_step(folder, step), folder / manifest_file(step)]:
             path.rename(path.with_name(path.name + ".corrupt"))
@@ -201,17 +213,20 @@ def _files_of_step(folder: Path, step: int) -> list[Path]:
     return [*weights, *(path for path in [*others, folder / state_file(step)] if path.exists())]
 
 
-def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, overwrite: bool) -> Start:
+def plan_start(
+    folder: Path, resume_checkpoint: str, init_from: str | None, overwrite: bool, dry_run: bool = False
+) -> Start:
     """Decide where a training begins, before anything is loaded.
 
     resume_checkpoint: ``auto``, a path, or empty for a fresh run; a file without a step in its name is taken as
     ``init_from``. A complete checkpoint in the run folder that is later than what is asked for wins, so that a job
     that was stopped goes on with the same command. overwrite: move what lies in the folder into a numbered one first.
+    dry_run: decide the same, and touch nothing.
     Raises ValueError or FileNotFoundError, with the remedy, for what nothing can begin from.
     """
     messages: list[str] = []
     asked = _asked_start(folder, resume_checkpoint, init_from)
-    newest = newest_complete_step(folder, messages.append)
+    newest = newest_complete_step(folder, messages.append, dry_run)
     if newest is not None and overwrite:
         source = asked.folder / model_file(asked.step) if asked.step else asked.init_from
         if source is not None and source.resolve().parent == folder.resolve():
@@ -219,7 +234,7 @@ def plan_start(folder: Path, resume_checkpoint: str, init_from: str | None, over
                 f"--overwrite True would move {source} away, which --resume_checkpoint or --init_from asks for; give "
                 "another OPENAI_LOGDIR"
             )
-        messages.append(f"moved the former run to {_move_run_aside(folder)}")
+        messages.append(f"moved the former run to {_move_run_aside(folder, dry_run)}")
         newest = None
     if newest is not None and resume_checkpoint == "":
         raise ValueError(
@@ -269,10 +284,12 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
     return Start(0, folder, messages=(f"no checkpoint in {folder}: starting at step 0",))
 
 
-def _move_run_aside(folder: Path) -> Path:
+def _move_run_aside(folder: Path, dry_run: bool) -> Path:
     number = 1
     while (former := folder / f"former_{number}").exists():
         number += 1
+    if dry_run:
+        return former
     former.mkdir()
     for path in list(folder.iterdir()):
         if any(pattern.fullmatch(path.name) for pattern in RUN_FILES):

@@ -268,11 +268,11 @@ class TrainLoop:
             growth_interval=1,
             enabled=config.use_fp16,
         )
-        self.step = start.step
+        self.step = self.start_step = start.step
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
         self.position = position
         self.writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
-        self.saved_step = start.step  # nothing is saved at step 0, nor again at the step resumed from
+        self.saved_step = self.start_step  # nothing is saved at step 0, nor again at the step resumed from
         self._bad_step = LateFlag(ranks.device)
         self._bad_steps = 0  # in a row
         self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch and index of the images

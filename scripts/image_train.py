@@ -10,10 +10,12 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from masked_diffusion import checkpoint, dist_util, model_and_diffusion_defaults
+from masked_diffusion import checkpoint, dist_util, dry_run, model_and_diffusion_defaults
 from masked_diffusion.config import (
     CONFIG_NAME,
     DiffusionConfig,
@@ -27,7 +29,7 @@ from masked_diffusion.data_stream import DataOrder
 from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, check_first_batch, load_data, open_dataset
-from masked_diffusion.logger import Logger, chosen_sinks, output_folder
+from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import MDT
 from masked_diffusion.randomness import DrawSpec, global_generator
 from masked_diffusion.resample import create_named_schedule_sampler
@@ -68,6 +70,7 @@ HELPS = {
     "ema_rate": "rate, or comma list of rates",
     "resume_checkpoint": "auto, a model file, or empty for a fresh run",
     "overwrite": "move the checkpoints in the output folder aside and start anew",
+    "dry_run": "check everything, train two steps, say what a run would take, and write nothing",
     "init_from": "weights to start from at step 0",
     "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
     "class_from": "where class names come from: auto, folder or filename",
@@ -101,6 +104,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "weights_format": "pt",
         "resume_checkpoint": "auto",
         "overwrite": False,
+        "dry_run": False,
         "init_from": None,
         "use_bf16": False,
         "fp16_scale_growth": 1e-3,
@@ -129,11 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = create_argparser()
     args = parser.parse_args(argv)
     explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit, stack).run)
+    return run_script(lambda stack: prepare(args, explicit, stack))
 
 
-def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> TrainLoop:
-    """Check everything that input can get wrong, and build the run. Raises ValueError or OSError."""
+def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
+    """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
+    tries it out. Raises ValueError or OSError."""
     config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
@@ -160,7 +165,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
 
     folder = ranks.from_main(output_folder)
     start = ranks.from_main(
-        lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite)
+        lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite, args.dry_run)
     )
     messages = list(start.messages)
     if start.step and (former := read_config(start.folder)) is not None:
@@ -195,8 +200,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         pin_memory=device.type == "cuda",
     )
     stack.callback(data.close)
-    ranks.from_main(lambda: claim_folder(folder, run_config))
-    logger = Logger.open(folder, start.step, sinks) if ranks.is_main else Logger()
+    ranks.from_main(lambda: check_writable(folder) if args.dry_run else claim_folder(folder, run_config))
+    logger = open_logger(folder, start.step, sinks, args.dry_run) if ranks.is_main else Logger()
     stack.callback(logger.close)
     loop = TrainLoop(
         config=config,
@@ -222,7 +227,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         logger.text(message)
     for message in [*(f"warning: {text}" for text in warnings_of(args, explicit)), *messages]:
         logger.text(message)
-    return loop
+    return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
 
 def make_run_config(
@@ -263,13 +268,33 @@ def make_run_config(
 
 def claim_folder(folder: Path, run_config: RunConfig) -> None:
     """Make the output folder and write the configuration into it: this shows, too, that it can be written."""
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_NAME, run_config.as_json())
+
+
+def check_writable(folder: Path) -> None:
+    """Show that the output folder can be written, or made, and leave nothing there."""
+    with writing_to(folder):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What fails in here is the output folder's fault, and is said so."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"OPENAI_LOGDIR {folder}: cannot write there ({error.strerror}); give a folder that you may write to"
         ) from error
+
+
+def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bool) -> Logger:
+    """The log of rank 0; that of a dry run is on stdout alone."""
+    return Logger([HumanSink(sys.stdout)]) if dry_run else Logger.open(folder, start_step, sinks)
 
 
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:

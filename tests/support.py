@@ -83,6 +83,26 @@ def run(path, folder, *arguments, processes=None, launcher="torch.distributed.ru
     return done
 
 
+def pid_of_rank(number, folder):
+    """The training process that a launcher started as this rank."""
+    wanted = {f"RANK={number}".encode(), f"OPENAI_LOGDIR={folder}".encode()}
+    [pid] = [
+        int(path.name)
+        for path in Path("/proc").iterdir()
+        if path.name.isdigit()
+        and wanted <= set(variables := environ_of(path))
+        and any(variable.startswith(b"LOCAL_RANK=") for variable in variables)  # not the launcher
+    ]
+    return pid
+
+
+def environ_of(process):
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended
+        return []
+
+
 def rows(folder):
     with (Path(folder) / "progress.csv").open(newline="") as file:
         return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]

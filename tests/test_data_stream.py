@@ -52,6 +52,30 @@ def test_resuming_with_another_batch_size_continues_the_stream(size, seed, batch
     assert flat(take(7, DataOrder(size, seed), batch, position=start)) == ahead
 
 
+@given(
+    size=sizes,
+    seed=seeds,
+    ways=st.integers(1, 4).flatmap(
+        lambda share: st.tuples(
+            st.just(12 * share),  # a global batch that all these numbers of processes can share
+            st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 4)), min_size=1, max_size=5),
+        )
+    ),
+)
+def test_a_run_killed_at_any_step_and_resumed_on_any_number_of_processes_sees_what_one_process_sees(size, seed, ways):
+    """lives: number of processes and of steps until the kill, each from where the one before was saved."""
+    global_batch, lives = ways
+    seen, position = [], 0
+    for world, steps in lives:
+        ranks = [
+            take(steps, DataOrder(size, seed), global_batch // world, position=position, rank=rank, world_size=world)
+            for rank in range(world)
+        ]
+        seen += [flat(list(shares)) for shares in zip(*ranks, strict=True)]
+        position += steps * global_batch
+    assert seen == take(len(seen), DataOrder(size, seed), global_batch)
+
+
 def test_set_smaller_than_a_batch_wraps():
     (batch,) = take(1, DataOrder(3, seed=0), 8)
     assert [epoch for epoch, _ in batch] == [0, 0, 0, 1, 1, 1, 2, 2]

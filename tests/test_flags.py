@@ -17,7 +17,7 @@ CONTRACT = {
         "vae_path": "stabilityai/sd-vae-ft-mse", "seed": 0, "max_steps": 0, "use_bf16": False, "num_classes": None,
         "class_from": "auto", "random_flip": True, "random_crop": False, "init_from": None, "num_workers": -1,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
-        "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt",
+        "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
     },
     "scripts/image_sample.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,

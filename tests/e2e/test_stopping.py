@@ -18,6 +18,7 @@ from support import (
     command,
     environment,
     free_port,
+    pid_of_rank,
     rows,
     run,
     run_command,
@@ -123,26 +124,6 @@ def test_a_rank_that_dies_under_mpiexec_takes_the_job_down(tmp_path):
     flags = [str(flag) for flag in TINY_DIGITS]
     done = run_command([mpiexec, "-n", "2", sys.executable, str(program), *flags], environment(tmp_path), timeout=60)
     assert done.returncode != 0 and "a dead disk" in done.stderr
-
-
-def pid_of_rank(number, folder):
-    """The training process that a launcher started as this rank."""
-    wanted = {f"RANK={number}".encode(), f"OPENAI_LOGDIR={folder}".encode()}
-    [pid] = [
-        int(path.name)
-        for path in Path("/proc").iterdir()
-        if path.name.isdigit()
-        and wanted <= set(variables := environ_of(path))
-        and any(variable.startswith(b"LOCAL_RANK=") for variable in variables)  # not the launcher
-    ]
-    return pid
-
-
-def environ_of(process):
-    try:
-        return (process / "environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended
-        return []
 
 
 def lose_a_rank(processes, folder):

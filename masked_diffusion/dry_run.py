@@ -1,0 +1,79 @@
+"""What a training would cost, from a step or two of it that are made and forgotten."""
+
+import copy
+import resource
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.models import MDT
+from masked_diffusion.train_util import TrainLoop
+
+GIGA = 1e9
+
+
+def forward_gflops(model: MDT, latent_shape: tuple[int, int, int], enable_mask: bool) -> float:
+    """Of one image through the model; a multiply-add counts as one, as in the papers' tables."""
+    on_paper = copy.deepcopy(model).to("meta").eval()
+    x = torch.zeros(1, *latent_shape, device="meta")
+    zero = torch.zeros(1, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        on_paper(x, zero, zero, enable_mask=enable_mask)
+    return counter.get_total_flops() / 2 / GIGA
+
+
+def state_gigabytes(model: MDT, num_emas: int) -> float:
+    """Weights, gradients, AdamW's two moments and the EMAs, in float32."""
+    return 4 * (4 + num_emas) * sum(p.numel() for p in model.parameters()) / GIGA
+
+
+def peak_gigabytes(ranks: Ranks) -> float:
+    """Most memory this process has held: of its GPU, else of its host."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device) / GIGA
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIGA
+
+
+def try_out(loop: TrainLoop, num_images: int) -> list[str]:
+    """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
+    seconds = [_timed(loop) for _ in range(2)][1]
+    model, config = loop.model, loop.config
+    gflops = [forward_gflops(model, loop.run_config.model.latent_shape, masked) for masked in (False, True)]
+    passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
+    step = 3 * (sum(gflops) if loop.masks else gflops[0])  # backward takes twice the forward's
+    where = "GPU" if loop.ranks.device.type == "cuda" else "host"
+    lines = [
+        f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        f"GFLOPs per image: forward {passes}, a training step {step:.4g} (a multiply-add counts as one)",
+        f"memory per process: {state_gigabytes(model, len(loop.emas)):.2f} GB for weights, gradients, optimizer, EMA; "
+        f"peak of a step {peak_gigabytes(loop.ranks):.2f} GB on the {where}",
+        f"images per epoch: {num_images}, steps per epoch: {num_images / loop.global_batch:.1f} of {loop.global_batch}",
+        f"seconds per step: {seconds:.3f} ({loop.global_batch / seconds:.1f} images/s)",
+    ]
+    if (end := config.last_step) is None:
+        return [*lines, "no end: give --max_steps or --lr_anneal_steps to see how long a run takes"]
+    left = max(0, end - loop.start_step)
+    days = left * seconds / 86400
+    epochs = left * loop.global_batch / num_images
+    return [*lines, f"steps to the end: {left} ({epochs:.1f} epochs), days to the end: {days:.3g}"]
+
+
+def _timed(loop: TrainLoop) -> float:
+    """Seconds of a step, with the loading of its batch."""
+    begin = time.perf_counter()
+    loop.train_step(*next(loop.data))
+    if loop.ranks.device.type == "cuda":
+        torch.cuda.synchronize(loop.ranks.device)
+    return time.perf_counter() - begin
+
+
+def report(loop: TrainLoop, num_images: int) -> int:
+    """Say on rank 0 what :func:`try_out` found. Returns the exit status, 0."""
+    loop.ddp_model.train()
+    for line in [*try_out(loop, num_images), "dry run: nothing was written"]:
+        loop.logger.text(line)
+    return 0
