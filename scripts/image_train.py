@@ -21,10 +21,11 @@ from masked_diffusion.config import (
     RunConfig,
     changed_settings,
     check_resume,
+    contradiction,
     read_config,
 )
 from masked_diffusion.data_stream import DataOrder
-from masked_diffusion.files import write_json
+from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, check_first_batch, load_data, open_dataset
 from masked_diffusion.logger import Logger, chosen_sinks, output_folder
@@ -195,8 +196,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         pin_memory=device.type == "cuda",
     )
     stack.callback(data.close)
-    ranks.from_main(lambda: claim_folder(folder, run_config))
-    logger = Logger.open(folder, start.step, sinks) if ranks.is_main else Logger()
+    messages += ranks.from_main(lambda: claim_folder(folder, run_config))
+    # The log of another folder's run does not go on here.
+    rows_kept = start.step if start.folder == folder else 0
+    logger = Logger.open(folder, rows_kept, sinks) if ranks.is_main else Logger()
     stack.callback(logger.close)
     loop = TrainLoop(
         config=config,
@@ -261,15 +264,31 @@ def make_run_config(
     )
 
 
-def claim_folder(folder: Path, run_config: RunConfig) -> None:
-    """Make the output folder and write the configuration into it: this shows, too, that it can be written."""
+def claim_folder(folder: Path, run_config: RunConfig) -> list[str]:
+    """Make the output folder and write the configuration into it: this shows, too, that it can be written.
+
+    What killed processes left half-written is removed. Returns what the user has to be told. Raises ValueError where
+    the configuration would describe another run's weights.
+    """
+    former, messages = read_config(folder), []
+    difference = contradiction(former, run_config) if former is not None else None
+    if difference and (found := checkpoint.weights_in(folder)):
+        raise ValueError(
+            f"OPENAI_LOGDIR {folder}: {found[-1].name} is of a run with {difference}; give another OPENAI_LOGDIR, or "
+            "--overwrite True to move that run aside"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if difference:
+            [moved] = move_aside(folder / CONFIG_NAME)
+            messages.append(f"moved the {CONFIG_NAME} of another run, which saved nothing, to {moved.name}")
+        remove_unfinished(folder, checkpoint.is_run_file)
         write_json(folder / CONFIG_NAME, run_config.as_json())
     except OSError as error:
         raise ValueError(
             f"OPENAI_LOGDIR {folder}: cannot write there ({error.strerror}); give a folder that you may write to"
         ) from error
+    return messages
 
 
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
