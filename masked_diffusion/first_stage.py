@@ -97,13 +97,15 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
         vae = AutoencoderKL.from_pretrained(source)
     except Exception as error:  # diffusers and the hub client raise many kinds; all mean that there is no autoencoder
         if looks_local:
-            problem = f"cannot load this autoencoder ({_first_line(error)}); give a folder that is complete"
-        else:
-            problem = (
-                f"no such folder here, and the hub did not give it ({_first_line(_root_cause(error))}); give "
-                "--vae_path a folder with a copy of it"
-            )
-        raise FileNotFoundError(f"--vae_path {vae_path}: {problem}, or --vae_path none for pixel space") from error
+            raise FileNotFoundError(
+                f"--vae_path {vae_path}: cannot load this autoencoder ({_first_line(error)}); give a folder that is "
+                "complete, or --vae_path none for pixel space"
+            ) from error
+        raise FileNotFoundError(
+            f"--vae_path {vae_path}: no such folder here, and the hub did not give it "
+            f"({_first_line(_root_cause(error))}); give --vae_path a folder with a copy of it, or --vae_path none for "
+            "pixel space"
+        ) from error
     return Autoencoder(vae.to(device), vae_path if not looks_local else str(Path(source).absolute()))
 
 

@@ -230,6 +230,7 @@ def test_an_lfs_pointer_and_a_torn_file_are_told_apart(refused, trained):
         (["--mask_ratio", "0.3"], "--mask_ratio is ignored"),
         (["--vae_decoder", "mse"], "--vae_decoder mse is ignored"),
         (["--class_cond", "False", "--labels", "3"], "--labels is ignored"),
+        (["--device", "cpu", "--tf32", "False"], "--tf32 is ignored on a CPU"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
