@@ -388,7 +388,7 @@ def test_a_graph_that_fails_on_this_size_is_refused_without_a_stack_trace(tf, pa
         tf.matmul(pool, tf.ones([12 * 12 * 3, 10]), name="softmax/logits/MatMul")
     path = with_bytes(tmp_path / "other_size.pb", graph.as_graph_def().SerializeToString())
     line = refusal(capsys, *pair, "--graph", path)
-    assert "other_size.pb: cannot take images of 8×8 (" in line and len(line) < 400
+    assert "other_size.pb: cannot take images of 8×8 (" in line and "[[" not in line, line
 
 
 @pytest.mark.parametrize("content", [b"<html>Please log in</html>", b""])

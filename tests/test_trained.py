@@ -201,14 +201,13 @@ def test_a_missing_file_is_named(tmp_path):
         assert str(raised.value) == f"--model_path {path}: no such file; {path.parent} {remedy}"
 
 
-def test_a_missing_file_is_named_with_those_that_lie_beside_it(tmp_path):
-    for step in (10, 9, 1_000_000, 8):
-        (tmp_path / f"ema_0.9999_{step:06d}.pt").touch()
+def test_a_missing_file_is_named_with_the_newest_that_lie_beside_it(tmp_path):
+    files = [f"ema_0.9999_{step:06d}.pt" for step in (9, 10, 999_999, 1_000_000)]
+    for name in files:
+        (tmp_path / name).touch()
     with pytest.raises(FileNotFoundError) as raised:
         open_with(tmp_path / "ema_0.9999_000011.pt")
-    assert str(raised.value).endswith(
-        f"; {tmp_path} has ema_0.9999_000009.pt, ema_0.9999_000010.pt, ema_0.9999_1000000.pt"
-    )
+    assert str(raised.value).endswith(f"; {tmp_path} has {', '.join(files[1:])}")
 
 
 # -- first stage -------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_worker_script_without_its_settings_says_which(tmp_path):
         ("run.sh", ["DATA_PATH=", "NUM_GPUS=8", "MODEL=MDT_S_2", "STEPS=2000"]),
         ("run_sample.sh", ["MODEL_PATH=output_mdt_xl2/mdt_xl2_v1_ckpt.pt", "NUM_SAMPLES=50000", "GRAPH="]),
         ("run_ddp_master.sh", ["MASTER_ADDR=$(hostname)", "RANK=0", "NUM_NODE=8", "JOIN_SECONDS=300"]),
-        ("run_ddp_worker.sh", ["RANK: set RANK to the number", "MASTER_PORT=29500", "JOIN_SECONDS=300"]),
+        ("run_ddp_worker.sh", ["RANK: set RANK to the number", "JOIN_SECONDS=300", "MAX_RESTARTS=3"]),
     ],
 )
 def test_help_of_the_shell_scripts_lists_the_settings_and_starts_nothing(tmp_path, script, settings):
