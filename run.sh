@@ -3,12 +3,15 @@
 #   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, on NUM_GPUS GPUs
 #   bash run.sh                                the whole story in minutes, without data or GPU: train on handwritten
 #                                              digits, sample, and see how many of them can be read
-# Every setting in capitals below can be given as an environment variable.
+# Settings are environment variables, which --help lists; arguments go to image_train.py, with DATA_PATH only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/help.sh
+source scripts/help.sh
+help_if_asked run.sh scripts/launcher.sh -- "$@"
 
 # An active virtual or conda environment is used as it is; otherwise .venv is made here.
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+if [ -z "${VIRTUAL_ENV-}" ] && [ -z "${CONDA_PREFIX-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
   # shellcheck disable=SC1091
   source .venv/bin/activate
@@ -44,6 +47,7 @@ if [ -n "${DATA_PATH:-}" ]; then
   exit
 fi
 
+[ $# -eq 0 ] || echo "run.sh: warning: $* ignored: without DATA_PATH the settings are fixed" >&2
 # One process per core, up to four, and one thread each: the result does not depend on it, and threads that share
 # cores wait for each other.
 cores=$(getconf _NPROCESSORS_ONLN)

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Sample 50,000 images of a trained model twice, with guidance and without, and score both against a reference batch.
-# Every setting in capitals below can be given as an environment variable; arguments go to both samplings.
+# Settings are environment variables, which --help lists; arguments go to both samplings.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=scripts/help.sh
+source scripts/help.sh
+help_if_asked run_sample.sh -- "$@"
 
 MODEL_PATH="${MODEL_PATH:-output_mdt_xl2/mdt_xl2_v1_ckpt.pt}"
 export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_xl2_eval}"
@@ -17,7 +20,7 @@ CFG_SCALE="${CFG_SCALE:-3.8}"
 REFERENCE="${REFERENCE:-../dataeval/VIRTUAL_imagenet256_labeled.npz}"
 GRAPH="${GRAPH:-}"
 
-[ -f "$MODEL_PATH" ] || { echo "run_sample.sh: error: MODEL_PATH $MODEL_PATH: no such file" >&2; exit 2; }
+[ -f "$MODEL_PATH" ] || { echo "run_sample.sh: error: MODEL_PATH $MODEL_PATH: no such file; README.md says where to get it" >&2; exit 2; }
 [ -f "$REFERENCE" ] || {
   echo "run_sample.sh: error: REFERENCE $REFERENCE: no such file; evaluations/README.md says where to get it" >&2
   exit 2

@@ -158,8 +158,18 @@ def announce(job: Evaluation) -> None:
         say(f"no manifest beside {job.samples.path} names it: the report cannot say how the samples were made")
     else:
         path, content = job.manifest
-        say(f"{path}: {json.dumps(content, separators=(',', ':'))}")
+        say(f"{path} says how the samples were made:")
+        for line in manifest_lines(content):
+            say(f"  {line}")
     warn_about_sets(job)
+
+
+def manifest_lines(content: dict[str, Any], title: str = "") -> list[str]:
+    """All of a manifest to be read by people: a line for the entries of each group, groups within it following."""
+    groups = {name: value for name, value in content.items() if isinstance(value, dict)}
+    single = ", ".join(f"{name} {value}" for name, value in content.items() if name not in groups)
+    lines = [f"{title}: {single}" if title else single] if single else []
+    return lines + [line for name, value in groups.items() for line in manifest_lines(value, name)]
 
 
 def check_out(out: Path) -> list[str]:

@@ -174,14 +174,19 @@ class InceptionGraph:
                 with _quiet_stderr():  # the first run starts the devices, with much ado
                     pool, spatial = self._run(np.zeros((1, height, width, 3), dtype=np.uint8))
             except Exception as error:
-                raise ValueError(f"{self.path}: cannot take images of {height}×{width} ({error})") from error
+                reason = str(error).strip().partition("\n")[0]  # TensorFlow's stack trace follows
+                raise ValueError(f"{self.path}: cannot take images of {height}×{width} ({reason})") from error
             depth = len(self.softmax_weight)
             if pool.shape not in ((1, 1, 1, depth), (1, depth)):
                 raise ValueError(
-                    f"{self.path}: {POOL_NODE} is {pool.shape}, expected (1, 1, 1, {depth}) as its softmax"
+                    f"{self.path}: {POOL_NODE} is {pool.shape} for an image of {height}×{width}, expected "
+                    f"(1, 1, 1, {depth}) as {SOFTMAX_NODE} takes: this graph is not made for images of this size"
                 )
             if spatial.ndim != 4 or len(spatial) != 1 or not spatial.size:
-                raise ValueError(f"{self.path}: {SPATIAL_NODE} is {spatial.shape}, expected (1, h, w, channels)")
+                raise ValueError(
+                    f"{self.path}: {SPATIAL_NODE} is {spatial.shape} for an image of {height}×{width}, expected "
+                    "(1, h, w, channels)"
+                )
             self._widths[height, width] = (depth, spatial.size)
         return self._widths[height, width]
 

@@ -153,6 +153,17 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
     return removed
 
 
+def is_run_file(name: str) -> bool:
+    """Whether a training writes files of this name into its folder."""
+    return any(pattern.fullmatch(name) for pattern in RUN_FILES)
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """Model and EMA files in a folder, by name, whether their checkpoints are complete or not."""
+    patterns = (MODEL_FILE, EMA_FILE)
+    return sorted(path for path in folder.glob("*") if any(pattern.fullmatch(path.name) for pattern in patterns))
+
+
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,14 +231,14 @@ def plan_start(
 
     resume_checkpoint: ``auto``, a path, or empty for a fresh run; a file without a step in its name is taken as
     ``init_from``. A complete checkpoint in the run folder that is later than what is asked for wins, so that a job
-    that was stopped goes on with the same command. overwrite: move what lies in the folder into a numbered one first.
+    that was stopped goes on with the same command. overwrite: move the run in the folder into a numbered one first.
     dry_run: decide the same, and touch nothing.
     Raises ValueError or FileNotFoundError, with the remedy, for what nothing can begin from.
     """
     messages: list[str] = []
     asked = _asked_start(folder, resume_checkpoint, init_from)
     newest = newest_complete_step(folder, messages.append, dry_run)
-    if newest is not None and overwrite:
+    if overwrite and folder.is_dir() and any(is_run_file(path.name) for path in folder.iterdir()):
         source = asked.folder / model_file(asked.step) if asked.step else asked.init_from
         if source is not None and source.resolve().parent == folder.resolve():
             raise ValueError(
@@ -245,15 +256,13 @@ def plan_start(
         wins = " (later than what the flags ask for)" if asked.step or asked.init_from else ""
         messages.append(f"resuming from the checkpoint of step {newest} in {folder}{wins}")
         return Start(newest, folder, messages=tuple(messages))
-    # Also an empty --resume_checkpoint must not end in overwriting them.
-    if resume_checkpoint in ("", "auto") and not (folder / "config.json").exists():
-        for path in sorted(folder.glob("model*"), reverse=True):
-            if not MODEL_FILE.fullmatch(path.name):
-                continue
-            raise ValueError(
-                f"{path} was not written by this code (it has no manifest and no config.json): to go on from it, give "
-                "its path as --resume_checkpoint, else give another OPENAI_LOGDIR"
-            )
+    # Nothing but going on from them may end in overwriting them, or in describing them by another run's config.json.
+    goes_on_here = newest is not None or (asked.step and asked.folder == folder)
+    if not goes_on_here and not overwrite and not (folder / "config.json").exists() and (foreign := weights_in(folder)):
+        raise ValueError(
+            f"{foreign[-1]} was not written by this code (it has no manifest and no config.json): to go on from it, "
+            "give the path of its model file as --resume_checkpoint, else give another OPENAI_LOGDIR"
+        )
     return Start(asked.step, asked.folder, asked.init_from, (*messages, *asked.messages))
 
 
@@ -274,7 +283,8 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
             step = int(match[1])
             if (path.parent / manifest_file(step)).exists() and (problem := damage(path.parent, step)):
                 raise ValueError(f"--resume_checkpoint {path}: this checkpoint is damaged: {problem}; give another one")
-            return Start(step, path.parent, messages=(f"resuming from {path}",))
+            source_folder = folder if path.parent.resolve() == folder.resolve() else path.parent
+            return Start(step, source_folder, messages=(f"resuming from {path}",))
         init_from = resume_checkpoint
     if init_from:
         source = Path(init_from).expanduser()
@@ -292,7 +302,7 @@ def _move_run_aside(folder: Path, dry_run: bool) -> Path:
         return former
     former.mkdir()
     for path in list(folder.iterdir()):
-        if any(pattern.fullmatch(path.name) for pattern in RUN_FILES):
+        if is_run_file(path.name):
             path.rename(former / path.name)
     return former
 

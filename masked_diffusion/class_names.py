@@ -15,14 +15,18 @@ class ClassNames:
 
     def __init__(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
         self._num_classes = num_classes
-        self._labels: dict[str, set[int]] = defaultdict(set)
+        # In lower case -> as it is written -> labels.
+        self._labels: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self._examples = list(class_names[:5])
         for label, name in enumerate(class_names):
-            self._labels[name.lower()].add(label)
+            self._add(name, label)
         if not class_names and num_classes == IMAGENET_CLASSES:
             self._add_imagenet_words(())
         elif class_names and all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in class_names):
             self._add_imagenet_words(class_names)
+
+    def _add(self, name: str, label: int) -> None:
+        self._labels[name.lower()][name].add(label)
 
     def _add_imagenet_words(self, wordnet_ids: Sequence[str]) -> None:
         from timm.data import ImageNetInfo
@@ -32,20 +36,29 @@ class ClassNames:
         for label, wordnet_id in enumerate(wordnet_ids or words):
             for name in [wordnet_id, *words.get(wordnet_id, "").split(",")]:
                 if name.strip():
-                    self._labels[name.strip().lower()].add(label)
-        words_only = (name for name in self._labels if name not in words and len(self._labels[name]) == 1)
+                    self._add(name.strip(), label)
+        words_only = (name for name in self._labels if name not in words and len(self._meant(name)) == 1)
         self._examples = list(islice(words_only, 5))
 
-    def label(self, item: str) -> int:
-        """A label or a class name, in any case, as a label. Where both could be meant it is the name.
+    def _meant(self, item: str) -> dict[int, str]:
+        """Labels that a name can mean, with the spelling of each: those of exactly this one, else of any case."""
+        spellings = self._labels.get(item.lower(), {})
+        if item in spellings:
+            spellings = {item: spellings[item]}
+        return {label: name for name, labels in spellings.items() for label in labels}
 
-        Raises ValueError for a name no class has or several have, and for a label outside 0 ... K - 1.
+    def label(self, item: str) -> int:
+        """A label or a class name as a label. Where both could be meant it is the name.
+
+        A name may be written in any case, but the exact one wins. Raises ValueError for a name no class has or several
+        have, and for a label outside 0 ... K - 1.
         """
-        found = sorted(self._labels.get(item.lower(), ()))
+        found = self._meant(item)
         if len(found) == 1:
-            return found[0]
+            return next(iter(found))
         if found:
-            raise ValueError(f"--labels {item}: several classes have this name; choose one of {found}")
+            choice = ", ".join(f"{label} ({found[label]})" for label in sorted(found))
+            raise ValueError(f"--labels {item}: several classes have this name; choose one of {choice}")
         try:
             label = int(item)
         except ValueError:

@@ -139,8 +139,8 @@ def read_config(folder: Path) -> RunConfig | None:
     return RunConfig.from_json(value, path)
 
 
-def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
-    """Raise ValueError, naming ``source`` and the setting, where a resumed run would silently become another one."""
+def contradiction(former: RunConfig, now: RunConfig) -> str | None:
+    """The first setting that makes two runs' weights or their meaning different, None where there is none."""
     pairs = [
         *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
         *(
@@ -151,12 +151,16 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", former.class_names, now.class_names),
     ]
-    for name, old, new in pairs:
-        if old != new:
-            raise ValueError(
-                f"{source}: the run to resume has {name} {_short(old)}, this one {_short(new)}; resume with the same "
-                "setting, or start a new run from its weights with --init_from"
-            )
+    return next((f"{name} {_short(old)}, this one {_short(new)}" for name, old, new in pairs if old != new), None)
+
+
+def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
+    """Raise ValueError, naming ``source`` and the setting, where a resumed run would silently become another one."""
+    if difference := contradiction(former, now):
+        raise ValueError(
+            f"{source}: the run to resume has {difference}; resume with the same setting, or start a new run from its "
+            "weights with --init_from"
+        )
 
 
 def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:

@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+_UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp")
 
 
 @contextlib.contextmanager
@@ -27,6 +30,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path, is_owned: Callable[[str], bool]) -> None:
+    """Remove the temporary files that :func:`atomic_write` left in a folder when its process was killed.
+
+    is_owned: whether the caller alone writes files of this name there. The number in a temporary name helps little: the
+    process may have run on another machine.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match and is_owned(match[1]):
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

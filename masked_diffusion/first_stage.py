@@ -95,10 +95,26 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
 
     try:
         vae = AutoencoderKL.from_pretrained(source)
-    except Exception as error:  # the hub client raises many kinds; all mean that there is no autoencoder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # diffusers and the hub client raise many kinds; all mean that there is no autoencoder
+        if looks_local:
+            raise FileNotFoundError(
+                f"--vae_path {vae_path}: cannot load this autoencoder ({_first_line(error)}); give a folder that is "
+                "complete, or --vae_path none for pixel space"
+            ) from error
         raise FileNotFoundError(
-            f"--vae_path {vae_path}: cannot load this autoencoder ({reason}); where the hub cannot be reached, "
-            "download it elsewhere and give its folder"
+            f"--vae_path {vae_path}: no such folder here, and the hub did not give it "
+            f"({_first_line(_root_cause(error))}); give --vae_path a folder with a copy of it, or --vae_path none for "
+            "pixel space"
         ) from error
     return Autoencoder(vae.to(device), vae_path if not looks_local else str(Path(source).absolute()))
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The hub client's outermost error complains of a missing file where there is no network."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

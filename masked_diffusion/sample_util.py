@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from masked_diffusion import samplers
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import RunConfig
-from masked_diffusion.files import atomic_write, move_aside, write_json
+from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
@@ -198,6 +198,8 @@ class SampleSet:
         record = {"samples": self.path.name, "settings": self.settings, **circumstances}
         write_json(self.folder / MANIFEST_NAME, record)
         self._parts.mkdir(exist_ok=True)
+        remove_unfinished(self._parts, lambda name: True)
+        remove_unfinished(self.folder, lambda name: name == self.path.name)
         for marker in self._parts.glob("*.failed"):
             marker.unlink()
         return moved

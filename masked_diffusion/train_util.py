@@ -129,7 +129,7 @@ class TrainConfig:
 
 class Meter:
     """Running means that stay on the device: losses of the full and the masked (``m_``) view, over all timesteps and
-    by quartile (``_q0`` ... ``_q3``), and norms.
+    by quartile (``_q0`` ... ``_q3``), the gradient's norm, and how many updates were skipped.
 
     The names are fixed from the start, so that a quartile nobody hit takes part in the reduction over ranks.
     """
@@ -140,7 +140,7 @@ class Meter:
         self._ranks = ranks
         self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
         self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
-        self._grad_norm = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum, count
+        self._updates = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # sum of norms, made, skipped
 
     def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
         """t: (n,) timesteps; losses: name -> (n,)."""
@@ -148,23 +148,26 @@ class Meter:
         self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
         self._counts += quartile.sum(dim=0)
 
-    def add_grad_norm(self, norm: Tensor, good: Tensor) -> None:
-        """norm, good: (); a norm that is not finite belongs to a skipped step and does not count."""
-        self._grad_norm += torch.stack([torch.where(good, norm, 0), good]).double()
+    def add_update(self, norm: Tensor, good: Tensor) -> None:
+        """norm, good: (), alike on all ranks; a gradient norm that is not finite belongs to a skipped update."""
+        self._updates += torch.stack([torch.where(good, norm, 0), good, ~good]).double()
 
     def flush(self) -> dict[str, float]:
-        """Means over all ranks since the last flush, NaN where there was nothing. Reduces once, copies once."""
-        numbers = torch.cat([self._sums.flatten(), self._counts, self._grad_norm])
-        values = self._ranks.sum_(numbers).tolist()
-        for running in (self._sums, self._counts, self._grad_norm):
+        """Means over all ranks since the last flush, NaN where there was nothing, and the ``skipped`` updates.
+
+        Reduces once, copies once.
+        """
+        numbers = torch.cat([self._sums.flatten(), self._counts, self._updates])
+        *values, norms, made, skipped = self._ranks.sum_(numbers).tolist()
+        for running in (self._sums, self._counts, self._updates):
             running.zero_()
-        counts = values[-QUARTILES - 2 : -2]
+        counts = values[-QUARTILES:]
         row = {}
         for i, name in enumerate(self._losses):
             sums = values[QUARTILES * i : QUARTILES * (i + 1)]
             row[name] = _mean(sum(sums), sum(counts))
             row |= {f"{name}_q{q}": _mean(sums[q], counts[q]) for q in range(QUARTILES)}
-        return row | {"grad_norm": _mean(*values[-2:])}
+        return row | {"grad_norm": _mean(norms, made), "skipped": skipped / self._ranks.world_size}
 
 
 def _mean(total: float, count: float) -> float:
@@ -386,7 +389,7 @@ class TrainLoop:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         good = norm.isfinite()
-        self.meter.add_grad_norm(norm, good)
+        self.meter.add_update(norm, good)
         if not self.config.use_fp16:  # the gradient scaler does the same, and also lowers its scale
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)

@@ -59,6 +59,8 @@ def open_trained(
     and ``vae_decoder``. explicit: those given on the command line. warn: told of flags that have no effect.
     Raises FileNotFoundError, and ValueError for weights of another model, or a flag that contradicts what is recorded.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--model_path {path}: no such file; {_what_there_is(path.parent)}")
     state = checkpoint.read_weights(path)
     if not {checkpoint.LABEL_TABLE, checkpoint.PATCH_EMBEDDING} <= set(state):
         raise ValueError(f"{path}: not an MDT checkpoint, it has no {checkpoint.LABEL_TABLE}")
@@ -80,6 +82,16 @@ def open_trained(
     model = config.model.build()
     checkpoint.load_weights(model, state, path)
     return Trained(path, model.to(device).eval().requires_grad_(False), config, first_stage, recorded is not None)
+
+
+def _what_there_is(folder: Path) -> str:
+    """For whoever gave a checkpoint that is not there."""
+    matches = (checkpoint.EMA_FILE.fullmatch(path.name) for path in folder.glob("ema_*"))
+    found = sorted((match for match in matches if match), key=lambda match: int(match[2]))
+    if found:
+        return f"{folder} has {', '.join(match[0] for match in found[-3:])}"
+    there = "has no ema_*.pt" if folder.is_dir() else "does not exist"
+    return f"{folder} {there}; train a model, or get published weights as README.md says"
 
 
 def _check_contradictions(recorded: RunConfig, flags: dict[str, Any], explicit: set[str], path: Path) -> None:

@@ -176,6 +176,8 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         found += [
             f"--{name} is ignored without --cfg_cond True" for name in ("cfg_scale", "scale_pow") if name in explicit
         ]
+    if args.device == "cpu" and "tf32" in explicit:
+        found.append("--tf32 is ignored on a CPU")
     if not args.class_cond and "labels" in explicit:
         found.append("--labels is ignored with --class_cond False")
     return found

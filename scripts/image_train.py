@@ -23,10 +23,11 @@ from masked_diffusion.config import (
     RunConfig,
     changed_settings,
     check_resume,
+    contradiction,
     read_config,
 )
 from masked_diffusion.data_stream import DataOrder
-from masked_diffusion.files import write_json
+from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, check_first_batch, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
@@ -200,8 +201,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         pin_memory=device.type == "cuda",
     )
     stack.callback(data.close)
-    ranks.from_main(lambda: check_writable(folder) if args.dry_run else claim_folder(folder, run_config))
-    logger = open_logger(folder, start.step, sinks, args.dry_run) if ranks.is_main else Logger()
+    messages += ranks.from_main(
+        lambda: check_folder(folder, run_config, args.overwrite) if args.dry_run else claim_folder(folder, run_config)
+    )
+    # The log of another folder's run does not go on here.
+    rows_kept = start.step if start.folder == folder else 0
+    logger = open_logger(folder, rows_kept, sinks, args.dry_run) if ranks.is_main else Logger()
     stack.callback(logger.close)
     loop = TrainLoop(
         config=config,
@@ -266,19 +271,44 @@ def make_run_config(
     )
 
 
-def claim_folder(folder: Path, run_config: RunConfig) -> None:
-    """Make the output folder and write the configuration into it: this shows, too, that it can be written."""
+def claim_folder(folder: Path, run_config: RunConfig) -> list[str]:
+    """Make the output folder and write the configuration into it: this shows, too, that it can be written.
+
+    What killed processes left half-written is removed. Returns what the user has to be told. Raises ValueError where
+    the configuration would describe another run's weights.
+    """
+    has_other_config, messages = describes_another_run(folder, run_config), []
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if has_other_config:
+            [moved] = move_aside(folder / CONFIG_NAME)
+            messages.append(f"moved the {CONFIG_NAME} of another run, which saved nothing, to {moved.name}")
+        remove_unfinished(folder, checkpoint.is_run_file)
         write_json(folder / CONFIG_NAME, run_config.as_json())
+    return messages
 
 
-def check_writable(folder: Path) -> None:
-    """Show that the output folder can be written, or made, and leave nothing there."""
+def check_folder(folder: Path, run_config: RunConfig, overwrite: bool) -> list[str]:
+    """Show that :func:`claim_folder` would succeed, and leave no trace."""
+    if not overwrite:
+        describes_another_run(folder, run_config)
     with writing_to(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
+    return []
+
+
+def describes_another_run(folder: Path, run_config: RunConfig) -> bool:
+    """Whether the configuration in a folder is another run's, one that saved nothing. Raises ValueError if it did."""
+    former = read_config(folder)
+    difference = contradiction(former, run_config) if former is not None else None
+    if difference and (found := checkpoint.weights_in(folder)):
+        raise ValueError(
+            f"OPENAI_LOGDIR {folder}: {found[-1].name} is of a run with {difference}; give another OPENAI_LOGDIR, or "
+            "--overwrite True to move that run aside"
+        )
+    return difference is not None
 
 
 @contextlib.contextmanager

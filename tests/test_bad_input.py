@@ -129,6 +129,25 @@ def test_a_resumed_run_must_not_silently_become_another(monkeypatch, trained, ca
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["--resume_checkpoint", "--init_from"])
+def test_a_run_from_elsewhere_does_not_describe_the_weights_of_another(monkeypatch, trained, tmp_path, capsys, source):
+    """The folder holds an incomplete checkpoint of another decoder."""
+    model = next(trained.parent.glob("model*.pt"))
+    content = trained.with_name("config.json").read_text().replace('"decode_layer": 2', '"decode_layer": 1')
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "model000007.pt").write_bytes(b"")
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, source, model) == 2
+    sentence = f"OPENAI_LOGDIR {tmp_path}: model000007.pt is of a run with --decode_layer 1, this one 2; "
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_training_refuses_a_folder_with_the_configuration_of_another_program(refused, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert "not a configuration of this code" in refused(TRAIN, *TINY_DIGITS, folder=tmp_path)
+    assert "AutoencoderKL" in (tmp_path / "config.json").read_text()
+
+
 def sample_flags(path, *flags):
     return ["--model_path", path, "--num_samples", "2", "--num_sampling_steps", "2", *flags]
 
@@ -211,6 +230,7 @@ def test_an_lfs_pointer_and_a_torn_file_are_told_apart(refused, trained):
         (["--mask_ratio", "0.3"], "--mask_ratio is ignored"),
         (["--vae_decoder", "mse"], "--vae_decoder mse is ignored"),
         (["--class_cond", "False", "--labels", "3"], "--labels is ignored"),
+        (["--device", "cpu", "--tf32", "False"], "--tf32 is ignored on a CPU"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

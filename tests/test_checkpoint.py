@@ -502,6 +502,14 @@ def test_overwrite_moves_the_former_run_into_a_numbered_folder_and_leaves_other_
     assert names(tmp_path) == ["former_1", "former_2", "notes.md"]
 
 
+def test_overwrite_moves_a_run_without_a_complete_checkpoint_too(tmp_path):
+    for name in ("config.json", "model000010.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    assert plan(tmp_path, overwrite=True).step == 0
+    assert names(tmp_path) == ["former_1", "notes.txt"]
+    assert names(tmp_path / "former_1") == ["config.json", "model000010.pt"]
+
+
 def test_overwrite_of_an_empty_folder_is_a_plain_start(tmp_path):
     assert plan(tmp_path, overwrite=True).step == 0
     assert names(tmp_path) == []
@@ -535,6 +543,18 @@ def test_auto_does_not_start_anew_over_files_of_another_code(tmp_path):
     with pytest.raises(ValueError) as raised:
         plan(tmp_path)
     assert_one_sentence(raised, tmp_path / "model010000.pt", "no manifest", "--resume_checkpoint", "OPENAI_LOGDIR")
+
+
+@pytest.mark.parametrize("flag", ["resume_checkpoint", "init_from"])
+@pytest.mark.parametrize("name", ["model010000.pt", "ema_0.9999_010000.pt"])
+def test_a_run_from_elsewhere_does_not_begin_among_files_of_another_code(tmp_path, flag, name):
+    write_checkpoint(tmp_path / "elsewhere", 10)
+    (tmp_path / "run").mkdir()
+    torch.save({"w": torch.zeros(1)}, tmp_path / "run" / name)
+    given = {"resume_checkpoint": "auto"} | {flag: tmp_path / "elsewhere" / "model000010.pt"}
+    with pytest.raises(ValueError) as raised:
+        plan(tmp_path / "run", **given)
+    assert_one_sentence(raised, tmp_path / "run" / name, "no manifest", "OPENAI_LOGDIR")
 
 
 def test_files_of_another_code_are_gone_on_from_when_their_path_is_given(tmp_path):

@@ -374,7 +374,21 @@ def test_a_pool_that_does_not_fit_the_softmax_is_refused(tf, pair, tmp_path, cap
     for node in definition.node:
         node.input[:] = ["pool_3" if name == "convolved" else name for name in node.input]
     graph.write_bytes(definition.SerializeToString())
-    assert re.search(r"bad\.pb: pool_3:0 is \(1, 4, 4, 12\)", refusal(capsys, *pair, "--graph", graph))
+    sentence = (
+        r"bad\.pb: pool_3:0 is \(1, 4, 4, 12\) for an image of 8×8, expected \(1, 1, 1, 16\).*not made for images"
+    )
+    assert re.search(sentence, refusal(capsys, *pair, "--graph", graph))
+
+
+def test_a_graph_that_fails_on_this_size_is_refused_without_a_stack_trace(tf, pair, tmp_path, capsys):
+    with tf.Graph().as_default() as graph:
+        pixels = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3], name="ExpandDims")
+        tf.identity(pixels, name="mixed_6/conv")
+        pool = tf.reshape(pixels, [-1, 12 * 12 * 3], name="pool_3")
+        tf.matmul(pool, tf.ones([12 * 12 * 3, 10]), name="softmax/logits/MatMul")
+    path = with_bytes(tmp_path / "other_size.pb", graph.as_graph_def().SerializeToString())
+    line = refusal(capsys, *pair, "--graph", path)
+    assert "other_size.pb: cannot take images of 8×8 (" in line and "[[" not in line, line
 
 
 @pytest.mark.parametrize("content", [b"<html>Please log in</html>", b""])
@@ -452,12 +466,18 @@ def test_2048_samples_of_the_same_count_and_size_are_not_warned_about(tiny_graph
 
 
 def test_the_report_holds_manifest_and_hashes(tiny_graph, pair, tmp_path, capsys):
-    manifest = {"samples": "gen.npz", "cfg_scale": 3.8}
+    settings = {"weights": {"file": "ema.pt", "step": 3}, "seed": 0, "guidance": {"cfg_scale": 3.8}, "labels": None}
+    manifest = {"samples": "gen.npz", "settings": settings, "device": "cpu"}
     (tmp_path / "manifest_1.json").write_text(json.dumps(manifest))
     (tmp_path / "manifest.json").write_text(json.dumps({"samples": "another.npz"}))
     out = tmp_path / "report.json"
     got, err = run(capsys, *pair, "--graph", tiny_graph, "--out", out)
-    assert '"cfg_scale":3.8' in err and "another" not in err
+    said = err.split("says how the samples were made:\n")[1].splitlines()[:4]
+    assert said == [
+        "  samples gen.npz, device cpu", "  settings: seed 0, labels None", "  weights: file ema.pt, step 3",
+        "  guidance: cfg_scale 3.8",
+    ]  # fmt: skip
+    assert "another" not in err
     report = json.loads(out.read_text())
     assert report["metrics"] == got
     assert report["manifest"] == manifest

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masked_diffusion.files import atomic_write, move_aside, numbered, sha256_of, write_json
+from masked_diffusion.files import atomic_write, move_aside, numbered, remove_unfinished, sha256_of, write_json
 
 
 def contents(folder):
@@ -156,3 +156,23 @@ def test_sha256_is_that_of_the_whole_content(tmp_path, size):
     content = bytes(range(256)) * (size // 256) + bytes(size % 256)
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+# -- what killed writers leave -----------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_is_killed_leaves_a_file_that_is_removed_later(tmp_path):
+    writing = atomic_write(tmp_path / "model.pt")
+    writing.__enter__()  # and never left
+    [partial] = tmp_path.iterdir()
+    remove_unfinished(tmp_path, lambda name: name == "model.pt")
+    assert not partial.exists()
+
+
+def test_only_unfinished_files_that_are_ones_own_are_removed(tmp_path):
+    kept = ["a.pt", ".a.pt", ".b.pt.12.tmp", ".a.pt.tmp", ".a.pt.12.tmp.txt", "a.pt.12.tmp"]
+    for name in [*kept, ".a.pt.12.tmp", ".a.pt.3456.tmp"]:
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path, lambda name: name == "a.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    remove_unfinished(tmp_path / "missing", lambda name: True)

@@ -164,7 +164,8 @@ def test_a_hub_name_that_cannot_be_reached_is_refused_in_one_sentence_within_sec
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     text = assert_refused_soon("nobody/no-such-autoencoder")
-    assert "cannot load this autoencoder" in text and "give its folder" in text
+    assert "the hub did not give it (Cannot reach " in text and "offline mode is enabled" in text  # the true reason
+    assert "a folder with a copy of it" in text and "--vae_path none" in text
 
 
 @pytest.mark.parametrize("harm", ["weights cut off", "weights missing", "config of another model", "config not JSON"])

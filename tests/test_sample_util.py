@@ -380,6 +380,18 @@ def test_batches_that_are_there_are_not_made_again(tmp_path):
     assert np.array_equal(load(resumed.path)["arr_0"], fake_images(range(10), np.arange(10) % 3))
 
 
+def test_what_a_killed_sampling_left_half_written_is_removed(tmp_path):
+    samples = sample_set(tmp_path)
+    samples.open({})
+    parts = next(tmp_path.glob("parts_*"))
+    left = [parts / ".000001.npy.12.tmp", tmp_path / f".{samples.path.name}.12.tmp"]
+    others = tmp_path / ".model000010.pt.12.tmp"  # of a training in the same folder, perhaps running
+    for path in [*left, others]:
+        path.touch()
+    sample_set(tmp_path).open({})
+    assert not any(path.exists() for path in left) and others.exists()
+
+
 @pytest.mark.parametrize("harm", ["torn", "torn in its header", "empty", "garbage", "another shape", "another type"])
 def test_a_torn_batch_is_made_again(tmp_path, harm):
     samples = sample_set(tmp_path)

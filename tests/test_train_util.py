@@ -1,12 +1,14 @@
 """The training step, through the training script in this process."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
 from masked_diffusion.checkpoint import read_weights
-from masked_diffusion.train_util import TrainConfig
+from masked_diffusion.train_util import Meter, TrainConfig
 
 TRAIN = "scripts/image_train.py"
 
@@ -198,6 +200,21 @@ def test_a_published_checkpoint_resumes_from_its_path_with_its_optimizer(train, 
     assert [row["step"] for row in rows(resumed)] == [3, 4, 5]
 
 
+def test_a_run_from_another_folder_keeps_what_lies_in_its_own(train, tmp_path, capsys):
+    """A configuration and a log without weights are moved aside, whatever step the run begins at."""
+    source = train("--max_steps", "2")
+    folder = train("--max_steps", "1", "--decode_layer", "1")
+    for path in [*folder.glob("*.pt"), folder / "checkpoint000001.json"]:
+        path.unlink()
+    (folder / ".opt000001.pt.12.tmp").touch()
+    config, log = ((folder / name).read_bytes() for name in ("config.json", "progress.csv"))
+    train("--max_steps", "3", "--resume_checkpoint", source / "model000002.pt", folder=folder, sinks="csv,stdout")
+    assert (folder / "config_1.json").read_bytes() == config and (folder / "progress_1.csv").read_bytes() == log
+    assert "which saved nothing, to config_1.json" in capsys.readouterr().out
+    assert [row["step"] for row in rows(folder)] == [3]
+    assert not list(folder.glob(".*.tmp"))
+
+
 def test_loss_second_moment_learns_the_unweighted_losses_of_both_views(train):
     folder = train(
         "--schedule_sampler", "loss-second-moment", "--diffusion_steps", "25", "--batch_size", "20", "--max_steps", "1"
@@ -290,6 +307,27 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_position(train, poiso
     assert states[0]["schedule_sampler"]["counts"].sum() == states[1]["schedule_sampler"]["counts"].sum()
     moments = [torch.load(folder / f"opt{step:06d}.pt", weights_only=True)["state"][0] for step in (1, 2)]
     assert torch.equal(moments[0]["exp_avg"], moments[1]["exp_avg"]) and moments[0]["step"] == moments[1]["step"]
+
+
+def test_skipped_updates_are_counted_in_the_log(train, poisoned):
+    poisoned(lambda call: 4 <= call < 12)  # the second and the third batch
+    assert [row["skipped"] for row in rows(train("--max_steps", "6", "--log_interval", "2"))] == [1, 1, 0]
+
+
+def test_an_update_that_all_ranks_skip_is_one():
+    ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, sum_=lambda numbers: 2 * numbers)
+    meter = Meter(["loss"], 10, ranks)
+    for norm in (1.0, float("nan"), 4.0):
+        meter.add_update(torch.tensor(norm), torch.tensor(norm).isfinite())
+    row = meter.flush()
+    assert row["skipped"] == 1 and row["grad_norm"] == 2.5 and np.isnan(row["loss"])
+    assert meter.flush()["skipped"] == 0
+
+
+def test_an_overflow_that_only_lowers_the_scale_is_counted_and_not_reported(train, capsys):
+    folder = train("--use_fp16", "True", "--fp16_scale_growth", "20", "--max_steps", "4", sinks="csv,stdout")
+    assert 0 < sum(row["skipped"] for row in rows(folder)) < 4
+    assert "not finite" not in capsys.readouterr().out
 
 
 def test_a_bad_step_is_reported_with_its_images(train, poisoned, capsys, monkeypatch):

@@ -192,8 +192,22 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no.pt: no such file"):
-        open_with(tmp_path / "no.pt")
+    for path, remedy in (
+        (tmp_path / "no.pt", "has no ema_*.pt; train a model, or get published weights as README.md says"),
+        (tmp_path / "nowhere" / "no.pt", "does not exist; train a model, or get published weights as README.md says"),
+    ):
+        with pytest.raises(FileNotFoundError) as raised:
+            open_with(path)
+        assert str(raised.value) == f"--model_path {path}: no such file; {path.parent} {remedy}"
+
+
+def test_a_missing_file_is_named_with_the_newest_that_lie_beside_it(tmp_path):
+    files = [f"ema_0.9999_{step:06d}.pt" for step in (9, 10, 999_999, 1_000_000)]
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError) as raised:
+        open_with(tmp_path / "ema_0.9999_000011.pt")
+    assert str(raised.value).endswith(f"; {tmp_path} has {', '.join(files[1:])}")
 
 
 # -- first stage -------------------------------------------------------------------------------------------------------

@@ -106,6 +106,27 @@ def test_a_worker_script_without_its_settings_says_which(tmp_path):
         assert done.returncode != 0 and f"set {name} to" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "script, settings",
+    [
+        ("run.sh", ["DATA_PATH=", "NUM_GPUS=8", "MODEL=MDT_S_2", "STEPS=2000"]),
+        ("run_sample.sh", ["MODEL_PATH=output_mdt_xl2/mdt_xl2_v1_ckpt.pt", "NUM_SAMPLES=50000", "GRAPH="]),
+        ("run_ddp_master.sh", ["MASTER_ADDR=$(hostname)", "RANK=0", "NUM_NODE=8", "JOIN_SECONDS=300"]),
+        ("run_ddp_worker.sh", ["RANK: set RANK to the number", "JOIN_SECONDS=300", "MAX_RESTARTS=3"]),
+    ],
+)
+def test_help_of_the_shell_scripts_lists_the_settings_and_starts_nothing(tmp_path, script, settings):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho started >&2\n")
+    python.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    env = environment(tmp_path, PATH=path, PYTHON=python, VIRTUAL_ENV=tmp_path)
+    done = run_command(["bash", str(REPO / script), "--help"], env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n  {setting}" in done.stdout for setting in settings), done.stdout
+    assert "Variables and their defaults" in done.stdout and "\n+" not in done.stdout
+
+
 SHORTENED = f"""
 import runpy, sys
 from datetime import timedelta

@@ -25,6 +25,7 @@ from support import (
     weights,
 )
 
+from masked_diffusion.checkpoint import newest_complete_step
 from masked_diffusion.preemption import STOPPED
 
 pytestmark = pytest.mark.e2e
@@ -104,23 +105,62 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_where_an_undisturbed_one_
     assert_ends_as(tmp_path, reference)
 
 
+DEATH = """
+import os, signal, sys, time
+from pathlib import Path
+from masked_diffusion.image_datasets import DigitsDataset
+
+load, loaded = DigitsDataset.load, 0
+
+def failing(self, index, rng=None):
+    global loaded
+    loaded += rng is not None  # not the check of the first batch
+    if loaded > {images} and os.environ["{rank_variable}"] == "1":
+        Path({note!r}).write_text(str(time.time()))
+        {death}
+    return load(self, index, rng)
+
+DigitsDataset.load = failing
+sys.path.insert(0, {scripts!r})
+import image_train
+sys.exit(image_train.main())
+"""
+EXCEPTION = "raise RuntimeError('a dead disk')"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def dying_program(folder, rank_variable, death, images=0):
+    """A training whose rank 1 dies after so many images, and a file that says when."""
+    program, note = folder / "dies.py", folder / "died"
+    program.write_text(
+        DEATH.format(
+            rank_variable=rank_variable, death=death, images=images, note=str(note), scripts=str(REPO / "scripts")
+        )
+    )
+    return program, note
+
+
+@pytest.mark.parametrize("death", [EXCEPTION, KILL], ids=["exception", "SIGKILL"])
+def test_a_rank_that_dies_in_training_under_torchrun_takes_the_job_down_within_a_minute(tmp_path, death):
+    """The documented time. The last checkpoint stays whole, and the same command goes on from it."""
+    program, note = dying_program(tmp_path, "RANK", death, images=4 * 5)
+    flags = [*TINY_DIGITS, "--save_interval", 2, "--max_steps", 1000]
+    done = run_command(command(program, *flags, processes=2), environment(tmp_path))
+    assert time.time() - float(note.read_text()) < 60
+    assert done.returncode != 0 and ("a dead disk" if death == EXCEPTION else "SIGKILL") in done.stderr
+    reports = []
+    assert newest_complete_step(tmp_path, reports.append) == 4 and not reports
+    run(TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", 6, processes=2)
+    assert (tmp_path / "checkpoint000006.json").exists() and rows(tmp_path)[-1]["samples"] == 6 * 8
+
+
 def test_a_rank_that_dies_under_mpiexec_takes_the_job_down(tmp_path):
     """mpi4py's goodbye is collective: without an abort, the dead rank would wait for the living and they for it."""
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     mpiexec = shutil.which("mpiexec")
     if mpiexec is None:
         pytest.skip("mpiexec is not installed")
-    program = tmp_path / "dies.py"
-    program.write_text(
-        "import sys\nfrom masked_diffusion.image_datasets import DigitsDataset\n"
-        "from masked_diffusion.randomness import numpy_generator\nload = DigitsDataset.load\n"
-        "def failing(self, index, rng=None):\n"
-        "    import os\n"
-        "    if rng is not None and os.environ['PMI_RANK'] == '1': raise RuntimeError('a dead disk')\n"
-        "    return load(self, index, rng)\n"
-        "DigitsDataset.load = failing\n"
-        f"sys.path.insert(0, {str(REPO / 'scripts')!r})\nimport image_train\nsys.exit(image_train.main())\n"
-    )
+    program, _ = dying_program(tmp_path, "PMI_RANK", EXCEPTION)
     flags = [str(flag) for flag in TINY_DIGITS]
     done = run_command([mpiexec, "-n", "2", sys.executable, str(program), *flags], environment(tmp_path), timeout=60)
     assert done.returncode != 0 and "a dead disk" in done.stderr
