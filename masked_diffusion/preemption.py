@@ -13,6 +13,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 1.0
 
 
+class Launcher:
+    """torchrun, if it started this process. Its ranks are in sessions of their own and survive when it is killed: left
+    to themselves, they would write into the folder in which the same command already runs again."""
+
+    def __init__(self) -> None:
+        self._pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def has_ended(self) -> bool:
+        """Whether there was one, and it is gone."""
+        return self._pid is not None and os.getppid() != self._pid
+
+
 class StopSignals:
     """Inside the context, the first signal is noted in ``received``; a later one has its default effect."""
 

@@ -28,6 +28,7 @@ from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
 from masked_diffusion.pictures import grid, save_picture, to_uint8
+from masked_diffusion.preemption import Launcher
 from masked_diffusion.randomness import SampleNoise, numpy_generator
 
 MANIFEST_NAME = "manifest.json"
@@ -294,11 +295,15 @@ def generate(
     """Make this rank's batches and, on rank 0, wait until the others' are there too.
 
     make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes. Raises
-    RuntimeError on rank 0 when another one failed or nothing has come for ``STALL_SECONDS``; all parts stay.
+    RuntimeError when torchrun has ended, and on rank 0 when another one failed or nothing has come for
+    ``STALL_SECONDS``; all parts stay.
     """
+    launcher = Launcher()
     with tqdm(total=samples.num_samples, unit="image", disable=rank != 0) as bar:
         try:
             for batch in range(rank, samples.num_batches, world_size):
+                if launcher.has_ended():
+                    raise RuntimeError("torchrun has ended; start the same command again to continue")
                 if not samples.has_part(batch):
                     indices = samples.indices(batch)
                     samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))

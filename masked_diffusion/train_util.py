@@ -23,7 +23,7 @@ from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
 from masked_diffusion.models import MDT
 from masked_diffusion.pictures import grid, save_picture
-from masked_diffusion.preemption import STOPPED, StopSignals
+from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 
@@ -307,7 +307,7 @@ class TrainLoop:
         if end is not None and self.step >= end:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
-        stopping = False
+        stopping, launcher = False, Launcher()
         self.ddp_model.train()
         with StopSignals() as signals, self._progress_bar(end) as bar:
             while not stopping and (end is None or self.step < end):
@@ -324,11 +324,12 @@ class TrainLoop:
                 if self.step % self.config.save_interval == 0 and self.step != end:
                     self.save()
                 self._report_save()
-                stopping = self.ranks.any(signals.received is not None)
+                stopping = self.ranks.any(signals.received is not None or launcher.has_ended())
             self.save_and_wait()
         if end is not None and self.step >= end:
             return 0
-        self.logger.text(f"stopped by a signal after step {self.step}; the same command goes on from here")
+        cause = "because torchrun has ended" if launcher.has_ended() else "by a signal"
+        self.logger.text(f"stopped {cause} after step {self.step}; the same command goes on from here")
         return STOPPED
 
     def train_step(self, images: Tensor, extras: Batch) -> None:

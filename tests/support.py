@@ -1,5 +1,6 @@
 """Starting the project's scripts: in this process, where many small runs are compared, and as real ones."""
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -83,8 +84,26 @@ def run(path, folder, *arguments, processes=None, launcher="torch.distributed.ru
     return done
 
 
+def begin(arguments, env):
+    """Start a command in a session of its own, stdout and stderr in one."""
+    return subprocess.Popen(
+        arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def kill_run(process, folder):
+    """SIGKILL to a command and every process of its run: torchrun's ranks are in sessions of their own."""
+    wanted = f"OPENAI_LOGDIR={folder}".encode()
+    os.kill(process.pid, signal.SIGKILL)
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit() and wanted in environ_of(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.name), signal.SIGKILL)
+    process.communicate(timeout=TIMEOUT)
+
+
 def pid_of_rank(number, folder):
-    """The training process that a launcher started as this rank."""
+    """The process that a launcher started as this rank."""
     wanted = {f"RANK={number}".encode(), f"OPENAI_LOGDIR={folder}".encode()}
     [pid] = [
         int(path.name)

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,11 @@ from support import (
     TIMEOUT,
     TINY_DIGITS,
     assert_same_weights,
+    begin,
     command,
     environment,
     free_port,
+    kill_run,
     pid_of_rank,
     rows,
     run,
@@ -38,10 +39,7 @@ KINDS = ("model", "ema_0.9_")
 
 
 def start(folder, *flags, processes=None):
-    return subprocess.Popen(
-        command(TRAIN, *FLAGS, *flags, processes=processes), env=environment(folder), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return begin(command(TRAIN, *FLAGS, *flags, processes=processes), environment(folder))
 
 
 def wait_for_step(process, folder, step):
@@ -98,8 +96,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_where_an_undisturbed_one_
         process = start(tmp_path, "--num_workers", kills % 2, processes=processes)
         wait_for_step(process, tmp_path, first_step + 7 * kills)
         time.sleep(chance.uniform(0, 0.1))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=TIMEOUT)
+        kill_run(process, tmp_path)
         kills += 1
     run(TRAIN, tmp_path, *FLAGS, processes=processes)
     assert_ends_as(tmp_path, reference)
@@ -174,13 +171,27 @@ def lose_a_rank(processes, folder):
 
 
 @pytest.mark.parametrize("undisturbed", [2], indirect=True)
+def test_ranks_whose_torchrun_is_killed_save_and_end_by_themselves(undisturbed, tmp_path):
+    """Otherwise they would write into the folder in which the same command already runs again."""
+    process = start(tmp_path, processes=2)
+    wait_for_step(process, tmp_path, 12)
+    ranks = [pid_of_rank(number, tmp_path) for number in range(2)]
+    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + TIMEOUT
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    step = int(rows(tmp_path)[-1]["step"])
+    assert 12 <= step < STEPS and (tmp_path / f"checkpoint{step:06d}.json").exists()
+    run(TRAIN, tmp_path, *FLAGS, processes=2)
+    assert_ends_as(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
 def test_after_a_rank_is_killed_torchrun_goes_on_by_itself_from_the_last_checkpoint(undisturbed, tmp_path):
     arguments = command(TRAIN, *FLAGS, processes=2)
     arguments.insert(3, "--max-restarts=1")
-    process = subprocess.Popen(
-        arguments, env=environment(tmp_path), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = begin(arguments, environment(tmp_path))
     [out] = lose_a_rank([process], tmp_path)
     assert process.returncode == 0 and "resuming from the checkpoint of step 10" in out, out
     assert_ends_as(tmp_path, undisturbed[0])
@@ -198,12 +209,9 @@ def test_after_a_rank_is_killed_the_published_scripts_go_on_by_themselves_on_bot
                        ("DIFFUSION_STEPS", "diffusion_steps")):  # fmt: skip
         settings[name] = given[f"--{flag}"]
     nodes = [
-        subprocess.Popen(
-            ["bash", str(REPO / script), *map(str, FLAGS)], env=environment(tmp_path, RANK=rank, **settings),
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
+        begin(["bash", str(REPO / script), *map(str, FLAGS)], environment(tmp_path, RANK=rank, **settings))
         for rank, script in enumerate(["run_ddp_master.sh", "run_ddp_worker.sh"])
-    ]  # fmt: skip
+    ]
     outputs = lose_a_rank(nodes, tmp_path)
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "resuming from the checkpoint of step 10" in outputs[0]

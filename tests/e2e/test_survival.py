@@ -17,9 +17,11 @@ from support import (
     TIMEOUT,
     TINY_DIGITS,
     assert_same_weights,
+    begin,
     call,
     command,
     environment,
+    kill_run,
     pid_of_rank,
     rows,
     run,
@@ -75,16 +77,12 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(u
     program = tmp_path / "slow_disk.py"
     program.write_text(SLOW_DISK)
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, str(program), *map(str, FLAGS)], env=environment(folder), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = begin([sys.executable, str(program), *map(str, FLAGS)], environment(folder))
     deadline = time.monotonic() + TIMEOUT
     while not (folder / written).exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=TIMEOUT)
+    kill_run(process, folder)
     assert (folder / "checkpoint000004.json").exists() and not (folder / "checkpoint000008.json").exists()
     done = run(TRAIN, folder, *FLAGS)
     assert "resuming from the checkpoint of step 4" in done.stdout
@@ -195,10 +193,7 @@ def undisturbed_samples(undisturbed, tmp_path_factory):
 
 
 def start_sampling(folder, flags, processes):
-    return subprocess.Popen(
-        command(SAMPLE, *flags, processes=processes), env=environment(folder), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return begin(command(SAMPLE, *flags, processes=processes), environment(folder))
 
 
 def parts(folder):
@@ -220,8 +215,7 @@ def test_a_sampling_killed_again_and_again_makes_the_same_bytes_on_any_number_of
         process = start_sampling(tmp_path, flags, processes)
         wait_for_parts(process, tmp_path, enough)
         time.sleep(chance.uniform(0, 0.2))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=TIMEOUT)
+        kill_run(process, tmp_path)
         kept = parts(tmp_path)
         assert enough <= len(kept) < 30
         kept[0].write_bytes(kept[0].read_bytes()[:100])  # as an old disk may
@@ -261,10 +255,8 @@ def test_fifty_kills_at_any_moment_change_nothing(processes, tmp_path):
     run(TRAIN, tmp_path / "undisturbed", *LONG, processes=processes)
     folder, chance = tmp_path / "killed", random.Random(1)
     for kill in range(25):
-        process = subprocess.Popen(
-            command(TRAIN, *LONG, "--num_workers", kill % 3, processes=processes), env=environment(folder),
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        arguments = command(TRAIN, *LONG, "--num_workers", kill % 3, processes=processes)
+        process = begin(arguments, environment(folder))
         if kill % 2:
             time.sleep(chance.uniform(0, 12))
         else:
@@ -277,8 +269,7 @@ def test_fifty_kills_at_any_moment_change_nothing(processes, tmp_path):
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
         assert process.poll() is None, "it ended before all kills"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=TIMEOUT)
+        kill_run(process, folder)
     run(TRAIN, folder, *LONG, processes=processes)
     for kind in ("model", "ema_0.9_"):
         assert_same_weights(weights(tmp_path / "undisturbed", 120, kind), weights(tmp_path / "killed", 120, kind))
