@@ -6,14 +6,21 @@ on any number of ranks, by going on from there. A global batch is the next batch
 epochs, and is cut into one run of batch_size items per rank, in rank order.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from itertools import count
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from masked_diffusion.randomness import numpy_generator
 
 Item = tuple[int, int]  # (epoch, image index)
+# If so many images in a row cannot be read, it is not for the images.
+MAX_REPLACEMENTS = 100
+# Batches that a rank has in hand beyond the one it works on.
+READ_AHEAD = 2
+T = TypeVar("T")
 
 
 class DataOrder:
@@ -48,6 +55,19 @@ class DataOrder:
         return numpy_generator(self.seed, "order", epoch).permutation(self.num_items)
 
 
+def candidates(item: Item, num_items: int, seed: int) -> Iterator[int]:
+    """Images to try in turn for an item of the stream: its own, then MAX_REPLACEMENTS drawn from all of the set.
+
+    They depend on nothing but (seed, epoch, index), so that whoever comes to the item replaces an unreadable image
+    by the same other one.
+    """
+    epoch, index = item
+    yield index
+    rng = numpy_generator(seed, "replacement", epoch, index)
+    for _ in range(MAX_REPLACEMENTS):
+        yield int(rng.integers(num_items))
+
+
 class RankBatches:
     """One rank's endless batches, each a list of batch_size (epoch, index); iterating again starts anew.
 
@@ -73,3 +93,29 @@ class RankBatches:
     def __iter__(self) -> Iterator[list[Item]]:
         for start in count(self.first, self.global_batch):
             yield [self.order[position] for position in range(start, start + self.batch_size)]
+
+
+class ReadAhead(Generic[T]):
+    """Batches in their order, each fetched READ_AHEAD steps before its turn.
+
+    A rank whose data fail can so do its part of this step and the next, in which it lets the others know
+    (``Ranks.any`` answers a step late): they stop together and nothing is lost. failure: what was raised, if anything.
+    """
+
+    def __init__(self, batches: Iterator[T]) -> None:
+        self._batches = batches
+        self._ready: deque[T] = deque()
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        while self.failure is None and len(self._ready) <= READ_AHEAD:
+            try:
+                self._ready.append(next(self._batches))
+            except Exception as error:
+                self.failure = error
+        if self.failure is not None and not self._ready:
+            raise self.failure
+        return self._ready.popleft()

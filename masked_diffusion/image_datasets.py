@@ -17,8 +17,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from masked_diffusion.data_stream import DataOrder, Item, RankBatches
-from masked_diffusion.image_files import PathTable, is_remote, join, list_image_files, read_image
+from masked_diffusion.data_stream import DataOrder, Item, RankBatches, candidates
+from masked_diffusion.image_files import (
+    PathTable,
+    UnreadableImageError,
+    is_remote,
+    join,
+    list_image_files,
+    read_image,
+)
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -158,12 +165,20 @@ class ImageDataset:
         return len(self.labels)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image."""
+        """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image.
+
+        Raises UnreadableImageError for a file that is no image, OSError when the storage fails.
+        """
         raise NotImplementedError
 
     def name_of(self, index: int) -> str:
         """What to call an image in messages."""
         return f"image {index}"
+
+    def __str__(self) -> str:
+        names = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+        classes = f"{len(self.class_names)} classes ({names})" if self.class_names else "without classes"
+        return f"{len(self)} images, {classes}"
 
 
 class FolderDataset(ImageDataset):
@@ -193,8 +208,12 @@ class FolderDataset(ImageDataset):
     def name_of(self, index: int) -> str:
         return join(self.data_dir, self.files[index])
 
+    def picture(self, index: int) -> Image.Image:
+        """The image as it is in its file, upright RGB. Raises what :meth:`load` does."""
+        return read_image(self.name_of(index))
+
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        image = read_image(self.name_of(index))
+        image = self.picture(index)
         if rng is None:
             return to_model_range(center_crop_arr(image, self.image_size))
         # The flip is drawn first and always, so that it is the same with and without random crops.
@@ -280,34 +299,37 @@ def open_dataset(
     )
 
 
-def check_first_batch(dataset: ImageDataset, indices: Iterable[int]) -> None:
-    """Load the images a run will start with, so that an unreadable one stops it before the work starts.
-
-    indices: image indices, such as those of ``DataOrder`` from the run's position on; repeats are loaded once.
-    Raises ValueError naming --data_dir, the first bad file and the remedy.
-    """
-    for index in dict.fromkeys(indices):
-        try:
-            dataset.load(index)
-        except ValueError as error:
-            raise ValueError(f"--data_dir: {error}") from error
-
-
 # Stream
 
 
 class _Examples(Dataset[dict[str, Any]]):
-    """(epoch, index) -> everything a step needs of that image, each number drawn from its own key."""
+    """(epoch, index) -> everything a step needs of that image, each number drawn from its own key.
+
+    An unreadable image is replaced, picture and label; the item keeps its identity and with it all its draws.
+    """
 
     def __init__(self, dataset: ImageDataset, seed: int, draws: DrawSpec | None) -> None:
         self.dataset, self.seed, self.draws = dataset, seed, draws
 
     def __getitem__(self, item: Item) -> dict[str, Any]:
         epoch, index = item
-        # An unreadable image raises here; skipping it would mean putting another index in its place, also here.
-        image = self.dataset.load(index, numpy_generator(self.seed, "augment", epoch, index))
+        used, image = self._first_readable(item)
         draws = {} if self.draws is None else training_draws(self.draws, self.seed, epoch, index)
-        return {"image": image, "y": int(self.dataset.labels[index]), "index": index, "epoch": epoch, **draws}
+        label = int(self.dataset.labels[used])
+        return {"image": image, "y": label, "index": index, "used": used, "epoch": epoch, **draws}
+
+    def _first_readable(self, item: Item) -> tuple[int, np.ndarray]:
+        """An item's image, or another in its place: the index and the pixels. Crop and flip remain the item's."""
+        errors = []
+        for candidate in candidates(item, len(self.dataset), self.seed):
+            try:
+                return candidate, self.dataset.load(candidate, numpy_generator(self.seed, "augment", *item))
+            except UnreadableImageError as error:
+                errors.append(error)
+        raise ValueError(
+            f"--data_dir: {len(errors)} images in a row cannot be read, so it may not be for the images; the first: "
+            f"{errors[0]}"
+        )
 
 
 def load_data(
@@ -336,7 +358,8 @@ def load_data(
     stands for data_dir and the settings of :func:`open_dataset`.
 
     Yields (images, extra): images (N, C, image_size, image_size) float32 contiguous in [-1, 1]; extra holds ``y``,
-    ``index`` and ``epoch``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. With class_cond
+    ``epoch``, ``index`` and ``used``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. ``used``
+    is the index of the image shown: another one where that of ``index`` cannot be read. With class_cond
     False ``y`` is the null label of every image (see :func:`no_classes`). Batches are the same for any num_workers,
     and those of all ranks side by side are the one batch of a single rank with world_size times the batch size.
     Nothing is drawn from torch's global generator. ``close()`` ends the workers.

@@ -2,14 +2,21 @@
 
 import io
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+# 1 GiB / 4 / 3, from where on Pillow suspects a decompression bomb; it warns there and refuses at twice as many.
+MAX_PIXELS = 2**30 // 12
+# The short side is what is scaled to the image size: a line of pixels would become a huge picture.
+MAX_ASPECT = 100
+# Seconds before storage that failed is asked again.
+RETRY_WAITS = (1.0, 5.0)
 EXIF_ORIENTATION = 0x0112
 TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -163,28 +170,60 @@ class PathTable:
         return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
+class UnreadableImageError(ValueError):
+    """A file that is no image to train on, however often it is read. reason: why, in a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.reason = " ".join(reason.split())
+        super().__init__(f"{path}: cannot be read as an image ({self.reason}); remove it or replace it")
+
+
 def read_image(path: str) -> Image.Image:
     """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
 
     RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
-    Raises ValueError naming the file and what to do when it cannot be read, whatever the cause.
+    Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
+    an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
     """
+    content = _fetch(path)
     try:
-        with _open(path) as file:
-            image = Image.open(file)
-            image.load()
-            return _to_rgb(_upright(image))
+        image = Image.open(io.BytesIO(content))
+        _check_size(*image.size)  # before anything of this size is allocated
+        image.load()
+        return _to_rgb(_upright(image))
+    except MemoryError:  # of this machine, not of the file: its size is bounded
+        raise
     # Damaged files raise almost anything in Pillow's decoders: OSError, SyntaxError, struct.error, IndexError, …
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read as an image ({reason}); remove it or replace it") from error
+        raise UnreadableImageError(path, str(error) or type(error).__name__) from error
 
 
-def _open(path: str) -> IO[bytes]:
-    if is_remote(path):
-        with _blobfile(path).BlobFile(path, "rb") as file:
-            return io.BytesIO(file.read())
-    return Path(path).open("rb")
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} pixels are none")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}, perhaps a decompression bomb")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def _fetch(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
+    """A file's content; where the storage fails for a moment, it is asked again after each of the waits."""
+    open_file = _blobfile(path).BlobFile if is_remote(path) else open
+    try:
+        with open_file(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UnreadableImageError(path, error.strerror or str(error)) from error
+    except Exception as error:  # blobfile's errors have no common base
+        if waits:
+            time.sleep(waits[0])
+            return _fetch(path, waits[1:])
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{path}: the storage failed {len(RETRY_WAITS) + 1} times ({reason}); check disk, network and credentials, "
+            "or replace the file if it is the only one"
+        ) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -9,6 +9,7 @@ what is drawn               key
 ==========================  =====================================================
 order of an epoch           ``(seed, "order", epoch)``
 crop and flip of an image   ``(seed, "augment", epoch, index)``
+what replaces an image      ``(seed, "replacement", epoch, index)``
 training draws of an image  ``(seed, NAME, epoch, index)``, see :func:`training_draws`
 a generated image           ``(seed, "label" | "noise", sample_index)``
 shared by all ranks         ``(seed, NAME, step)``

@@ -105,6 +105,16 @@ def place_from_args(args: argparse.Namespace) -> dist_util.Place:
     return dist_util.find_place(os.environ, args.rank, args.world_size, args.local_rank)
 
 
+def choose_num_workers(asked: int) -> int:
+    """-1: as many loader processes as there are spare cores for this training process, at most 8."""
+    if asked < -1:
+        raise ValueError(f"--num_workers {asked}: must be 0 (load in the training process) or more, or -1 to choose")
+    if asked >= 0:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // dist_util.local_world_size(os.environ) - 1))
+
+
 def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:
     """Prepare, then work. Returns the exit status: the work's, None being 0.
 

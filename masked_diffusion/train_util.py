@@ -5,7 +5,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from masked_diffusion import checkpoint
+from masked_diffusion.bad_images import BadImages
 from masked_diffusion.config import RunConfig
+from masked_diffusion.data_stream import ReadAhead
 from masked_diffusion.dist_util import Ranks, no_sync
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -51,6 +53,7 @@ class TrainConfig:
     use_bf16: bool = False
     seed: int = 0
     max_bad_steps: int = 10
+    max_bad_share: float = 0.01
     keep_checkpoints: int = 0
     keep_every: int = 0
     weights_format: str = "pt"
@@ -72,6 +75,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share {self.max_bad_share}: must be in [0, 1], a share of the images")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
         if self.keep_every and not self.keep_checkpoints:
@@ -227,8 +232,8 @@ class TrainLoop:
     """Train an MDT until the configured end.
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
-    ``position``, the number of items consumed so far. start: where to begin; its checkpoint is read here.
-    name_of: what to call an image in messages, by its index.
+    ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
+    begin; its checkpoint is read here.
     """
 
     def __init__(
@@ -241,23 +246,23 @@ class TrainLoop:
         schedule_sampler: ScheduleSampler,
         first_stage: FirstStage,
         data: Iterator[tuple[Tensor, Batch]],
+        bad_images: BadImages,
         ranks: Ranks,
         logger: Logger,
         folder: Path,
         start: checkpoint.Start,
         position: int,
-        name_of: Callable[[int], str] = str,
     ) -> None:
         self.config = config
         self.run_config = run_config
         self.diffusion = diffusion
         self.schedule_sampler = schedule_sampler
         self.first_stage = first_stage
-        self.data = data
+        self.data = ReadAhead(data)
+        self.bad_images = bad_images
         self.ranks = ranks
         self.logger = logger
         self.folder = folder
-        self.name_of = name_of
 
         self.model = model.to(ranks.device).train()
         self.optimizer = torch.optim.AdamW(
@@ -278,7 +283,7 @@ class TrainLoop:
         self.saved_step = self.start_step  # nothing is saved at step 0, nor again at the step resumed from
         self._bad_step = LateFlag(ranks.device)
         self._bad_steps = 0  # in a row
-        self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch and index of the images
+        self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch of the items, index of the images shown
         if start.step:
             self._load(start)
         self.ddp_model = ranks.data_parallel(self.model)
@@ -301,34 +306,58 @@ class TrainLoop:
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; a last checkpoint is always written.
 
-        Returns the exit status: 0, or ``preemption.STOPPED`` when there is more to do.
+        Returns the exit status: 0, or ``preemption.STOPPED`` when there is more to do. Raises FloatingPointError after
+        too many bad steps, RuntimeError for too many bad images, and what reading the data raised, all after saving.
         """
         end = self.config.last_step
         if end is not None and self.step >= end:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
-        stopping, launcher = False, Launcher()
+        stopping, failure, launcher = False, None, Launcher()
         self.ddp_model.train()
         with StopSignals() as signals, self._progress_bar(end) as bar:
-            while not stopping and (end is None or self.step < end):
-                self.train_step(*next(self.data))
+            while not (stopping or failure) and (end is None or self.step < end):
+                images, extras = next(self.data)
+                self.bad_images.note(extras)
+                self.train_step(images, extras)
                 bar.update(1)
-                if self.config.max_bad_steps and self._bad_steps >= self.config.max_bad_steps:
-                    self.save_and_wait()  # the last good state: bad steps change nothing
-                    raise FloatingPointError(
-                        f"{self._bad_steps} steps in a row were not finite; the state before them is saved as step "
-                        f"{self.step} (--max_bad_steps {self.config.max_bad_steps})"
-                    )
                 if self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar)
                 if self.step % self.config.save_interval == 0 and self.step != end:
+                    self._tell_bad_images()  # a run that goes on from here does not come across them again
                     self.save()
                 self._report_save()
-                stopping = self.ranks.any(signals.received is not None or launcher.has_ended())
+                failure = self._failure()
+                asked = signals.received is not None or launcher.has_ended() or self.data.failure is not None
+                stopping = self.ranks.any(asked)
+            self._tell_bad_images()
             self.save_and_wait()
-        if end is not None and self.step >= end:
+        return self._leave(failure, self.step == end, launcher.has_ended())
+
+    def _failure(self) -> Exception | None:
+        """A reason to stop that all ranks see alike."""
+        if self.config.max_bad_steps and self._bad_steps >= self.config.max_bad_steps:
+            return FloatingPointError(  # bad steps change nothing, so what is saved is the last good state
+                f"{self._bad_steps} steps in a row were not finite; the state before them is saved as step "
+                f"{self.step} (--max_bad_steps {self.config.max_bad_steps})"
+            )
+        if problem := self.bad_images.problem():
+            return RuntimeError(f"{problem}; the state is saved as step {self.step}")
+        return None
+
+    def _leave(self, failure: Exception | None, ended: bool, torchrun_ended: bool) -> int:
+        """The exit status of a run that has saved; raises what ended it."""
+        if ended and failure is None:
             return 0
-        cause = "because torchrun has ended" if launcher.has_ended() else "by a signal"
+        failure = failure or self.data.failure
+        # No rank fails before rank 0 has saved: a launcher ends the others with it.
+        failures = self.ranks.sum_(torch.tensor(int(failure is not None), device=self.ranks.device)).item()
+        if failure is not None:
+            raise failure
+        if failures:
+            self.logger.text(f"stopped after step {self.step}: another process could not read its data")
+            return 1
+        cause = "because torchrun has ended" if torchrun_ended else "by a signal"
         self.logger.text(f"stopped {cause} after step {self.step}; the same command goes on from here")
         return STOPPED
 
@@ -349,7 +378,7 @@ class TrainLoop:
         self._check_last_step()
         good = self._update()
         self._teach_schedule_sampler(t, torch.cat(losses), good)
-        self._last_batch = (t, extras["epoch"], extras["index"])
+        self._last_batch = (t, extras["epoch"], extras["used"])
 
     def _backward(self, z: Tensor, t: Tensor, weights: Tensor, draws: Batch, batch_size: int, is_last: bool) -> Tensor:
         """Add a microbatch's gradients. Each view runs backward by itself, so that the two graphs never live
@@ -410,7 +439,8 @@ class TrainLoop:
             return
         self._bad_steps += 1
         t, epochs, indices = (values.tolist() for values in self._last_batch)
-        images = ", ".join(f"{self.name_of(i)} (epoch {e}, t {t})" for i, e, t in zip(indices, epochs, t, strict=True))
+        name_of = self.bad_images.dataset.name_of
+        images = ", ".join(f"{name_of(i)} (epoch {e}, t {t})" for i, e, t in zip(indices, epochs, t, strict=True))
         message = f"step {self.step}: loss or gradients are not finite, the update was skipped; the batch was {images}"
         if self.ranks.is_main:
             self.logger.text(message)
@@ -435,14 +465,20 @@ class TrainLoop:
 
     def log(self, bar: tqdm) -> None:
         """One row of means over all ranks since the last one."""
+        self._tell_bad_images()
         row = self.meter.flush()
         row["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]).item()
         now, (then, step_then) = time.monotonic(), self._last_log
         rate = (self.step - step_then) / max(now - then, 1e-9)
         self._last_log = (now, self.step)
         row |= {"lr": self.config.lr_at(self.step - 1), "images_per_second": rate * self.global_batch}
+        row["bad_images"] = len(self.bad_images.found)
         bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{rate * self.global_batch:.1f}")
         self.logger.row({"step": self.step, "samples": self.position, **row})
+
+    def _tell_bad_images(self) -> None:
+        for message in self.bad_images.gather():
+            self.logger.text(message)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from masked_diffusion import dist_util
+from masked_diffusion.bad_images import BadImages
 from masked_diffusion.checkpoint import Start
 from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
-from masked_diffusion.image_datasets import load_data
+from masked_diffusion.image_datasets import ImageDataset, load_data, no_classes
 from masked_diffusion.logger import Logger
 from masked_diffusion.models import MDT
 from masked_diffusion.randomness import (
@@ -181,7 +182,8 @@ def training_batch(settings: Settings) -> tuple[Tensor, Batch]:
     images = torch.randn(count, *shape, generator=torch_generator(0, "images"))
     extras = default_collate([training_draws(spec, 0, 0, i) for i in range(count)])
     index = torch.arange(count)
-    return images, {**extras, "y": index % settings.num_classes, "index": index, "epoch": torch.zeros_like(index)}
+    labels, epoch = index % settings.num_classes, torch.zeros_like(index)
+    return images, {**extras, "y": labels, "index": index, "used": index, "epoch": epoch}
 
 
 class UndecodedLatents(PixelSpace):
@@ -272,6 +274,7 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     """A step of the training loop: both views, AdamW, EMA; then each view alone, forward and backward."""
     precision = choose_precision(settings, ranks.device, tf32=False)
     diffusion = settings.run_config.diffusion.build()
+    no_data = ImageDataset(settings.image_size, *no_classes(0))
     loop = TrainLoop(
         config=settings.train_config,
         run_config=settings.run_config,
@@ -280,6 +283,7 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         schedule_sampler=UniformSampler(diffusion),
         first_stage=make_first_stage(settings, ranks.device),
         data=iter(()),
+        bad_images=BadImages(no_data, seed=0, max_bad_share=0.0, ranks=ranks, path=Path()),
         ranks=ranks,
         logger=Logger(),
         folder=Path(),

@@ -8,7 +8,6 @@ Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDI
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import checkpoint, dist_util, dry_run, model_and_diffusion_defaults
+from masked_diffusion.bad_images import LIST_NAME, BadImages
 from masked_diffusion.config import (
     CONFIG_NAME,
     DiffusionConfig,
@@ -29,7 +29,7 @@ from masked_diffusion.config import (
 from masked_diffusion.data_stream import DataOrder
 from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.image_datasets import ImageDataset, check_first_batch, load_data, open_dataset
+from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import MDT
 from masked_diffusion.randomness import DrawSpec, global_generator
@@ -39,6 +39,7 @@ from masked_diffusion.script_util import (
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
+    choose_num_workers,
     explicit_flags,
     optional,
     place_from_args,
@@ -53,6 +54,7 @@ HELPS = {
     "log_interval": "steps between rows of the log",
     "save_interval": "steps between checkpoints; a last one is always written",
     "max_bad_steps": "stop after so many steps in a row without finite gradients; 0 = never",
+    "max_bad_share": "stop when more than this share of the images cannot be read (one always may, unless it is 0)",
     "keep_checkpoints": "keep only so many of the newest checkpoints (two at least); 0 keeps all",
     "weights_format": "of model and EMA files: pt or safetensors",
     "keep_every": "with --keep_checkpoints, also keep those of steps divisible by this; 0 for none",
@@ -100,6 +102,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "log_interval": 10,
         "save_interval": 10000,
         "max_bad_steps": 10,
+        "max_bad_share": 0.01,
         "keep_checkpoints": 0,
         "keep_every": 0,
         "weights_format": "pt",
@@ -186,7 +189,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         )
     position = state["position"] if state else start.step * global_batch  # published checkpoints: full batches
     order = DataOrder(len(dataset), args.seed)
-    check_first_batch(dataset, [order[i][1] for i in range(position, position + min(global_batch, 64))])
+    list_path = folder / LIST_NAME
+    bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=list_path)
+    first = min(max(global_batch, 16), 64)  # of a tiny batch a bad image would be the half
+    bad_images.check(order[i] for i in range(position, position + first))
     data = load_data(
         data_dir=args.data_dir,
         dataset=dataset,
@@ -206,6 +212,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     )
     # The log of another folder's run does not go on here.
     rows_kept = start.step if start.folder == folder else 0
+    if not args.dry_run:  # which writes nothing
+        messages += bad_images.take_up(resumed=rows_kept > 0)
     logger = open_logger(folder, rows_kept, sinks, args.dry_run) if ranks.is_main else Logger()
     stack.callback(logger.close)
     loop = TrainLoop(
@@ -216,12 +224,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         schedule_sampler=schedule_sampler,
         first_stage=first_stage,
         data=data,
+        bad_images=bad_images,
         ranks=ranks,
         logger=logger,
         folder=folder,
         start=start,
         position=position,
-        name_of=dataset.name_of,
     )
     where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
     for message in [
@@ -336,30 +344,19 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         or (not args.learn_sigma and "with --learn_sigma False"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         "random_flip": args.data_dir.startswith("builtin:") and "for the embedded digits",
+        "max_bad_share": args.data_dir.startswith("builtin:") and "for the embedded digits",
         "tf32": args.device == "cpu" and "on a CPU",
     }
     return [f"--{name} is ignored {reason}" for name, reason in idle.items() if reason and name in explicit]
 
 
-def choose_num_workers(asked: int) -> int:
-    """-1: as many loader processes as there are spare cores for this training process, at most 8."""
-    if asked < -1:
-        raise ValueError(f"--num_workers {asked}: must be 0 (load in the training process) or more, or -1 to choose")
-    if asked >= 0:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // dist_util.local_world_size(os.environ) - 1))
-
-
 def describe(args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: MDT) -> list[str]:
     """What a user wants confirmed before a long run."""
-    names = ", ".join(dataset.class_names[:5]) + (", ..." if len(dataset.class_names) > 5 else "")
-    classes = f"{dataset.num_classes} classes ({names})" if run_config.class_cond else "without classes"
     parameters = sum(p.numel() for p in model.parameters())
     defaulted = " (the default)" if args.decode_layer is None else ""
     masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
     return [
-        f"data: {len(dataset)} images, {classes}",
+        f"data: {dataset}",
         f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}, "
         f"{model.decode_layer} decoder blocks{defaulted}",
         f"first stage: {run_config.first_stage}",

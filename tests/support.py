@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from masked_diffusion.data_stream import DataOrder
+from masked_diffusion.image_datasets import open_dataset
+
 REPO = Path(__file__).parent.parent
 TIMEOUT = 180
 
@@ -150,3 +153,17 @@ def make_colour_folder(folder, per_class=8, size=40):
             pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def names_in_order(folder, seed=0):
+    """Paths of a folder's images in the order of the first epoch."""
+    dataset = open_dataset(str(folder), image_size=8)
+    return [dataset.name_of(index) for index in DataOrder(len(dataset), seed).permutation(0)]
+
+
+def truncate(folder, *names):
+    """Cut image files of a folder off in the middle. Returns their paths, sorted."""
+    paths = sorted(Path(folder) / name for name in names)
+    for path in paths:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return [str(path) for path in paths]

@@ -48,6 +48,7 @@ def trained(monkeypatch, tmp_path):
         (["--image_size", "9"], "--image_size 9 --model MDT_Ti_2"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--microbatch", "0"], "--microbatch 0"),
+        (["--max_bad_share", "2"], "--max_bad_share 2.0: must be in [0, 1]"),
         (["--lr", "0"], "--lr 0.0: must be positive"),
         (["--ema_rate", "0.9,1.5"], "--ema_rate 0.9,1.5: expected numbers in [0, 1)"),
         (["--num_classes", "9"], "--num_classes 9: the data has 10"),

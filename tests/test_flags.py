@@ -18,12 +18,16 @@ CONTRACT = {
         "class_from": "auto", "random_flip": True, "random_crop": False, "init_from": None, "num_workers": -1,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
+        "max_bad_share": 0.01,
     },
     "scripts/image_sample.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,
         "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "num_classes": None, "tf32": True,
+    },
+    "scripts/check_data.py": {
+        "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",
     },
     "infer_mdt.py": {
         "model_path": "", "model": "MDT_XL_2", "image_size": 256, "labels": None, "cfg_scale": None, "scale_pow": None,

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion.data_stream import DataOrder
 from masked_diffusion.image_datasets import (
     center_crop_arr,
-    check_first_batch,
     class_table,
     load_data,
     open_dataset,
@@ -23,6 +23,7 @@ from masked_diffusion.image_datasets import (
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 CROPS = np.load(Path(__file__).parent / "goldens" / "center_crop.npz")
+DAMAGED = {1, 4, 5, 8}  # numbers of the truncated images in the folder of that name
 SPEC = DrawSpec(latent_shape=(4, 2, 2), num_tokens=4, posterior=True)
 
 
@@ -55,6 +56,21 @@ def assert_same(ours, theirs):
         assert torch.equal(images, other_images) and extra.keys() == other_extra.keys()
         for name in extra:
             assert torch.equal(extra[name], other_extra[name]), name
+
+
+def side_by_side(number, data_dir, world_size, batch_size, **settings):
+    """The batches of all ranks, each turn put together."""
+    shares = [
+        batches(number, data_dir, batch_size=batch_size // world_size, rank=rank, world_size=world_size, **settings)
+        for rank in range(world_size)
+    ]
+    return [
+        (
+            torch.cat([images for images, _ in turn]),
+            {name: torch.cat([extra[name] for _, extra in turn]) for name in turn[0][1]},
+        )
+        for turn in zip(*shares, strict=True)
+    ]
 
 
 # Crops
@@ -305,18 +321,6 @@ def test_ignored_settings_warn(folder, data_dir, settings, message):
         open_dataset(folder if data_dir == "folder" else data_dir, image_size=8, **settings)
 
 
-def test_first_batch_check_finds_the_bad_image_the_stream_starts_with(tmp_path):
-    for number in range(6):
-        random_image(8, 8, number).save(tmp_path / f"a_{number}.png")
-    (tmp_path / "a_4.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    dataset = open_dataset(str(tmp_path), image_size=8)
-    order = DataOrder(len(dataset), seed=0)
-    indices = [order[position][1] for position in range(6)]
-    check_first_batch(dataset, indices[: indices.index(4)])
-    with pytest.raises(ValueError, match="--data_dir: .*a_4.png: cannot be read .*; remove it or replace it"):
-        check_first_batch(dataset, indices)
-
-
 # Stream
 
 
@@ -324,7 +328,7 @@ def test_batches_are_images_labels_and_identities(folder):
     dataset = open_dataset(folder, image_size=8)
     for images, extra in batches(3, folder, class_cond=True):
         assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32 and images.is_contiguous()
-        assert extra.keys() == {"y", "index", "epoch"}
+        assert extra.keys() == {"y", "index", "used", "epoch"}
         assert all(value.shape == (4,) and value.dtype == torch.int64 for value in extra.values())
         assert extra["y"].tolist() == dataset.labels[extra["index"].numpy()].tolist()
         for image, index, epoch in zip(images, extra["index"].tolist(), extra["epoch"].tolist(), strict=True):
@@ -341,7 +345,7 @@ def test_draws_are_those_of_the_images(folder):
         for row, (epoch, index) in enumerate(zip(extra["epoch"].tolist(), extra["index"].tolist(), strict=True)):
             for name, value in training_draws(SPEC, 3, epoch, index).items():
                 assert np.array_equal(extra[name][row].numpy(), value) and extra[name].numpy().dtype == value.dtype
-    assert extra.keys() == {"y", "index", "epoch", *training_draws(SPEC, 0, 0, 0)}
+    assert extra.keys() == {"y", "index", "used", "epoch", *training_draws(SPEC, 0, 0, 0)}
 
 
 def test_number_of_workers_changes_nothing(folder):
@@ -350,16 +354,8 @@ def test_number_of_workers_changes_nothing(folder):
 
 
 def test_ranks_side_by_side_are_one_process_with_the_bigger_batch(folder):
-    settings = {"class_cond": True, "random_crop": True, "draws": SPEC, "position": 2}
-    shares = [batches(3, folder, batch_size=2, rank=rank, world_size=3, **settings) for rank in range(3)]
-    together = [
-        (
-            torch.cat([images for images, _ in turn]),
-            {name: torch.cat([extra[name] for _, extra in turn]) for name in turn[0][1]},
-        )
-        for turn in zip(*shares, strict=True)
-    ]
-    assert_same(together, batches(3, folder, batch_size=6, **settings))
+    fixed = {"class_cond": True, "random_crop": True, "draws": SPEC, "position": 2}
+    assert_same(side_by_side(3, folder, 3, 6, **fixed), batches(3, folder, batch_size=6, **fixed))
 
 
 def test_resuming_at_a_position_continues(folder):
@@ -433,10 +429,61 @@ def test_workers_end_with_the_iterator(folder, ending):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_image_in_the_stream_is_named(tmp_path, num_workers):
+def test_when_no_image_at_all_can_be_read_one_is_named(tmp_path, num_workers):
     (tmp_path / "a_1.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    with pytest.raises(ValueError, match="a_1.png: cannot be read"):
+    with pytest.raises(ValueError, match="101 images in a row cannot be read.*/a_1.png: cannot be read"):
         batches(1, str(tmp_path), num_workers=num_workers)
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> str:
+    """Eleven images of two classes, four of them truncated."""
+    root = tmp_path_factory.mktemp("damaged")
+    for number in range(11):
+        path = root / f"{'ab'[number % 2]}_{number:02d}.png"
+        random_image(20, 16, number).save(path)
+        if number in DAMAGED:
+            path.write_bytes(path.read_bytes()[:60])
+    return str(root)
+
+
+def test_an_unreadable_image_is_replaced_by_another_with_its_label_and_the_items_draws(damaged):
+    dataset = open_dataset(damaged, image_size=8)
+    bad = {index for index in range(11) if int(dataset.name_of(index)[-6:-4]) in DAMAGED}
+    seen = set()
+    cropping = open_dataset(damaged, image_size=8, random_crop=True)
+    for images, extra in batches(9, damaged, class_cond=True, random_crop=True, draws=SPEC):
+        columns = (extra[name].tolist() for name in ("epoch", "index", "used"))
+        for row, (epoch, index, used) in enumerate(zip(*columns, strict=True)):
+            assert (used != index) == (index in bad) and used not in bad
+            assert extra["y"][row] == dataset.labels[used]
+            want = cropping.load(used, numpy_generator(0, "augment", epoch, index))
+            assert np.array_equal(images[row].numpy(), want)
+            for name, value in training_draws(SPEC, 0, epoch, index).items():
+                assert np.array_equal(extra[name][row].numpy(), value)
+            seen.add(index)
+    assert len(seen) == 11  # every item has had its turn
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**40),
+    position=st.integers(0, 200),
+    world_size=st.sampled_from([1, 2, 4]),
+    per_rank=st.integers(1, 4),
+)
+def test_replacements_do_not_depend_on_ranks_or_restarts(damaged, seed, position, world_size, per_rank):
+    batch_size = per_rank * world_size
+    fixed = {"class_cond": True, "random_crop": True, "draws": SPEC, "seed": seed}
+    whole = batches(3, damaged, batch_size=batch_size, position=position, **fixed)
+    assert_same(side_by_side(3, damaged, world_size, batch_size, position=position, **fixed), whole)
+    assert_same(batches(2, damaged, batch_size=batch_size, position=position + batch_size, **fixed), whole[1:])
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_replacements_do_not_depend_on_workers(damaged, num_workers):
+    fixed = {"class_cond": True, "random_crop": True, "draws": SPEC, "position": 5}
+    assert_same(batches(5, damaged, num_workers=num_workers, **fixed), batches(5, damaged, **fixed))
 
 
 @pytest.mark.parametrize(

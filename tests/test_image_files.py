@@ -1,16 +1,26 @@
 """Which files count as images, and what a decoded one looks like."""
 
+import io
 import os
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from masked_diffusion import image_files
-from masked_diffusion.image_files import PathTable, list_image_files, read_image
+from masked_diffusion.image_files import (
+    MAX_ASPECT,
+    MAX_PIXELS,
+    PathTable,
+    UnreadableImageError,
+    list_image_files,
+    read_image,
+)
 
 WHITE = (255, 255, 255)
 
@@ -346,3 +356,74 @@ def test_decompression_bomb_is_an_error_that_names_it(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a.png: cannot be read .*decompression bomb"):
         read_image(str(tmp_path / "a.png"))
+
+
+def png_header(width, height) -> bytes:
+    """A PNG that announces a size and ends."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"")
+    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(60000, 60000), (10000, 10000), (MAX_PIXELS // 100 + 1, 100), (2_000_000_000, 1)])
+@pytest.mark.parametrize("pillows_limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path, monkeypatch, size, pillows_limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows_limit)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    (tmp_path / "a.png").write_bytes(png_header(*size))
+    with pytest.raises(UnreadableImageError, match=r"a.png: cannot be read as an image \(.*; remove it or replace it"):
+        read_image(str(tmp_path / "a.png"))
+    assert pillows_limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_line_of_pixels_is_refused_and_a_long_strip_is_not(tmp_path):
+    for width in (MAX_ASPECT, MAX_ASPECT + 1):
+        Image.new("RGB", (width, 1)).save(tmp_path / f"{width}.png")
+    assert read_image(str(tmp_path / f"{MAX_ASPECT}.png")).size == (MAX_ASPECT, 1)
+    with pytest.raises(UnreadableImageError, match="101 x 1 pixels: one side is more than 100 times the other"):
+        read_image(str(tmp_path / f"{MAX_ASPECT + 1}.png"))
+
+
+class FailingStorage:
+    """Opens a file of a bucket after a number of failures."""
+
+    def __init__(self, failures, error=None):
+        self.failures, self.calls = failures, 0
+        self.error = error or TimeoutError("the network is down")
+
+    def BlobFile(self, path, mode):
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise self.error
+        buffer = io.BytesIO()
+        Image.new("RGB", (3, 2)).save(buffer, "PNG")
+        return io.BytesIO(buffer.getvalue())
+
+
+def test_storage_that_fails_for_a_moment_is_asked_again(monkeypatch):
+    waits, storage = [], FailingStorage(2)
+    monkeypatch.setattr(image_files.time, "sleep", waits.append)
+    monkeypatch.setattr(image_files, "_blobfile", lambda path: storage)
+    assert read_image("gs://bucket/a.png").size == (3, 2) and waits == [1, 5]
+
+
+def test_storage_that_goes_on_failing_is_no_unreadable_image(monkeypatch):
+    storage = FailingStorage(9)
+    monkeypatch.setattr(image_files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(image_files, "_blobfile", lambda path: storage)
+    with pytest.raises(OSError, match="gs://bucket/a.png: the storage failed 3 times .the network is down") as caught:
+        read_image("gs://bucket/a.png")
+    assert not isinstance(caught.value, UnreadableImageError)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")])
+def test_a_file_that_is_missing_or_forbidden_is_unreadable_at_once(monkeypatch, error):
+    storage = FailingStorage(9, error)
+    monkeypatch.setattr(image_files, "_blobfile", lambda path: storage)
+    with pytest.raises(UnreadableImageError, match=error.strerror):
+        read_image("gs://bucket/a.png")
+    assert storage.calls == 1

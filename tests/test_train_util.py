@@ -364,6 +364,7 @@ def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(
         (["--sigma_small", "True"], "--sigma_small is ignored with --learn_sigma True"),
         (["--use_kl", "True", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas is ignored with --use_kl"),
         (["--preview_steps", "3"], "--preview_steps is ignored with --preview_samples 0"),
+        (["--max_bad_share", "0"], "--max_bad_share is ignored for the embedded digits"),
         (["--random_flip", "True"], "--random_flip is ignored for the embedded digits"),
     ],
 )

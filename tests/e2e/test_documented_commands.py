@@ -138,6 +138,12 @@ TABLE = [
         says="has 1001 labels, the data 3: the label table starts anew",
         without="output_flowers",
     ),
+    Row(
+        r"^python scripts/check_data\.py",
+        flags=f"--num_workers 0 --image_size {SIDE}",
+        makes="imagenet_bad_files.txt",
+        says="12 images, 3 classes (n01440764, ",
+    ),
     Row(r"/landscapes --class_cond False", **trains("output_landscapes"), says="12 images, without classes"),
     # docs/training.md
     Row(
@@ -384,7 +390,7 @@ def message(node):
 
 def sources():
     folders = [REPO / "masked_diffusion", REPO / "evaluations"]
-    scripts = [REPO / f"scripts/{name}.py" for name in ("image_train", "image_sample", "read_digits")]
+    scripts = [REPO / f"scripts/{name}.py" for name in ("image_train", "image_sample", "read_digits", "check_data")]
     return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
 
@@ -416,6 +422,7 @@ this model has no null class | use_timesteps: | a sampling loop needs | so there
 no images to compute features of | statistics of different widths | a covariance needs | what arrived is not the graph
 none of these folders can be written to | bytes arrived | of the .npy format | --data_dir: …
 holds something else than its name says | expected uint8 images
+pixels are none | perhaps a decompression bomb | times the other
 """
 
 

@@ -1,0 +1,123 @@
+"""Read every image of a data folder as a training would, and name all that cannot be read in one go.
+
+    python scripts/check_data.py --data_dir IMAGES --image_size 256
+
+Exit status: 0 when all images can be read, 1 when some cannot, 2 for a folder or flag that cannot work.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from masked_diffusion.bad_images import write_list
+from masked_diffusion.files import move_aside
+from masked_diffusion.image_datasets import FolderDataset, center_crop_arr, open_dataset
+from masked_diffusion.image_files import UnreadableImageError
+from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
+
+DEFAULTS = {
+    "data_dir": "",
+    "image_size": 256,
+    "class_cond": True,
+    "class_from": "auto",
+    "num_workers": -1,
+    "out": "",
+}
+HELPS = {
+    "data_dir": "folder of images",
+    "image_size": "side of the square images in pixels, as in the training",
+    "class_cond": "look for classes, too",
+    "class_from": "where class names come from: auto, folder or filename",
+    "num_workers": "processes that read; 0 = this one; -1 chooses by the number of cores",
+    "out": "also write the bad files, with a tab and the reason, to this file",
+}
+
+
+# Of one image: its index, its size in pixels, and why it cannot be read, which is empty when it can.
+Finding = tuple[int, tuple[int, int], str]
+
+
+class _Findings(Dataset[Finding]):
+    def __init__(self, dataset: FolderDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Finding:
+        try:
+            image = self.dataset.picture(index)
+            center_crop_arr(image, self.dataset.image_size)
+        except UnreadableImageError as error:
+            return index, (0, 0), error.reason
+        except OSError as error:  # of a failing disk, all the files it concerns are wanted
+            return index, (0, 0), str(error)
+        return index, image.size, ""
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Check that every image of a data folder can be read.")
+    add_dict_to_argparser(parser, DEFAULTS, helps=HELPS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = create_argparser().parse_args(argv)
+    return run_script(lambda stack: prepare(args))
+
+
+def prepare(args: argparse.Namespace) -> Callable[[], int]:
+    """Raises ValueError or FileNotFoundError for what cannot be checked."""
+    dataset = open_dataset(
+        args.data_dir, image_size=args.image_size, class_cond=args.class_cond, class_from=args.class_from
+    )
+    if not isinstance(dataset, FolderDataset):
+        raise ValueError(f"--data_dir {args.data_dir}: comes with the code, there is nothing to check; give a folder")
+    out = Path(args.out).expanduser() if args.out else None
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {args.out}: the folder {out.parent} does not exist; make it first")
+    num_workers = choose_num_workers(args.num_workers)
+    return lambda: check(dataset, num_workers, out)
+
+
+def check(dataset: FolderDataset, num_workers: int, out: Path | None) -> int:
+    """Read all images and report. Returns the exit status."""
+    loader = DataLoader(_Findings(dataset), batch_size=16, num_workers=num_workers, collate_fn=list)
+    good, bad = [], {}
+    with tqdm(total=len(dataset), unit="image") as bar:
+        for findings in loader:
+            for index, size, reason in findings:
+                if reason:
+                    bad[dataset.name_of(index)] = reason
+                else:
+                    good.append(size)
+            bar.set_postfix(bad=len(bad))
+            bar.update(len(findings))
+    sys.stdout.write("".join(f"{line}\n" for line in report(dataset, good, bad)))
+    if out is not None:
+        move_aside(out)
+        write_list(out, bad)
+    return 1 if bad else 0
+
+
+def report(dataset: FolderDataset, sizes: Sequence[tuple[int, int]], bad: dict[str, str]) -> Iterable[str]:
+    """Lines for people. sizes: (width, height) of the readable images. bad: file -> reason."""
+    yield str(dataset)
+    if sizes:
+        (least, most) = (f"{w} x {h}" for w, h in (find(sizes, key=lambda s: s[0] * s[1]) for find in (min, max)))
+        enlarged = sum(min(size) < dataset.image_size for size in sizes)
+        yield f"smallest {least}, largest {most} pixels; {enlarged} are enlarged for --image_size {dataset.image_size}"
+    if not bad:
+        yield "all can be read"
+        return
+    yield f"{len(bad)} of {len(dataset)} cannot be read:"
+    yield from (f"{name}\t{reason}" for name, reason in bad.items())
+    yield "replace them, or remove them before a training starts: one that has started needs the same list of files"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
