@@ -1,6 +1,6 @@
-"""Measure the speed and the peak memory of training, sampling and data loading.
+"""Measure the speed and the peak memory of training, sampling, data loading and the writing of samples.
 
-    python scripts/benchmark.py --case train_step,sample,data --model MDT_S_2 --image_size 256 --batch_size 4
+    python scripts/benchmark.py --case train_step,sample,data,assemble --model MDT_S_2 --image_size 256 --batch_size 4
 
 Prints one JSON object per case, a line each; a case that is alone is measured in this process, several in one child
 process each, so that a peak of memory is its own. A new case is a function and a line in CASES.
@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from masked_diffusion.randomness import (
     training_draws,
 )
 from masked_diffusion.resample import UniformSampler
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, generate
 from masked_diffusion.script_util import add_dict_to_argparser, args_to_dict, optional, run_script, str2bool
 from masked_diffusion.train_util import Batch, TrainConfig, TrainLoop
 
@@ -63,6 +64,7 @@ HELPS = {
     "repeats": "measurements, of which median, minimum and maximum are printed",
     "warmup": "rounds before the first measurement",
     "num_sampling_steps": f"steps that are measured, and extrapolated to {FULL_SAMPLING_STEPS}",
+    "num_samples": "images of the assemble case",
     "num_workers": "loader processes of the data case; 0 loads in the measured process",
     "with_vae": "encode and decode with a Stable Diffusion autoencoder of random weights; False takes latents as given",
     "use_fp16": "autocast to float16",
@@ -88,6 +90,7 @@ class Settings:
     repeats: int = 5
     warmup: int = 2
     num_sampling_steps: int = 4
+    num_samples: int = 1000
     num_workers: int = 0
     with_vae: bool = False
     use_fp16: bool = False
@@ -95,7 +98,7 @@ class Settings:
     tf32: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("downsample", "in_channels", "batch_size", "repeats", "num_sampling_steps"):
+        for name in ("downsample", "in_channels", "batch_size", "repeats", "num_sampling_steps", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("warmup", "num_workers"):
@@ -374,6 +377,35 @@ def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def assemble(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """A sample set of noise, which stands in for a model's images, written in parts and put together, once."""
+
+    def make(indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
+        shape = (len(indices), settings.image_size, settings.image_size, 3)
+        return np.random.default_rng(indices[0]).integers(0, 256, shape, dtype=np.uint8)
+
+    number, cpu = settings.num_samples, torch.device("cpu")
+    labels = np.arange(number, dtype=np.int64) % settings.num_classes
+    with tempfile.TemporaryDirectory() as folder:
+        samples = SampleSet(Path(folder), number, settings.image_size, settings.batch_size, {})
+        samples.open({})
+        begin = time.perf_counter()
+        generate(samples, make, labels, rank=0, world_size=1)
+        written = time.perf_counter()
+        samples.assemble(labels)
+        end = time.perf_counter()
+        npz_bytes = samples.path.stat().st_size
+    timing = Timing([end - begin], peak_memory(cpu))
+    return {
+        **common(timing, cpu),
+        "images_per_second": number / timing.median,
+        "num_samples": number,
+        "assemble_seconds": end - written,
+        "npz_bytes": npz_bytes,
+        "dtype": "uint8",
+    }
+
+
 def common(timing: Timing, device: torch.device) -> dict[str, Any]:
     """Fields of every case."""
     place = {"device": device.type, "device_name": device_name(device)}
@@ -391,6 +423,7 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "train_step": train_step,
     "sample": sample,
     "data": data,
+    "assemble": assemble,
 }
 
 

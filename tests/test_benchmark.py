@@ -128,6 +128,15 @@ def test_data_is_batches_of_jpegs_with_what_a_training_step_draws(measure, monke
     assert record["images_per_second"] == pytest.approx(3 / record["median_seconds"])
 
 
+def test_assemble_writes_a_sample_set_of_the_given_size_and_leaves_nothing(measure, monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (record,) = measure("assemble", "--num_samples", "7")
+    assert record["num_samples"] == 7 and 0 < record["assemble_seconds"] < record["median_seconds"]
+    assert record["npz_bytes"] > 7 * 8 * 8 * 3 + 7 * 8
+    assert record["images_per_second"] == pytest.approx(7 / record["median_seconds"])
+    assert not list(tmp_path.glob("*/samples*"))
+
+
 def test_with_an_autoencoder_images_are_encoded_and_latents_decoded(measure, monkeypatch):
     benchmark = script(BENCHMARK)
     encoded, decoded = (calls_of(monkeypatch, benchmark.Autoencoder, name) for name in ("encode", "decode"))
