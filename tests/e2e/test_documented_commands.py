@@ -446,6 +446,18 @@ def test_every_message_for_users_is_on_the_page():
     assert not set(hidden) - used, "no such message any more"
 
 
+def test_every_promise_names_tests_that_exist():
+    [table] = re.findall(r"^## Promises\n(.*?)^## ", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`(test_\w+)(?:\.py)?`", table)
+    files = list((REPO / "tests").rglob("test_*.py"))
+    known = {path.stem for path in files} | {
+        name
+        for path in files
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(named) >= 12 and set(named) <= known
+
+
 def test_links_between_the_pages_lead_somewhere():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -38,8 +38,10 @@ FLAGS = [*TINY_DIGITS, "--max_steps", STEPS, "--save_interval", 10, "--lr", "1e-
 KINDS = ("model", "ema_0.9_")
 
 
-def start(folder, *flags, processes=None):
-    return begin(command(TRAIN, *FLAGS, *flags, processes=processes), environment(folder))
+def start(folder, *flags, processes=None, launcher_flags=()):
+    arguments = command(TRAIN, *FLAGS, *flags, processes=processes)
+    arguments[3:3] = launcher_flags
+    return begin(arguments, environment(folder))
 
 
 def wait_for_step(process, folder, step):
@@ -86,6 +88,32 @@ def test_a_signal_lets_the_run_save_and_the_same_command_goes_on(undisturbed, tm
     assert 12 <= step < STEPS and (tmp_path / f"checkpoint{step:06d}.json").exists()
     run(TRAIN, tmp_path, *FLAGS, processes=processes)
     assert_ends_as(tmp_path, reference)
+
+
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
+def test_torchrun_passes_on_the_signal_of_a_slurm_preemption_where_it_is_told_to(undisturbed, tmp_path):
+    from torch.distributed.run import get_args_parser
+
+    if not any("--signals-to-handle" in action.option_strings for action in get_args_parser()._actions):
+        pytest.skip("this torchrun has no --signals-to-handle")
+    process = start(tmp_path, processes=2, launcher_flags=["--signals-to-handle=SIGTERM,SIGUSR1"])
+    wait_for_step(process, tmp_path, 12)
+    os.kill(process.pid, signal.SIGUSR1)
+    out, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0 and "stopped by a signal after step" in out, out
+    step = int(rows(tmp_path)[-1]["step"])
+    assert 12 <= step < STEPS and (tmp_path / f"checkpoint{step:06d}.json").exists()
+
+
+def test_a_run_goes_on_with_its_global_batch_on_another_number_of_processes(undisturbed, tmp_path):
+    reference, processes = undisturbed
+    other = {None: 2, 2: None}[processes]
+    run(TRAIN, tmp_path, *FLAGS, "--max_steps", 20, processes=processes)
+    done = run(TRAIN, tmp_path, *FLAGS, processes=other)
+    assert f"the global batch stays {4 * (processes or 1)}" in done.stdout
+    assert [row["samples"] for row in rows(tmp_path)] == [row["samples"] for row in rows(reference)]
+    for kind in KINDS:
+        assert_same_weights(weights(reference, STEPS, kind), weights(tmp_path, STEPS, kind), atol=0.1 * 1e-3)
 
 
 def test_a_run_killed_again_and_again_ends_bit_for_bit_where_an_undisturbed_one_ends(undisturbed, tmp_path):
@@ -189,9 +217,7 @@ def test_ranks_whose_torchrun_is_killed_save_and_end_by_themselves(undisturbed, 
 
 @pytest.mark.parametrize("undisturbed", [2], indirect=True)
 def test_after_a_rank_is_killed_torchrun_goes_on_by_itself_from_the_last_checkpoint(undisturbed, tmp_path):
-    arguments = command(TRAIN, *FLAGS, processes=2)
-    arguments.insert(3, "--max-restarts=1")
-    process = begin(arguments, environment(tmp_path))
+    process = start(tmp_path, processes=2, launcher_flags=["--max-restarts=1"])
     [out] = lose_a_rank([process], tmp_path)
     assert process.returncode == 0 and "resuming from the checkpoint of step 10" in out, out
     assert_ends_as(tmp_path, undisturbed[0])
