@@ -81,8 +81,13 @@ def _write_part(path: Path, part: Any) -> None:
             from safetensors.torch import save
 
             file.write(save(part))
-        else:
+            return
+        try:
             torch.save(part, file)
+        except RuntimeError as error:  # torch's zip writer complains of its own position after the disk has refused
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def snapshot(value: Any) -> Any:

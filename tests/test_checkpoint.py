@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import threading
 from pathlib import Path
 
@@ -627,6 +628,21 @@ def test_an_error_of_the_disk_is_an_outcome_and_any_other_is_raised(tmp_path):
     writer.start(2, {"model000002.safetensors": {"w": "no tensor"}}, {})
     with pytest.raises(Exception, match="tensor|str"):
         writer.outcome(wait=True)
+
+
+@pytest.mark.parametrize("room", [0, 1000, 100_000, 150_000])
+def test_a_disk_without_room_is_an_error_of_the_disk_wherever_it_ends(tmp_path, room):
+    """torch's own writer would hide it behind a RuntimeError."""
+    writer = checkpoint.CheckpointWriter(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        writer.start(1, {"model000001.pt": {str(i): torch.ones(5000) for i in range(8)}}, {})
+        step, error = writer.outcome(wait=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert step == 1 and isinstance(error, OSError) and "File too large" in str(error)
+    assert names(tmp_path) == []
 
 
 def test_the_writer_prunes_only_after_the_new_checkpoint_is_complete(tmp_path, monkeypatch):

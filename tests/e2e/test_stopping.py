@@ -168,15 +168,18 @@ def dying_program(folder, rank_variable, death, images=0):
 @pytest.mark.parametrize("death", [EXCEPTION, KILL], ids=["exception", "SIGKILL"])
 def test_a_rank_that_dies_in_training_under_torchrun_takes_the_job_down_within_a_minute(tmp_path, death):
     """The documented time. The last checkpoint stays whole, and the same command goes on from it."""
-    program, note = dying_program(tmp_path, "RANK", death, images=4 * 5)
+    program, note = dying_program(tmp_path, "RANK", death, images=4 * 7)
     flags = [*TINY_DIGITS, "--save_interval", 2, "--max_steps", 1000]
     done = run_command(command(program, *flags, processes=2), environment(tmp_path))
     assert time.time() - float(note.read_text()) < 60
     assert done.returncode != 0 and ("a dead disk" if death == EXCEPTION else "SIGKILL") in done.stderr
     reports = []
-    assert newest_complete_step(tmp_path, reports.append) == 4 and not reports
-    run(TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", 6, processes=2)
-    assert (tmp_path / "checkpoint000006.json").exists() and rows(tmp_path)[-1]["samples"] == 6 * 8
+    newest = newest_complete_step(tmp_path, reports.append)
+    # An exception lets rank 0 save the last step that all made; SIGKILL leaves what was already written.
+    assert newest == rows(tmp_path)[-1]["step"] > 4 if death == EXCEPTION else newest in (2, 4)
+    assert not reports
+    run(TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", 10, processes=2)
+    assert (tmp_path / "checkpoint000010.json").exists() and rows(tmp_path)[-1]["samples"] == 10 * 8
 
 
 def test_a_rank_that_dies_under_mpiexec_takes_the_job_down(tmp_path):
