@@ -62,7 +62,7 @@ HELPS = {
     "use_fp16": "compute in float16 with a gradient scaler; weights stay float32",
     "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
     "random_flip": "mirror half of the images",
-    "fast_decode": "decode and resize images in half the time; pixels differ slightly from the published crops'",
+    "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
     "random_crop": "crop at random, as ADM does, instead of at the centre",
     "seed": "determines order, crops, noise and the fresh weights",
     "data_dir": "folder of images, of latents (scripts/encode_latents.py), or builtin:digits",
