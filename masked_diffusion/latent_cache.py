@@ -27,7 +27,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from masked_diffusion.files import atomic_write, cache_folder, write_json
+from masked_diffusion.files import atomic_write, cache_folder, remove_unfinished, write_json
 from masked_diffusion.image_files import (
     PathTable,
     UnreadableImageError,
@@ -172,6 +172,7 @@ class ShardFiles(Parts):
         write_json(unfinished, dataclasses.asdict(self.record))
         complete.unlink(missing_ok=True)
         self.forget_failures()
+        remove_unfinished(self.parts_folder, lambda name: name.endswith((".safetensors", ".json")))
         with atomic_write(self.parts_folder / INDEX_NAME) as file:
             file.write(index.as_bytes())
         return True

@@ -363,3 +363,10 @@ def test_every_setting_of_a_record_makes_other_latents_but_where_things_lay(cach
     for name in record.__dataclass_fields__:
         other = dataclasses.replace(record, **{name: "changed"})
         assert (record.difference(other) is None) == (name in ("vae_path", "data_dir"))
+
+
+def test_what_a_killed_process_left_half_written_goes(own_cache, colour_folder, tiny_vae):
+    (own_cache / "00001.safetensors").unlink()
+    (own_cache / ".00001.safetensors.123.tmp").write_bytes(b"half")
+    assert encode(colour_folder, tiny_vae, own_cache) == 0
+    assert not list(own_cache.glob(".*"))
