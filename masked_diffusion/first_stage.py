@@ -1,5 +1,6 @@
 """Image <-> latent: a diffusers autoencoder, or the identity for diffusion in pixel space."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,11 @@ class Autoencoder:
         self.latent_channels = config.latent_channels
         self._scale = float(config.scaling_factor)
         self._shift = float(getattr(config, "shift_factor", None) or 0.0)
-        self.description = {"vae_path": vae_path, "scaling_factor": self._scale, "shift_factor": self._shift}
+        self.description: dict[str, Any] = {
+            "vae_path": vae_path,
+            "scaling_factor": self._scale,
+            "shift_factor": self._shift,
+        }
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -66,14 +71,58 @@ class Autoencoder:
 
         noise: normal, of the latents' shape; None draws it from torch's global generator.
         """
+        return self.sample(self.moments(images), noise)
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """The posterior of images (N, 3, H, W): its mean, then its log-variance, (N, 2C, h, w)."""
         posterior = self._vae.encode(images).latent_dist
-        noise = torch.randn_like(posterior.mean) if noise is None else noise
-        return (posterior.mean + posterior.std * noise - self._shift) * self._scale
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (N, C, h, w) from moments (N, 2C, h, w); noise as in :meth:`encode`."""
+        mean, logvar = moments.chunk(2, dim=1)
+        noise = torch.randn_like(mean) if noise is None else noise
+        return (mean + torch.exp(0.5 * logvar) * noise - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
         return self._vae.decode(latents / self._scale + self._shift).sample
+
+    def weights_sha256(self) -> str:
+        """Hexadecimal hash of names and values of all weights, whatever file they came in."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._vae.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class CachedPosterior:
+    """An autoencoder whose posteriors were kept: what it encodes are their moments, (N, 2C, h, w), in place of images.
+
+    weights_sha256: of the autoencoder that made them. Raises ValueError when this is another one.
+    """
+
+    stochastic = True
+
+    def __init__(self, autoencoder: FirstStage, weights_sha256: str, name: str) -> None:
+        if not isinstance(autoencoder, Autoencoder) or autoencoder.weights_sha256() != weights_sha256:
+            raise ValueError(
+                f"--vae_path {autoencoder.description['vae_path']}: the latents in --data_dir are of another "
+                f"autoencoder; give the one that made them ({name}, weights {weights_sha256[:12]}…), or encode the "
+                "images again with this one"
+            )
+        self._autoencoder = autoencoder
+        self.downsample, self.latent_channels = autoencoder.downsample, autoencoder.latent_channels
+        self.description = autoencoder.description
+
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self._autoencoder.sample(images, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._autoencoder.decode(latents)
 
 
 def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> FirstStage:

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from masked_diffusion.data_stream import DataOrder, Item, RankBatches, candidates
+from masked_diffusion.fast_decode import read_resized
 from masked_diffusion.image_files import (
     PathTable,
     UnreadableImageError,
@@ -26,6 +28,7 @@ from masked_diffusion.image_files import (
     list_image_files,
     read_image,
 )
+from masked_diffusion.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -34,12 +37,35 @@ Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
 # Crops
 
 
-def _resize_short_side(image: Image.Image, length: int) -> Image.Image:
-    """Short side to ``length``: halved with a box filter while twice as long, the rest bicubic."""
+def _resize_short_side(image: Image.Image, length: int) -> np.ndarray:
+    """Short side to ``length``: halved with a box filter while twice as long, the rest bicubic. (H, W, 3) uint8."""
+    image = image.convert("RGB")
     while min(image.size) >= 2 * length:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = length / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    size = (round(image.width * scale), round(image.height * scale))
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def _center_square(resized: Callable[[int], np.ndarray], image_size: int) -> np.ndarray:
+    """resized: the image's pixels, (H, W, 3) uint8, by the length of their short side."""
+    pixels = resized(image_size)
+    top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
+    return pixels[top : top + image_size, left : left + image_size]
+
+
+def _random_square(
+    resized: Callable[[int], np.ndarray],
+    image_size: int,
+    rng: np.random.Generator,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+) -> np.ndarray:
+    shortest, longest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
+    pixels = resized(int(rng.integers(shortest, longest, endpoint=True)))
+    top = int(rng.integers(0, pixels.shape[0] - image_size, endpoint=True))
+    left = int(rng.integers(0, pixels.shape[1] - image_size, endpoint=True))
+    return pixels[top : top + image_size, left : left + image_size]
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
@@ -47,9 +73,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 
     Returns (image_size, image_size, 3) uint8.
     """
-    pixels = np.asarray(_resize_short_side(pil_image.convert("RGB"), image_size))
-    top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
-    return pixels[top : top + image_size, left : left + image_size]
+    return _center_square(partial(_resize_short_side, pil_image), image_size)
 
 
 def random_crop_arr(
@@ -68,17 +92,20 @@ def random_crop_arr(
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
         raise ValueError(f"crop fractions {min_crop_frac} and {max_crop_frac}: need 0 < min <= max <= 1")
     rng = np.random.default_rng() if rng is None else rng
-    shortest, longest = math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac)
-    length = int(rng.integers(shortest, longest, endpoint=True))
-    pixels = np.asarray(_resize_short_side(pil_image.convert("RGB"), length))
-    top = int(rng.integers(0, pixels.shape[0] - image_size, endpoint=True))
-    left = int(rng.integers(0, pixels.shape[1] - image_size, endpoint=True))
-    return pixels[top : top + image_size, left : left + image_size]
+    return _random_square(partial(_resize_short_side, pil_image), image_size, rng, min_crop_frac, max_crop_frac)
+
+
+def draw_flip(rng: np.random.Generator | None, random_flip: bool) -> bool:
+    """Whether to mirror an image. Drawn always and first, so that it is the same with random crops and for latents."""
+    return rng is not None and rng.random() < 0.5 and random_flip
 
 
 def to_model_range(pixels: np.ndarray) -> np.ndarray:
     """(H, W, C) uint8 -> contiguous (C, H, W) float32 in [-1, 1]."""
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    values /= np.float32(127.5)
+    values -= np.float32(1)
+    return values
 
 
 # Classes
@@ -144,10 +171,12 @@ class ImageDataset:
     """What the stream asks of a data set.
 
     image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
-    labels: (N,) int64.
+    labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
+    None for images.
     """
 
     channels = 3
+    encoded_by: tuple[str, str] | None = None
 
     def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:
         if image_size < 1:
@@ -180,6 +209,9 @@ class ImageDataset:
         classes = f"{len(self.class_names)} classes ({names})" if self.class_names else "without classes"
         return f"{len(self)} images, {classes}"
 
+    def check_source(self) -> None:
+        """Once per run: raise ValueError when what the data were made from has changed since."""
+
 
 class FolderDataset(ImageDataset):
     """Images of a local or remote folder and the folders below it, cropped to squares.
@@ -196,14 +228,15 @@ class FolderDataset(ImageDataset):
         class_from: str = "auto",
         random_crop: bool = False,
         random_flip: bool = True,
+        fast_decode: bool = False,
     ) -> None:
-        # Path.expanduser fails without a word about the folder when it knows no such user.
-        self.data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
+        self.data_dir = data_dir
         files = list_image_files(self.data_dir)
         super().__init__(image_size, *(class_table(files, class_from) if class_cond else no_classes(len(files))))
         self.files = PathTable(files)
         self.random_crop = random_crop
         self.random_flip = random_flip
+        self.fast_decode = fast_decode
 
     def name_of(self, index: int) -> str:
         return join(self.data_dir, self.files[index])
@@ -213,16 +246,61 @@ class FolderDataset(ImageDataset):
         return read_image(self.name_of(index))
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        image = self.picture(index)
-        if rng is None:
-            return to_model_range(center_crop_arr(image, self.image_size))
-        # The flip is drawn first and always, so that it is the same with and without random crops.
-        flip = rng.random() < 0.5 and self.random_flip
-        if self.random_crop:
-            pixels = random_crop_arr(image, self.image_size, rng=rng)
+        if self.fast_decode:
+            resized = partial(read_resized, self.name_of(index))
         else:
-            pixels = center_crop_arr(image, self.image_size)
+            resized = partial(_resize_short_side, self.picture(index))
+        flip = draw_flip(rng, self.random_flip)
+        if rng is not None and self.random_crop:
+            pixels = _random_square(resized, self.image_size, rng)
+        else:
+            pixels = _center_square(resized, self.image_size)
         return to_model_range(pixels[:, ::-1] if flip else pixels)
+
+
+class LatentDataset(ImageDataset):
+    """Latents that ``scripts/encode_latents.py`` made: for each image the moments of its posterior, (2C, h, w) float32.
+
+    Raises ValueError, naming --data_dir or the setting and the remedy, where the cache cannot serve what is asked for.
+    """
+
+    def __init__(
+        self, data_dir: str, *, image_size: int, class_cond: bool, random_crop: bool, random_flip: bool
+    ) -> None:
+        self.cache = LatentCache(data_dir)
+        record = self.cache.record
+        if random_crop:
+            raise ValueError(
+                f"--random_crop True: {data_dir} holds latents of centre crops; leave it out, or train on the images"
+            )
+        if random_flip and not record.mirrored:
+            raise ValueError(
+                f"--random_flip True: {data_dir} has no latents of mirror images; use --random_flip False, or encode "
+                "again with --random_flip True"
+            )
+        if image_size != record.image_size:
+            raise ValueError(
+                f"--image_size {image_size}: {data_dir} holds latents of {record.image_size} pixels; give that, or "
+                "encode again with this one"
+            )
+        if class_cond and record.class_names is None:
+            raise ValueError(
+                f"--class_cond True: {data_dir} was encoded without classes; use --class_cond False, or encode again"
+            )
+        labels = self.cache.labels
+        super().__init__(image_size, *((record.class_names or [], labels) if class_cond else no_classes(len(labels))))
+        self.encoded_by = (record.vae_sha256, record.vae_path)
+        self.random_flip = random_flip
+
+    def name_of(self, index: int) -> str:
+        return self.cache.name_of(index)
+
+    def check_source(self) -> None:
+        self.cache.check_source()
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The moments of the image or, as the images' own data set would mirror it, of its mirror image."""
+        return self.cache.moments(index, mirrored=draw_flip(rng, self.random_flip))
 
 
 class DigitsDataset(ImageDataset):
@@ -270,8 +348,9 @@ def open_dataset(
     class_from: str = "auto",
     random_crop: bool = False,
     random_flip: bool = True,
+    fast_decode: bool = False,
 ) -> ImageDataset:
-    """The data set that ``--data_dir`` names: a folder, local or remote, or ``builtin:NAME``.
+    """The data set that ``--data_dir`` names: a folder of images or of latents, local or remote, or ``builtin:NAME``.
 
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
@@ -280,7 +359,12 @@ def open_dataset(
         raise ValueError("--data_dir: give the folder that holds the images, or builtin:digits")
     if class_from != "auto" and not class_cond:
         warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
+    # Path.expanduser fails without a word about the folder when it knows no such user.
+    data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
     scheme, _, name = data_dir.partition(":")
+    holds_images = scheme != "builtin" and not is_latent_cache(data_dir)
+    if fast_decode and not holds_images:
+        warnings.warn(f"--fast_decode is ignored for --data_dir {data_dir}: there is nothing to decode", stacklevel=2)
     if scheme == "builtin":
         if name not in BUILTIN:
             known = ", ".join(f"builtin:{known}" for known in BUILTIN)
@@ -288,7 +372,12 @@ def open_dataset(
         if random_crop or (class_from != "auto" and class_cond):
             warnings.warn(f"--random_crop and --class_from are ignored for --data_dir {data_dir}", stacklevel=2)
         return DigitsDataset(image_size=image_size, class_cond=class_cond, **BUILTIN[name])
-    # A cache of latents is one more class, recognised here.
+    if not holds_images:
+        if class_from != "auto" and class_cond:
+            warnings.warn(f"--class_from is ignored for the latents in {data_dir}", stacklevel=2)
+        return LatentDataset(
+            data_dir, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
+        )
     return FolderDataset(
         data_dir,
         image_size=image_size,
@@ -296,6 +385,7 @@ def open_dataset(
         class_from=class_from,
         random_crop=random_crop,
         random_flip=random_flip,
+        fast_decode=fast_decode,
     )
 
 
@@ -341,6 +431,7 @@ def load_data(
     deterministic: bool = False,
     random_crop: bool = False,
     random_flip: bool = True,
+    fast_decode: bool = False,
     class_from: str = "auto",
     seed: int = 0,
     position: int = 0,
@@ -375,6 +466,7 @@ def load_data(
             class_from=class_from,
             random_crop=random_crop,
             random_flip=random_flip,
+            fast_decode=fast_decode,
         )
     elif dataset.image_size != image_size:
         raise ValueError(f"--image_size {image_size}: the data set was opened for {dataset.image_size}")

@@ -3,12 +3,15 @@
 import io
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from masked_diffusion.files import atomic_write
+from masked_diffusion.listing_cache import keep_listing, kept_listing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 # 1 GiB / 4 / 3, from where on Pillow suspects a decompression bomb; it warns there and refuses at twice as many.
@@ -56,24 +59,43 @@ def list_image_files(data_dir: str) -> list[str]:
     elif not Path(data_dir).is_dir():
         raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; give the folder that holds the images")
     else:
-        try:
-            files = _list_local(data_dir)
-        except OSError as error:
-            raise ValueError(
-                f"--data_dir {data_dir}: cannot list {error.filename} ({error.strerror}); make it readable or move it"
-            ) from error
+        kept = kept_listing(Path(data_dir))
+        files = _list_anew(data_dir) if kept is None else kept
     if not files:
         kinds = " ".join(extension[1:] for extension in EXTENSIONS)
         raise ValueError(f"--data_dir {data_dir}: no images in it or below it; give a folder with files of {kinds}")
     return sorted(files)
 
 
+def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
+    """(N,) int64 bytes of the files below a folder; -1 for remote ones, where each answer would cost a request."""
+    if is_remote(folder):
+        return np.full(len(paths), -1, dtype=np.int64)
+    return np.array([os.stat(f"{folder}/{path}").st_size for path in paths], dtype=np.int64)  # noqa: PTH116
+
+
 def _wanted(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _list_local(root: str) -> list[str]:
+def _list_anew(data_dir: str) -> list[str]:
+    try:
+        files, folders, met_links = _list_local(data_dir)
+    except OSError as error:
+        raise ValueError(
+            f"--data_dir {data_dir}: cannot list {error.filename} ({error.strerror}); make it readable or move it"
+        ) from error
+    files.sort()
+    if not met_links:
+        keep_listing(Path(data_dir), folders, files)
+    return files
+
+
+def _list_local(root: str) -> tuple[list[str], list[str], bool]:
+    """The files, the folders they were found in, and whether there were links."""
     files: list[str] = []
+    listed_folders: list[str] = []
+    met_links = False
     listed: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
@@ -89,6 +111,7 @@ def _list_local(root: str) -> list[str]:
         if (status.st_dev, status.st_ino) in listed:
             continue
         listed.add((status.st_dev, status.st_ino))
+        listed_folders.append(folder)
         with os.scandir(join(root, folder)) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
@@ -96,6 +119,7 @@ def _list_local(root: str) -> list[str]:
                 relative = f"{folder}/{entry.name}" if folder else entry.name
                 # Path, not entry, for links: a link to itself is an OSError there and plainly absent here.
                 if entry.is_symlink():
+                    met_links = True
                     if Path(entry.path).is_dir():
                         links.append(relative)
                     elif _wanted(entry.name) and Path(entry.path).is_file():
@@ -104,7 +128,7 @@ def _list_local(root: str) -> list[str]:
                     folders.append(relative)
                 elif _wanted(entry.name) and entry.is_file():
                     files.append(relative)
-    return files
+    return files, listed_folders, met_links
 
 
 def _leads_back(root: str, link: str) -> bool:
@@ -120,6 +144,26 @@ def _blobfile(path: str) -> Any:
     except ImportError as error:
         raise ValueError(f"{path}: remote files are read with blobfile; install it: pip install blobfile") from error
     return blobfile
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file of this name, local or remote; False, too, where a bucket gives no answer."""
+    if not is_remote(path):
+        return Path(path).is_file()
+    try:
+        return _blobfile(path).exists(path)
+    except Exception:  # whoever then lists or reads the folder says what is wrong with it
+        return False
+
+
+def local_copy(path: str, folder: Path) -> Path:
+    """Fetch a remote file into a local folder, unless it is there. Returns its path."""
+    target = folder / path.rpartition("/")[2]
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as file:
+            file.write(read_bytes(path))
+    return target
 
 
 def _list_remote(root: str) -> list[str]:
@@ -178,17 +222,23 @@ class UnreadableImageError(ValueError):
         super().__init__(f"{path}: cannot be read as an image ({self.reason}); remove it or replace it")
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, before_decoding: Callable[[Image.Image], None] | None = None) -> Image.Image:
     """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
 
-    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
+    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped. before_decoding: what to do with the opened
+    image before its pixels are decoded, such as asking for fewer.
     Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
     an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
     """
-    content = _fetch(path)
+    try:
+        content = read_bytes(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UnreadableImageError(path, error.strerror or str(error)) from error
     try:
         image = Image.open(io.BytesIO(content))
         _check_size(*image.size)  # before anything of this size is allocated
+        if before_decoding is not None:
+            before_decoding(image)
         image.load()
         return _to_rgb(_upright(image))
     except MemoryError:  # of this machine, not of the file: its size is bounded
@@ -207,18 +257,21 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def _fetch(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
-    """A file's content; where the storage fails for a moment, it is asked again after each of the waits."""
+def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
+    """A local or remote file's content; where the storage fails for a moment, it is asked again after each wait.
+
+    Raises OSError: FileNotFoundError, IsADirectoryError and PermissionError at once, others after the last try.
+    """
     open_file = _blobfile(path).BlobFile if is_remote(path) else open
     try:
         with open_file(path, "rb") as file:
             return file.read()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UnreadableImageError(path, error.strerror or str(error)) from error
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
     except Exception as error:  # blobfile's errors have no common base
         if waits:
             time.sleep(waits[0])
-            return _fetch(path, waits[1:])
+            return read_bytes(path, waits[1:])
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{path}: the storage failed {len(RETRY_WAITS) + 1} times ({reason}); check disk, network and credentials, "
@@ -240,7 +293,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:

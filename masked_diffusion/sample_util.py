@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,12 @@ from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, 
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
+from masked_diffusion.parts import Parts, make_parts
 from masked_diffusion.pictures import grid, save_picture, to_uint8
-from masked_diffusion.preemption import Launcher
 from masked_diffusion.randomness import SampleNoise, numpy_generator
 
 MANIFEST_NAME = "manifest.json"
 GRID_IMAGES = 64
-POLL_SECONDS = 0.5
-STALL_SECONDS = 2 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNam
     return np.resize(np.array(names.labels(text), dtype=np.int64), num_samples)
 
 
-class SampleSet:
+class SampleSet(Parts):
     """The files of one sampling run in a folder: ``samples_NxHxWx3.npz``, its grid, ``manifest.json``, and the parts.
 
     settings: everything that determines the images. Runs of equal settings continue each other; a set of other
@@ -137,22 +134,13 @@ class SampleSet:
     """
 
     def __init__(self, folder: Path, num_samples: int, image_size: int, batch_size: int, settings: dict[str, Any]):
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        super().__init__(num_samples, batch_size, folder / f"parts_{digest[:16]}")
         self.folder = folder
         self.num_samples = num_samples
         self.image_shape = (image_size, image_size, 3)
-        self.batch_size = batch_size
         self.settings = settings
         self.path = folder / f"samples_{num_samples}x{image_size}x{image_size}x3.npz"
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self._parts = folder / f"parts_{digest[:16]}"
-
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_samples // self.batch_size)
-
-    def indices(self, batch: int) -> range:
-        """Sample numbers of a batch; the last batch may be smaller."""
-        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.num_samples))
 
     def is_complete(self) -> bool:
         """Whether the ``.npz`` exists and was made with these settings."""
@@ -198,20 +186,11 @@ class SampleSet:
         moved = [] if self._recorded_settings() == self.settings else self._move_aside()
         record = {"samples": self.path.name, "settings": self.settings, **circumstances}
         write_json(self.folder / MANIFEST_NAME, record)
-        self._parts.mkdir(exist_ok=True)
-        remove_unfinished(self._parts, lambda name: True)
+        self.parts_folder.mkdir(exist_ok=True)
+        remove_unfinished(self.parts_folder, lambda name: True)
         remove_unfinished(self.folder, lambda name: name == self.path.name)
-        for marker in self._parts.glob("*.failed"):
-            marker.unlink()
+        self.forget_failures()
         return moved
-
-    def mark_failed(self, rank: int) -> None:
-        """Let rank 0 know that this rank will write no more parts."""
-        (self._parts / f"rank{rank}.failed").touch()
-
-    def failed(self) -> list[str]:
-        """Ranks that will write no more parts."""
-        return sorted(path.stem for path in self._parts.glob("*.failed"))
 
     def write_part(self, batch: int, images: np.ndarray) -> None:
         """Keep a batch's images, (n, H, W, 3) uint8. Raises ValueError for others."""
@@ -233,7 +212,7 @@ class SampleSet:
         return part.shape == (len(self.indices(batch)), *self.image_shape) and part.dtype == np.uint8
 
     def _part(self, batch: int) -> Path:
-        return self._parts / f"{batch:06d}.npy"
+        return self.parts_folder / f"{batch:06d}.npy"
 
     def images(self) -> Iterator[np.ndarray]:
         """The parts in order, each (n, H, W, 3) uint8, one in memory at a time."""
@@ -266,7 +245,7 @@ class SampleSet:
 
     def remove_parts(self) -> None:
         """Remove the parts, which a complete set needs no more."""
-        shutil.rmtree(self._parts, ignore_errors=True)
+        shutil.rmtree(self.parts_folder, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -292,43 +271,14 @@ def generate(
     rank: int,
     world_size: int,
 ) -> None:
-    """Make this rank's batches and, on rank 0, wait until the others' are there too.
+    """Make this rank's batches and, on rank 0, wait until the others' are there too; see :func:`parts.make_parts`.
 
-    make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes. Raises
-    RuntimeError when torchrun has ended, and on rank 0 when another one failed or nothing has come for
-    ``STALL_SECONDS``; all parts stay.
+    make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes.
     """
-    launcher = Launcher()
-    with tqdm(total=samples.num_samples, unit="image", disable=rank != 0) as bar:
-        try:
-            for batch in range(rank, samples.num_batches, world_size):
-                if launcher.has_ended():
-                    raise RuntimeError("torchrun has ended; start the same command again to continue")
-                if not samples.has_part(batch):
-                    indices = samples.indices(batch)
-                    samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
-                bar.update(len(samples.indices(batch)))
-        except BaseException:
-            samples.mark_failed(rank)
-            raise
-        if rank == 0:
-            _wait_for_others(samples, world_size, bar)
 
+    def make_part(batch: int, tell: Callable[[int], object]) -> None:
+        indices = samples.indices(batch)
+        samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
+        tell(len(indices))
 
-def _wait_for_others(samples: SampleSet, world_size: int, bar: tqdm) -> None:
-    waiting = {batch for batch in range(samples.num_batches) if batch % world_size}
-    last_news = time.monotonic()
-    while waiting:
-        done = {batch for batch in waiting if samples.has_part(batch)}
-        if done:
-            last_news = time.monotonic()
-            bar.update(sum(len(samples.indices(batch)) for batch in done))
-            waiting -= done
-        elif samples.failed() or time.monotonic() - last_news > STALL_SECONDS:
-            reason = f"{', '.join(samples.failed())} failed" if samples.failed() else "no part has come for hours"
-            raise RuntimeError(
-                f"{len(waiting)} batches of other ranks are missing, and {reason}; start the same command again to "
-                "continue (on several machines the output folder must be shared)"
-            )
-        if waiting:
-            time.sleep(POLL_SECONDS)
+    make_parts(samples, make_part, rank, world_size)

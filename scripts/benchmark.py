@@ -228,23 +228,29 @@ class Timing:
 
 def timed(work: Callable[[], Any], settings: Settings, device: torch.device) -> Timing:
     """Run ``work`` warmup + repeats times; on CUDA, to the end of what it started."""
+    return timed_in_turn([work], settings, device)[0]
+
+
+def timed_in_turn(works: Sequence[Callable[[], Any]], settings: Settings, device: torch.device) -> list[Timing]:
+    """The same for several in each round, so that whatever else the machine does slows all of them alike."""
 
     def finish() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    for _ in range(settings.warmup):
+    for work in [*works] * settings.warmup:
         work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
+    seconds: list[list[float]] = [[] for _ in works]
     for _ in range(settings.repeats):
-        finish()
-        start = time.perf_counter()
-        work()
-        finish()
-        seconds.append(time.perf_counter() - start)
-    return Timing(seconds, peak_memory(device))
+        for work, measured in zip(works, seconds, strict=True):
+            finish()
+            start = time.perf_counter()
+            work()
+            finish()
+            measured.append(time.perf_counter() - start)
+    return [Timing(measured, peak_memory(device)) for measured in seconds]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -352,25 +358,40 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 
 
 def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Batches of JPEG files, with the random numbers of a training step, on the CPU; files are in the disk's cache."""
+    """Batches of JPEG files, with the random numbers of a training step, on the CPU; files are in the disk's cache.
+
+    In turn with them, without loader processes, the same with --fast_decode True: the two's processes would read ahead
+    in each other's time.
+    """
+    # Workers deliver in turn, and so in bursts: a repeat is a whole round of them.
+    in_a_round = max(1, settings.num_workers)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         mean_file_bytes = make_jpegs(Path(folder))
-        batches = load_data(
-            data_dir=folder,
-            batch_size=settings.batch_size,
-            image_size=settings.image_size,
-            class_cond=True,
-            num_workers=settings.num_workers,
-            draws=settings.draw_spec,
-        )
-        stack.callback(batches.close)
-        # Workers deliver in turn, and so in bursts: a repeat is a whole round of them.
-        in_a_round = max(1, settings.num_workers)
-        round_ = timed(lambda: [next(batches) for _ in range(in_a_round)], settings, torch.device("cpu"))
-    per_batch = Timing([seconds / in_a_round for seconds in round_.seconds], round_.peak_memory_bytes)
+
+        def rounds(fast_decode: bool) -> Callable[[], Any]:
+            batches = load_data(
+                data_dir=folder,
+                batch_size=settings.batch_size,
+                image_size=settings.image_size,
+                class_cond=True,
+                num_workers=settings.num_workers,
+                fast_decode=fast_decode,
+                draws=settings.draw_spec,
+            )
+            stack.callback(batches.close)
+            return lambda: [next(batches) for _ in range(in_a_round)]
+
+        ways = [False] if settings.num_workers else [False, True]
+        measured = timed_in_turn([rounds(fast_decode) for fast_decode in ways], settings, torch.device("cpu"))
+    exact = Timing([seconds / in_a_round for seconds in measured[0].seconds], measured[0].peak_memory_bytes)
+    fast_decode = {}
+    for fast in measured[1:]:
+        ratios = [one / other for one, other in zip(exact.seconds, fast.seconds, strict=True)]
+        fast_decode = {**fast.fields("fast_decode_"), "fast_decode_speedup": statistics.median(ratios)}
     return {
-        **common(per_batch, torch.device("cpu")),
-        "images_per_second": settings.batch_size / per_batch.median,
+        **common(exact, torch.device("cpu")),
+        "images_per_second": settings.batch_size / exact.median,
+        **fast_decode,
         "num_workers": settings.num_workers,  # their memory is not in the peak
         "mean_file_bytes": mean_file_bytes,
         "dtype": "float32",

@@ -28,7 +28,7 @@ from masked_diffusion.config import (
 )
 from masked_diffusion.data_stream import DataOrder
 from masked_diffusion.files import move_aside, remove_unfinished, write_json
-from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
+from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import MDT
@@ -62,9 +62,10 @@ HELPS = {
     "use_fp16": "compute in float16 with a gradient scaler; weights stay float32",
     "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
     "random_flip": "mirror half of the images",
+    "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
     "random_crop": "crop at random, as ADM does, instead of at the centre",
     "seed": "determines order, crops, noise and the fresh weights",
-    "data_dir": "folder of images, or builtin:digits",
+    "data_dir": "folder of images, of latents (scripts/encode_latents.py), or builtin:digits",
     "schedule_sampler": "uniform or loss-second-moment",
     "lr_anneal_steps": "end the run here, with lr falling linearly to 0; 0 = constant lr",
     "max_steps": "end the run here; 0 = never",
@@ -118,6 +119,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "class_from": "auto",
         "random_flip": True,
         "random_crop": False,
+        "fast_decode": False,
         "vae_path": DEFAULT_VAE.format("mse"),
         "num_workers": -1,
         "seed": 0,
@@ -155,9 +157,13 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         class_from=args.class_from,
         random_crop=args.random_crop,
         random_flip=args.random_flip,
+        fast_decode=args.fast_decode,
     )
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
+    if dataset.encoded_by is not None:
+        first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
+    ranks.from_main(dataset.check_source)
     run_config = make_run_config(args, config, dataset, first_stage)
     diffusion = run_config.diffusion.build()
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
@@ -274,6 +280,7 @@ def make_run_config(
             num_images=len(dataset),
             random_flip=args.random_flip,
             random_crop=args.random_crop,
+            fast_decode=args.fast_decode,
             schedule_sampler=args.schedule_sampler,
         ),
     )

@@ -108,18 +108,21 @@ def test_half_precision_reaches_the_network(measure, passes, flag, dtype):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_is_batches_of_jpegs_with_what_a_training_step_draws(measure, monkeypatch, workers):
-    batches = []
+    batches, ways = [], []
     benchmark = script(BENCHMARK)
     load_data = benchmark.load_data
 
     def spy(**settings):
         for batch in load_data(**settings):
             batches.append(batch)
+            ways.append(settings["fast_decode"])
             yield batch
 
     monkeypatch.setattr(benchmark, "load_data", spy)
     (record,) = measure("data", "--num_workers", workers)
-    assert len(batches) == ROUNDS * max(1, workers)  # whole rounds of the workers
+    # Whole rounds of the workers; without any, rounds of the two ways to decode in turn.
+    assert ways == ([False] * ROUNDS * workers if workers else [False, True] * ROUNDS)
+    assert ("fast_decode_speedup" in record) == (workers == 0)
     images, extras = batches[-1]
     assert images.shape == (3, 3, 8, 8) and images.std() > 0.05
     assert {"y", "t", "noise", "m_noise", "token_noise"} <= set(extras)

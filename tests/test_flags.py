@@ -16,9 +16,15 @@ CONTRACT = {
         "save_interval": 10000, "resume_checkpoint": "auto", "fp16_scale_growth": 1e-3, "model": "MDT_S_2",
         "vae_path": "stabilityai/sd-vae-ft-mse", "seed": 0, "max_steps": 0, "use_bf16": False, "num_classes": None,
         "class_from": "auto", "random_flip": True, "random_crop": False, "init_from": None, "num_workers": -1,
+        "fast_decode": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
         "max_bad_share": 0.01,
+    },
+    "scripts/encode_latents.py": {
+        **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
+        "class_cond": True, "class_from": "auto", "random_flip": True, "dtype": "fp32", "shard_size": 1024,
+        "batch_size": 16, "num_workers": -1, "tf32": False, "device": "auto",
     },
     "scripts/image_sample.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion import sample_util
+from masked_diffusion import parts
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.first_stage import PixelSpace
@@ -437,7 +437,7 @@ def test_the_ranks_share_out_the_batches_in_turn(tmp_path_factory, world_size, n
 
 
 def test_rank_0_waits_until_the_batches_of_the_others_are_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample_util, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(parts, "POLL_SECONDS", 0.01)
     samples = sample_set(tmp_path)
     samples.open({})
     rank_0 = threading.Thread(target=generate_counted, args=(samples, 0, 2), daemon=True)

@@ -60,6 +60,7 @@ TRAINING = (
     "--num_workers 0 --vae_path $TINY_VAE --device cpu"
 )
 SAMPLING = f"--image_size {SIDE} --num_samples 4 --batch_size 2 --num_sampling_steps 2 --device cpu"
+ENCODING = f"--image_size {SIDE} --shard_size 5 --batch_size 2 --device cpu"
 PUBLISHED = "--model MDT_Ti_2 --vae_path $TINY_VAE"  # a stand-in of the published file, which has no config.json
 PICTURES = "--num_sampling_steps 2 --device cpu"
 # Everywhere: data, number of processes and machines, addresses, sizes in file names.
@@ -145,6 +146,13 @@ TABLE = [
         says="12 images, 3 classes (n01440764, ",
     ),
     Row(r"/landscapes --class_cond False", **trains("output_landscapes"), says="12 images, without classes"),
+    Row(
+        r"encode_latents\.py",
+        flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
+        makes="latents_imagenet256/latents.json",
+        without="latents_imagenet256",
+    ),
+    Row(r"--data_dir latents_imagenet256", **trains("output_latents"), says="12 images, 3 classes (n01440764, "),
     # docs/training.md
     Row(
         r"^NUM_GPUS=4 .*bash run\.sh",
@@ -239,6 +247,9 @@ def models(tmp_path_factory, images_by_name, tiny_vae):
                 path.rename(path.with_name(path.name.replace("000001", str(step))))
             (root / name / "checkpoint000001.json").unlink()
             [(root / name / f"state{step}.pt").unlink(), (root / name / "progress.csv").unlink()]
+        flags = ["--data_dir", images_by_name / "imagenet", "--vae_path", tiny_vae]
+        flags += ["--out", root / "latents_imagenet256", *ENCODING.split()]
+        assert call(patch, "scripts/encode_latents.py", root, *flags) == 0
     published = MODELS["MDT_Ti_2"](input_size=SIDE // 8, num_classes=1000, decode_layer=2)
     torch.save(published.state_dict(), root / "mdt_xl2_v1_ckpt.pt")
     return root
@@ -390,7 +401,8 @@ def message(node):
 
 def sources():
     folders = [REPO / "masked_diffusion", REPO / "evaluations"]
-    scripts = [REPO / f"scripts/{name}.py" for name in ("image_train", "image_sample", "read_digits", "check_data")]
+    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data")
+    scripts = [REPO / f"scripts/{name}.py" for name in names]
     return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
 

@@ -1,0 +1,174 @@
+"""Encode a folder of images once, so that trainings read their latents instead.
+
+    python scripts/encode_latents.py --data_dir IMAGES --out latents_256 --image_size 256
+    python scripts/image_train.py --data_dir latents_256 --image_size 256 ...
+
+Runs alone or under any launcher; the same command goes on where it was interrupted.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from masked_diffusion import dist_util
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.first_stage import DEFAULT_VAE, Autoencoder, load_first_stage
+from masked_diffusion.image_datasets import FolderDataset, open_dataset
+from masked_diffusion.image_files import file_sizes, is_remote
+from masked_diffusion.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
+from masked_diffusion.latent_encoding import encode_shards
+from masked_diffusion.script_util import (
+    add_dict_to_argparser,
+    add_launcher_flags,
+    choose_num_workers,
+    place_from_args,
+    run_script,
+)
+
+HELPS = {
+    "data_dir": "folder of images",
+    "out": "folder for the latents, which scripts/image_train.py takes as --data_dir",
+    "image_size": "side of the square images in pixels",
+    "vae_path": "hub name or folder of a diffusers AutoencoderKL",
+    "class_cond": "keep class labels",
+    "class_from": "where class names come from: auto, folder or filename",
+    "random_flip": "encode the mirror images, too; a training with --random_flip True needs them",
+    "dtype": "how the moments are stored: fp32, fp16 or bf16",
+    "shard_size": "images per file; an interruption costs what is done of one file per process",
+    "batch_size": "images that are encoded at once, per process",
+    "num_workers": "loader processes per process; -1 chooses by the number of cores",
+    "tf32": "allow TF32 matrix products on CUDA",
+    "device": "auto, cpu, cuda or cuda:N",
+}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = {
+        "data_dir": "",
+        "out": "",
+        "image_size": 256,
+        "vae_path": DEFAULT_VAE.format("mse"),
+        "class_cond": True,
+        "class_from": "auto",
+        "random_flip": True,
+        "dtype": "fp32",
+        "shard_size": 1024,
+        "batch_size": 16,
+        "num_workers": -1,
+        "tf32": False,
+        "device": "auto",
+    }
+    parser = argparse.ArgumentParser(description="Encode images once, so that trainings read their latents.")
+    add_dict_to_argparser(parser, defaults, helps=HELPS)
+    add_launcher_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = create_argparser().parse_args(argv)
+    return run_script(lambda stack: prepare(args, stack))
+
+
+def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[], None]:
+    """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+    for name in ("shard_size", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.dtype not in DTYPES:
+        raise ValueError(f"--dtype {args.dtype}: choose one of {', '.join(DTYPES)}")
+    if not args.out or is_remote(args.out):
+        raise ValueError(f"--out {args.out}: give a local folder for the latents")
+    num_workers = choose_num_workers(args.num_workers)
+    place = place_from_args(args)
+    device = dist_util.choose_device(args.device, place.local_rank)
+    dist_util.allow_tf32(args.tf32)
+    if args.tf32 and device.type != "cuda":
+        warnings.warn("--tf32 is ignored on a CPU", stacklevel=2)
+    dataset = open_dataset(
+        args.data_dir, image_size=args.image_size, class_cond=args.class_cond, class_from=args.class_from
+    )
+    if not isinstance(dataset, FolderDataset):
+        raise ValueError(f"--data_dir {args.data_dir}: give a folder of images; this is not one to encode")
+    autoencoder = load_first_stage(args.vae_path, device)
+    if not isinstance(autoencoder, Autoencoder):
+        raise ValueError(f"--vae_path {args.vae_path}: nothing to encode in pixel space; give an autoencoder")
+    if args.image_size % autoencoder.downsample:
+        raise ValueError(
+            f"--image_size {args.image_size}: must be a multiple of {autoencoder.downsample}, the first stage's"
+        )
+
+    def claim() -> tuple[CacheRecord, bool]:
+        """On rank 0: what will be in the folder, and whether it is not yet."""
+        record, index = describe(args, dataset, autoencoder)
+        try:
+            return record, ShardFiles(Path(args.out).expanduser(), record).claim(index)
+        except OSError as error:
+            raise ValueError(f"--out {args.out}: cannot write there ({error.strerror})") from error
+
+    # The processes meet once, before the work, and never again: none of them waits for a slow one.
+    with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
+        record, needed = ranks.from_main(claim)
+    shards = ShardFiles(Path(args.out).expanduser(), record)
+    encode = partial(
+        encode_shards,
+        dataset,
+        autoencoder,
+        shards,
+        batch_size=args.batch_size,
+        num_workers=num_workers,
+        device=device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    return partial(work, shards, encode if needed else None, ranks)
+
+
+def describe(
+    args: argparse.Namespace, dataset: FolderDataset, autoencoder: Autoencoder
+) -> tuple[CacheRecord, SourceIndex]:
+    """The record of the latents to make, and the list of the images they are made of."""
+    paths = [dataset.files[i] for i in range(len(dataset))]
+    index = SourceIndex(paths, file_sizes(dataset.data_dir, paths), dataset.labels)
+    side = args.image_size // autoencoder.downsample
+    record = CacheRecord(
+        **autoencoder.description,
+        vae_sha256=autoencoder.weights_sha256(),
+        image_size=args.image_size,
+        latent_shape=[autoencoder.latent_channels, side, side],
+        dtype=args.dtype,
+        mirrored=args.random_flip,
+        shard_size=args.shard_size,
+        num_images=len(dataset),
+        class_names=dataset.class_names if args.class_cond else None,
+        data_dir=dataset.data_dir if is_remote(dataset.data_dir) else str(Path(dataset.data_dir).absolute()),
+        source_sha256=index.sha256(),
+    )
+    return record, index
+
+
+def work(shards: ShardFiles, encode: Callable[[], None] | None, ranks: Ranks) -> None:
+    if encode is not None:
+        todo = sum(len(shards.indices(shard)) for shard in shards.missing(0, 1))
+        start = time.monotonic()
+        encode()
+        if ranks.is_main:
+            shards.finish()
+            rate = todo / (time.monotonic() - start)
+            largest, rms = shards.rounding()
+            sys.stderr.write(
+                f"encoded {todo} images, {rate:.2f} per second; storing as {shards.record.dtype} moved the numbers by "
+                f"{rms:.2g} (root mean square), at most {largest:.2g}\n"
+            )
+    elif ranks.is_main:
+        sys.stderr.write("these latents are already complete\n")
+    if ranks.is_main:
+        sys.stdout.write(f"{shards.parts_folder.absolute()}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
