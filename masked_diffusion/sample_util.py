@@ -26,7 +26,7 @@ from masked_diffusion.config import RunConfig
 from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
+from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
 from masked_diffusion.pictures import grid, save_picture, to_uint8
 from masked_diffusion.preemption import Launcher
 from masked_diffusion.randomness import SampleNoise, numpy_generator
@@ -41,20 +41,63 @@ STALL_SECONDS = 2 * 3600.0
 class SamplerConfig:
     """How a trained model is sampled; named as the flags.
 
-    num_sampling_steps: steps of the respaced process. cfg_cond: guide with a power-cosine schedule up to cfg_scale.
+    num_sampling_steps: steps of the respaced process. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
+    the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. cfg_interval: first and last original
+    timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. Raises ValueError for others.
     """
 
     num_sampling_steps: int = 250
-    use_ddim: bool = False
+    sampler: str = "ddpm"
     clip_denoised: bool = False
     cfg_cond: bool = False
+    guidance: str = "power_cosine"
     cfg_scale: float = 3.8
     scale_pow: float = 4.0
+    cfg_interval: list[int] | None = None
+    cfg_channels: int = GUIDED_CHANNELS
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
             raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: must be at least 1")
+        if self.sampler not in samplers.SAMPLERS:
+            raise ValueError(f"--sampler {self.sampler}: unknown; choose one of {', '.join(samplers.SAMPLERS)}")
+        if self.guidance not in SCHEDULES:
+            raise ValueError(f"--guidance {self.guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
+        if self.guidance == "interval" and self.cfg_interval is None:
+            raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
+        if self.cfg_channels not in (3, 4):
+            raise ValueError(f"--cfg_channels {self.cfg_channels}: choose 3 (as published) or 4")
+
+    @property
+    def guidance_settings(self) -> dict[str, Any]:
+        """The settings of the chosen schedule alone."""
+        return {name: getattr(self, name) for name in SCHEDULES[self.guidance].settings}
+
+    def guidance_record(self) -> dict[str, Any] | None:
+        """What a manifest says of the guidance."""
+        if not self.cfg_cond:
+            return None
+        record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
+        return {**record, "cfg_channels": self.cfg_channels}
+
+    def build_guidance(self, model: Denoiser, config: RunConfig) -> Denoiser:
+        """The model guided as these settings say; the model itself without guidance.
+
+        Raises ValueError for an interval outside the trained process.
+        """
+        if not self.cfg_cond:
+            return model
+        steps = config.diffusion.diffusion_steps
+        if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= steps:
+            raise ValueError(f"--cfg_interval {'-'.join(map(str, self.cfg_interval))}: timesteps are 0 ... {steps - 1}")
+        weight = partial(
+            SCHEDULES[self.guidance].weight,
+            cfg_scale=self.cfg_scale,
+            diffusion_steps=steps,
+            **self.guidance_settings,
+        )
+        return guided(model, config.model.num_classes, weight, self.cfg_channels)
 
     def build_diffusion(self, config: RunConfig) -> GaussianDiffusion:
         """The trained process on ``num_sampling_steps`` of its steps. Raises ValueError when it has fewer."""
@@ -87,18 +130,8 @@ class ImageSampler:
         self._device = device
         self._clip_denoised = sampler.clip_denoised
         self._diffusion = sampler.build_diffusion(config)
-        self._step: samplers.StepFunction = samplers.ddpm_step
-        if sampler.use_ddim:
-            self._step = partial(samplers.ddim_step, self._diffusion, 0.0)
-        self._denoiser = model
-        if sampler.cfg_cond:
-            weight = partial(
-                power_cosine_weight,
-                cfg_scale=sampler.cfg_scale,
-                diffusion_steps=config.diffusion.diffusion_steps,
-                scale_pow=sampler.scale_pow,
-            )
-            self._denoiser = guided(model, config.model.num_classes, weight)
+        self._new_step = partial(samplers.SAMPLERS[sampler.sampler], self._diffusion)
+        self._denoiser = sampler.build_guidance(model, config)
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
@@ -108,7 +141,7 @@ class ImageSampler:
         predict = self._diffusion.predictor(self._denoiser, self._clip_denoised, model_kwargs={"y": y})
         timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
         x_start = noise.randn(self._latent_shape, self._device)
-        latents = samplers.last(samplers.loop(self._step, predict, x_start, timesteps, noise.randn_like))
+        latents = samplers.last(samplers.loop(self._new_step(), predict, x_start, timesteps, noise.randn_like))
         images = self._first_stage.decode(latents)
         if not images.isfinite().all():
             raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
