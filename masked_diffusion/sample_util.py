@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from masked_diffusion import samplers
@@ -27,6 +28,7 @@ from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, 
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
+from masked_diffusion.inpainting import Inpainting
 from masked_diffusion.pictures import grid, save_picture, to_uint8
 from masked_diffusion.preemption import Launcher
 from masked_diffusion.randomness import SampleNoise, numpy_generator
@@ -128,24 +130,50 @@ class ImageSampler:
         self._latent_shape = config.model.latent_shape
         self._seed = sampler.seed
         self._device = device
-        self._clip_denoised = sampler.clip_denoised
+        self._clip = sampler.clip_denoised
         self._diffusion = sampler.build_diffusion(config)
         self._new_step = partial(samplers.SAMPLERS[sampler.sampler], self._diffusion)
-        self._denoiser = sampler.build_guidance(model, config)
+        self._model = model
+        self._guide = partial(sampler.build_guidance, config=config)
+        self._guide(model)  # what it refuses is refused here
 
-    @torch.no_grad()
-    def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-        """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
+    def states(
+        self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
+    ) -> Iterator[samplers.Step]:
+        """The latents of the samples with these numbers and labels after every step of the sampler."""
         noise = SampleNoise(self._seed, indices)
         y = torch.tensor(list(labels), device=self._device)
-        predict = self._diffusion.predictor(self._denoiser, self._clip_denoised, model_kwargs={"y": y})
-        timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
         x_start = noise.randn(self._latent_shape, self._device)
-        latents = samplers.last(samplers.loop(self._new_step(), predict, x_start, timesteps, noise.randn_like))
+        if inpainting is None:
+            predict = self._diffusion.predictor(self._guide(self._model), self._clip, model_kwargs={"y": y})
+        else:
+            denoiser = self._guide(inpainting.denoiser(self._model, self._seed, indices))
+            predict = inpainting.predictor(self._diffusion, denoiser, x_start, self._clip, model_kwargs={"y": y})
+        timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
+        return samplers.loop(self._new_step(), predict, x_start, timesteps, noise.randn_like)
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> np.ndarray:
+        """Latents (N, C, h, w) -> images (N, H, W, 3) uint8. Raises FloatingPointError where they are not finite."""
         images = self._first_stage.decode(latents)
         if not images.isfinite().all():
-            raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
+            raise FloatingPointError("the images are not finite; sample in float32")
         return to_uint8(images)
+
+    def __call__(
+        self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
+    ) -> np.ndarray:
+        """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
+        return self.pixels(samplers.last(self.states(indices, labels, inpainting)))
+
+    def trajectory(
+        self, indices: Sequence[int], labels: Sequence[int], frames: int, inpainting: Inpainting | None = None
+    ) -> np.ndarray:
+        """Images of ``frames`` evenly spaced states from the first step's to the last's: (frames, N, H, W, 3) uint8."""
+        steps = self._diffusion.num_timesteps
+        shown = np.linspace(0, steps - 1, frames).round().astype(int) if frames > 1 else np.array([steps - 1])
+        states = {i: state.sample for i, state in enumerate(self.states(indices, labels, inpainting)) if i in shown}
+        return np.stack([self.pixels(states[i]) for i in shown])
 
 
 def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:
