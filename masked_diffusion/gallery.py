@@ -168,7 +168,7 @@ UNUSED_ROWS = 3  # of the table, see models.RelativePositionBias
 def relative_bias(state: Mapping[str, Tensor], path: Path) -> tuple[Image.Image, float]:
     """Heat maps of the learned position biases, one row per block, one column per head.
 
-    In each map the middle is a token's bias to itself; upwards and leftwards are those to tokens below and right of it.
+    In each map the middle is a token's bias towards itself, and above it are those towards tokens above it.
     state: of a model; path: its file, for the message. Returns the picture, and the bias that is shown as full colour.
     Raises ValueError for a model without biases, such as DiT.
     """
@@ -179,7 +179,8 @@ def relative_bias(state: Mapping[str, Tensor], path: Path) -> tuple[Image.Image,
     for values in tables.values():
         offsets = values[:-UNUSED_ROWS].float().T  # (heads, (2 grid_size - 1)^2)
         side = math.isqrt(offsets.shape[1])
-        maps.append(offsets.reshape(-1, side, side).numpy())
+        # The table counts from the token that is looked at to the one that looks, a picture the other way.
+        maps.append(offsets.reshape(-1, side, side).flip(1, 2).numpy())
     biases = np.stack(maps)  # (blocks, heads, side, side)
     limit = max(float(np.abs(biases).max()), 1e-12)
     factor = math.ceil(LEGIBLE_SIDE / biases.shape[-1])

@@ -23,7 +23,7 @@ from masked_diffusion.image_datasets import center_crop_arr, to_model_range
 from masked_diffusion.image_files import read_image
 from masked_diffusion.models import KeptTokens
 from masked_diffusion.randomness import SampleNoise
-from masked_diffusion.samplers import Predict, Prediction
+from masked_diffusion.samplers import Predict
 
 MODES = ("side", "plain")
 WHITE_FROM = 128  # grey level of a mask from which a pixel is to be filled
@@ -50,24 +50,23 @@ class Inpainting:
         noise = SampleNoise(seed, indices, "halves")
         return side_interpolated(model, hole_tokens.expand(len(indices), -1), self.patch_size, noise)
 
+    def hold(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t with the known region as it is at t. noise: (N, C, h, w), the same at all t.
+
+        One noise for all steps is the path of the ODE through the known latents, which solvers stay on.
+        """
+        return torch.where(self.hole, x_t, diffusion.q_sample(self.known.expand_as(noise), t, noise))
+
     def predictor(
         self, diffusion: GaussianDiffusion, denoiser: Denoiser, noise: Tensor, clip: bool, model_kwargs: dict[str, Any]
     ) -> Predict:
-        """``diffusion.predictor`` with the known region held. noise: (N, C, h, w), that of the known region at all t.
-
-        One noise for all steps is the path of the ODE through the known latents, which solvers rely on.
-        """
-        known = self.known.expand_as(noise)
+        """``diffusion.predictor`` with the known region held. noise: as of :meth:`hold`."""
 
         def fill(pred_xstart: Tensor) -> Tensor:
-            return torch.where(self.hole, pred_xstart, known)
+            return torch.where(self.hole, pred_xstart, self.known)
 
         predict = diffusion.predictor(denoiser, clip, denoised_fn=fill, model_kwargs=model_kwargs)
-
-        def predict_held(x_t: Tensor, t: Tensor) -> Prediction:
-            return predict(torch.where(self.hole, x_t, diffusion.q_sample(known, t, noise)), t)
-
-        return predict_held
+        return lambda x_t, t: predict(self.hold(diffusion, x_t, t, noise), t)
 
 
 def side_interpolated(model: Denoiser, hole_tokens: Tensor, patch_size: int, noise: SampleNoise) -> Denoiser:

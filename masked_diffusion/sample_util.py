@@ -143,14 +143,16 @@ class ImageSampler:
         """The latents of the samples with these numbers and labels after every step of the sampler."""
         noise = SampleNoise(self._seed, indices)
         y = torch.tensor(list(labels), device=self._device)
-        x_start = noise.randn(self._latent_shape, self._device)
+        x_T = noise.randn(self._latent_shape, self._device)
         if inpainting is None:
             predict = self._diffusion.predictor(self._guide(self._model), self._clip, model_kwargs={"y": y})
         else:
             denoiser = self._guide(inpainting.denoiser(self._model, self._seed, indices))
-            predict = inpainting.predictor(self._diffusion, denoiser, x_start, self._clip, model_kwargs={"y": y})
+            predict = inpainting.predictor(self._diffusion, denoiser, x_T, self._clip, model_kwargs={"y": y})
+            last_timestep = torch.full_like(y, self._diffusion.num_timesteps - 1)
+            x_T = inpainting.hold(self._diffusion, x_T, last_timestep, noise=x_T)
         timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
-        return samplers.loop(self._new_step(), predict, x_start, timesteps, noise.randn_like)
+        return samplers.loop(self._new_step(), predict, x_T, timesteps, noise.randn_like)
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> np.ndarray:
