@@ -33,7 +33,8 @@ CONTRACT = {
     "infer_mdt.py": {
         "model_path": "", "model": "MDT_XL_2", "image_size": 256, "labels": None, "cfg_scale": None, "scale_pow": None,
         "num_sampling_steps": None, "seed": 0, "out": None, "vae_path": None, "decode_layer": None, "device": "auto",
-        "vae_decoder": "mse",
+        "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
+        "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
     },
 }  # fmt: skip
 
