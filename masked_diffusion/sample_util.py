@@ -155,18 +155,18 @@ class ImageSampler:
         return samplers.loop(self._new_step(), predict, x_T, timesteps, noise.randn_like)
 
     @torch.no_grad()
-    def pixels(self, latents: Tensor) -> np.ndarray:
-        """Latents (N, C, h, w) -> images (N, H, W, 3) uint8. Raises FloatingPointError where they are not finite."""
+    def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:
+        """Latents (N, C, h, w) of these samples -> images (N, H, W, 3) uint8. Raises FloatingPointError for NaN."""
         images = self._first_stage.decode(latents)
         if not images.isfinite().all():
-            raise FloatingPointError("the images are not finite; sample in float32")
+            raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
         return to_uint8(images)
 
     def __call__(
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
     ) -> np.ndarray:
         """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
-        return self.pixels(samplers.last(self.states(indices, labels, inpainting)))
+        return self.pixels(samplers.last(self.states(indices, labels, inpainting)), indices)
 
     def trajectory(
         self, indices: Sequence[int], labels: Sequence[int], frames: int, inpainting: Inpainting | None = None
@@ -175,7 +175,7 @@ class ImageSampler:
         steps = self._diffusion.num_timesteps
         shown = np.linspace(0, steps - 1, frames).round().astype(int) if frames > 1 else np.array([steps - 1])
         states = {i: state.sample for i, state in enumerate(self.states(indices, labels, inpainting)) if i in shown}
-        return np.stack([self.pixels(states[i]) for i in shown])
+        return np.stack([self.pixels(states[i], indices) for i in shown])
 
 
 def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:
