@@ -54,14 +54,15 @@ def test_known_latents_come_out_as_they_went_in_and_the_hole_is_new(model, photo
     assert not torch.equal(final[0], final[1])
 
 
-def test_the_model_sees_the_known_region_at_the_noise_level_of_the_step(photo):
+@pytest.mark.parametrize("name", ["ddpm", "heun"])
+def test_the_model_sees_the_known_region_at_the_noise_level_of_the_step(photo, name):
     seen = {}
 
     def watching(x, t, y):
         seen[int(t[0])] = x
         return torch.zeros(len(x), 6, 8, 8)
 
-    make = ImageSampler(watching, CONFIG, SamplerConfig(10, "ddim"), PixelSpace(3), "cpu")
+    make = ImageSampler(watching, CONFIG, SamplerConfig(10, name), PixelSpace(3), "cpu")
     inpainting = photo.inpainting(PixelSpace(3), None, "plain", "cpu")
     list(make.states(range(1), [0], inpainting))
     full = CONFIG.diffusion.build()

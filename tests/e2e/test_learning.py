@@ -7,11 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from golden_arrays import GOLDENS
 from PIL import Image
-from support import REPO, TINY_DIGITS, call, environment, rows, run_command
+from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
 
-from masked_diffusion.inpainting import open_photo
+from masked_diffusion.inpainting import Inpainting, open_photo
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.trained import open_trained
 
@@ -131,3 +132,27 @@ def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
     assert float(accuracy) > 95 and float(share) >= 90
     [fid] = re.findall(r"^FID: ([\d.]+)$", done.stdout, re.MULTILINE)
     assert float(fid) < 100  # 25 for real digits, thousands for noise
+    check_filled_digits(tmp_path / "output_digits" / "ema_0.99_002000.pt")
+
+
+def check_filled_digits(path):
+    """Held-back digits of which two columns are known become the digit after them, in both modes."""
+    reader = script("scripts/read_digits.py")
+    classifier = reader.train_classifier(*reader.digits("digits"))
+    pixels, labels = (tensor[:50] for tensor in reader.digits("digits-test"))
+    trained = open_trained(path, {"vae_path": None, "vae_decoder": "ema"}, set(), "cpu", warn=pytest.fail)
+    make = ImageSampler(
+        trained.model,
+        trained.config,
+        SamplerConfig(15, "ddim", cfg_cond=True, cfg_scale=4.0),
+        trained.first_stage,
+        "cpu",
+    )
+    hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    hole[..., 2:] = True
+    known = pixels.permute(0, 3, 1, 2)[:, :1].float() / 127.5 - 1
+    asked = (labels + 1) % 10
+    for patch_size in (None, trained.model.patch_size):
+        images = torch.from_numpy(make(range(50), asked.tolist(), Inpainting(known, hole, patch_size)))
+        assert (images[:, :, :2].int() - pixels[:, :, :2].int()).abs().max() <= 1  # truncation to uint8
+        assert (reader.predict(classifier, images) == asked).float().mean() > 0.8  # 0.1 by chance
