@@ -23,6 +23,7 @@ from masked_diffusion.inpainting import image_channels, open_photo
 from masked_diffusion.pictures import check_picture_path
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
+    CHECKPOINT_HELPS,
     SAMPLER_HELPS,
     add_dict_to_argparser,
     args_to_dict,
@@ -55,13 +56,9 @@ SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not
 SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
 HELPS = {
+    **CHECKPOINT_HELPS,
     **SAMPLER_HELPS,
-    "model": "name of the model, where no config.json lies beside the checkpoint",
-    "image_size": "side of the images, where no config.json lies beside the checkpoint",
-    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
     "seed": "determines the noise of each picture, with its number",
-    "vae_decoder": "ema or mse, where the first stage is the hub's default",
-    "device": "auto, cpu, cuda or cuda:N",
     "model_path": f"checkpoint; default: {V1_FILE} in the working directory, else the newest EMA under output_*",
     "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
     "out": "picture to write, .png, .jpg, or .gif for the denoising; default: sample.jpg for the published file, else "
@@ -71,9 +68,8 @@ HELPS = {
     "image": "photo to fill; with --mask",
     "mask": "picture of the size of --image, white where to fill",
     "inpaint_mode": "side: what is filled is masked by halves and interpolated, as in training; plain: without masking",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-    "cfg_scale": "guidance at the last step; default: 5 for the published file, else 4",
-    "scale_pow": "power of the guidance schedule; default: 0.01 for the published file, else 4",
+    "cfg_scale": "largest weight of the guidance; default: 5 for the published file, else 4",
+    "scale_pow": "power of --guidance power_cosine; default: 0.01 for the published file, else 4",
     "num_sampling_steps": "default: 500 for the published file, else 100",
 }
 

@@ -28,6 +28,15 @@ MODEL_AND_DIFFUSION_HELPS = {
     "rescale_learned_sigmas": "multiply the variational term by diffusion_steps / 1000",
 }
 
+# Help of the flags that open a checkpoint, beside --model_path.
+CHECKPOINT_HELPS = {
+    "model": "name of the model, where no config.json lies beside the checkpoint",
+    "image_size": "side of the images, where no config.json lies beside the checkpoint",
+    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
+    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
+    "vae_decoder": "ema or mse, where the first stage is the hub's default",
+    "device": "auto, cpu, cuda or cuda:N",
+}
 # Help of the sampling flags that scripts share.
 SAMPLER_HELPS = {
     "sampler": "ddpm or ddim; or, for fewer steps, a solver without noise: dpmsolver++, unipc, heun",

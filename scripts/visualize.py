@@ -20,6 +20,7 @@ from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.pictures import check_picture_path, save_picture
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
+    CHECKPOINT_HELPS,
     SAMPLER_HELPS,
     add_dict_to_argparser,
     explicit_flags,
@@ -31,6 +32,7 @@ from masked_diffusion.trained import open_trained
 MODES = ("relative_bias", "reconstruction")
 DEFAULT_MASK_RATIO = 0.3
 HELPS = {
+    **CHECKPOINT_HELPS,
     "model_path": "checkpoint, such as ema_0.9999_400000.pt",
     "out": "picture to write, .png or .jpg; default: the mode's name .png",
     "data_dir": "folder of images, or builtin:digits; for reconstruction",
@@ -39,12 +41,6 @@ HELPS = {
     "seed": "determines masks and noise",
     "sampler": SAMPLER_HELPS["sampler"],
     "num_sampling_steps": "steps of the sampler",
-    "model": "name of the model, where no config.json lies beside the checkpoint",
-    "image_size": "side of the images, where no config.json lies beside the checkpoint",
-    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-    "vae_decoder": "ema or mse, where the first stage is the hub's default",
-    "device": "auto, cpu, cuda or cuda:N",
 }
 
 
