@@ -2,25 +2,33 @@
 
 python infer_mdt.py                                   # a published checkpoint, or your newest training
 python infer_mdt.py --labels "golden retriever,panda" --cfg_scale 4 --out dogs_and_pandas.png
+python infer_mdt.py --sweep cfg_scale=1,2,4           # the same noise under other settings
+python infer_mdt.py --out denoising.gif               # how pictures come out of the noise
+python infer_mdt.py --image photo.png --mask mask.png --labels 207    # fill what is white in the mask
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.class_names import ClassNames
-from masked_diffusion.pictures import check_picture_path, grid, save_picture
+from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
+from masked_diffusion.guidance import foreign_settings
+from masked_diffusion.inpainting import image_channels, open_photo
+from masked_diffusion.pictures import check_picture_path
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
+    CHECKPOINT_HELPS,
+    SAMPLER_HELPS,
     add_dict_to_argparser,
     args_to_dict,
     explicit_flags,
+    interval,
     optional,
     run_script,
 )
@@ -44,21 +52,24 @@ PUBLISHED: dict[str, Any] = {
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
 OWN_IMAGES = 20
 COLUMNS, MOST_COLUMNS = 3, 10
-BATCH_SIZE = 20
+SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
+SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
 HELPS = {
-    "model": "name of the model, where no config.json lies beside the checkpoint",
-    "image_size": "side of the images, where no config.json lies beside the checkpoint",
-    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
+    **CHECKPOINT_HELPS,
+    **SAMPLER_HELPS,
     "seed": "determines the noise of each picture, with its number",
-    "vae_decoder": "ema or mse, where the first stage is the hub's default",
-    "device": "auto, cpu, cuda or cuda:N",
     "model_path": f"checkpoint; default: {V1_FILE} in the working directory, else the newest EMA under output_*",
     "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
-    "out": "picture to write, .png or .jpg; default: sample.jpg for the published file, else sample.png",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-    "cfg_scale": "guidance at the last step; default: 5 for the published file, else 4",
-    "scale_pow": "power of the guidance schedule; default: 0.01 for the published file, else 4",
+    "out": "picture to write, .png, .jpg, or .gif for the denoising; default: sample.jpg for the published file, else "
+    "sample.png",
+    "sweep": "one row for each value of a setting, with the same noise, such as cfg_scale=1,2,4 or labels=207,360",
+    "frames": "states of the denoising to show, from noise to picture; 0 shows the picture, or 25 in a .gif",
+    "image": "photo to fill; with --mask",
+    "mask": "picture of the size of --image, white where to fill",
+    "inpaint_mode": "side: what is filled is masked by halves and interpolated, as in training; plain: without masking",
+    "cfg_scale": "largest weight of the guidance; default: 5 for the published file, else 4",
+    "scale_pow": "power of --guidance power_cosine; default: 0.01 for the published file, else 4",
     "num_sampling_steps": "default: 500 for the published file, else 100",
 }
 
@@ -74,6 +85,12 @@ def create_argparser() -> argparse.ArgumentParser:
         "scale_pow": None,
         "num_sampling_steps": None,
         "seed": PUBLISHED["seed"],
+        **{name: SamplerConfig.__dataclass_fields__[name].default for name in SAMPLER_HELPS},
+        "sweep": None,
+        "frames": 0,
+        "image": None,
+        "mask": None,
+        "inpaint_mode": "side",
         "out": None,
         "vae_path": None,
         "vae_decoder": PUBLISHED["vae_decoder"],
@@ -84,6 +101,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "cfg_scale": float,
         "scale_pow": float,
         "num_sampling_steps": int,
+        "cfg_interval": interval,
     }
     parser = argparse.ArgumentParser(description="Draw a few pictures from a trained model.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
@@ -105,26 +123,62 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     for name, value in presets.items():
         if name not in explicit:
             setattr(args, name, value)
-    sampler = SamplerConfig(
-        cfg_cond=True, **args_to_dict(args, ["num_sampling_steps", "cfg_scale", "scale_pow", "seed"])
-    )
     out = Path(args.out).expanduser()
-    check_picture_path(out)
+    check_picture_path(out, animation=True)
+    swept, values = parse_sweep(args.sweep, SWEPT) if args.sweep else ("", [])
+    frames = num_frames(args.frames, out, bool(swept))
+    if bool(args.image) != bool(args.mask):
+        raise ValueError("--image and --mask: give both, the photo and what to fill in it")
     device = dist_util.choose_device(args.device)
     dist_util.allow_tf32(True)
     flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
     trained = open_trained(path, flags, explicit, device, warn=lambda text: say(f"warning: {text}"))
-    labels = labels_of(args.labels, trained)
-    sampler = dataclasses.replace(sampler, cfg_cond=trained.config.class_cond)
+    for name in sorted(explicit & ignored_flags(args, swept)):
+        say(f"warning: --{name} is ignored here")
     if "num_sampling_steps" not in explicit:
-        steps = min(sampler.num_sampling_steps, trained.config.diffusion.diffusion_steps)
-        sampler = dataclasses.replace(sampler, num_sampling_steps=steps)
-    make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device, progress=True)
+        args.num_sampling_steps = min(args.num_sampling_steps, trained.config.diffusion.diffusion_steps)
+    variants = [(f"{swept} {value}", with_setting(args, swept, value)) for value in values] or [("", args)]
+    few = bool(swept) or frames > 1
+    rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
     # Small sets of classes in turn: one column per class.
+    labels = rows[0].labels
     columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
     if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
         columns = trained.config.model.num_classes
-    return lambda: draw(make, labels, columns, out)
+
+    def work() -> None:
+        draw(rows, frames, columns, trained.config.class_names, out)
+        sys.stdout.write(f"{out.absolute()}\n")
+
+    return work
+
+
+def ignored_flags(args: argparse.Namespace, swept: str) -> set[str]:
+    """Flags that have no effect beside the others."""
+    of_others = set() if swept == "guidance" else foreign_settings(args.guidance)
+    return of_others | {swept} | (set() if args.image else {"inpaint_mode"})
+
+
+def with_setting(args: argparse.Namespace, name: str, text: str) -> argparse.Namespace:
+    """The arguments with one of them as if ``--name text`` had been given."""
+    value = getattr(create_argparser().parse_args([f"--{name}={text}"]), name)
+    return argparse.Namespace(**{**vars(args), name: value})
+
+
+def row_of(
+    name: str, args: argparse.Namespace, trained: Trained, device: torch.device | str, few: bool, repeat: bool
+) -> Row:
+    """The samples of one setting. few: a row's worth at most; repeat: each label with several noises."""
+    config = trained.config
+    sampler = SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, SAMPLER_FLAGS))
+    labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
+    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True)
+    if not args.image:
+        return Row(name, make, labels)
+    grey = image_channels(trained.first_stage) == 1
+    photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
+    inpainting = photo.inpainting(trained.first_stage, trained.model, args.inpaint_mode, device)
+    return Row(name, make, labels, inpainting, photo)
 
 
 def find_model(folder: Path) -> Path:
@@ -141,23 +195,19 @@ def find_model(folder: Path) -> Path:
     return max(averages, key=lambda path: path.stat().st_mtime)
 
 
-def labels_of(text: str, trained: Trained) -> list[int]:
-    """Labels of the pictures to draw, the null label where the model has no classes."""
+def labels_of(text: str, trained: Trained, few: bool) -> list[int]:
+    """Labels of the pictures to draw, the null label where the model has no classes. few: as many as fit in a row."""
     num_classes = trained.config.model.num_classes
+    count = OWN_IMAGES
+    if few:
+        count = num_classes if 1 < num_classes <= MOST_COLUMNS else COLUMNS
     if not trained.config.class_cond:
         if text:
             raise ValueError(f"--labels {text}: {trained.path} was trained without classes")
-        return [num_classes] * OWN_IMAGES
+        return [num_classes] * count
     if not text:
-        return [i % num_classes for i in range(OWN_IMAGES)]
+        return [i % num_classes for i in range(count)]
     return ClassNames(num_classes, trained.config.class_names).labels(text)
-
-
-def draw(make: ImageSampler, labels: list[int], columns: int | None, out: Path) -> None:
-    batches = [range(i, min(i + BATCH_SIZE, len(labels))) for i in range(0, len(labels), BATCH_SIZE)]
-    images = [make(batch, labels[batch.start : batch.stop]) for batch in batches]
-    save_picture(grid(np.concatenate(images), columns), out)
-    sys.stdout.write(f"{out.absolute()}\n")
 
 
 def say(message: str) -> None:

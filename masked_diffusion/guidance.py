@@ -5,7 +5,8 @@ Guidance wraps the model; samplers know nothing of it. This module imports nothi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +27,59 @@ def power_cosine_weight(t: Tensor, cfg_scale: float, diffusion_steps: int = 1000
     return (cfg_scale - 1) * ramp + 1
 
 
-def combine(cond: Tensor, uncond: Tensor, weight: Tensor, latent_channels: int) -> Tensor:
-    """``uncond + weight (cond - uncond)`` on the first three (or fewer) latent channels.
+def constant_weight(t: Tensor, cfg_scale: float, diffusion_steps: int = 1000) -> Tensor:
+    """``cfg_scale`` at every timestep, as DiT guides. t: (N,). Returns (N,) float32."""
+    return torch.full_like(t, cfg_scale, dtype=torch.float32)
 
-    cond, uncond: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, min(3, latent_channels), H, W).
+
+def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_interval: Sequence[int]) -> Tensor:
+    """``cfg_scale`` inside an interval of timesteps, ends included, else 1 (Kynkaanniemi et al., 2404.07724).
+
+    t: (N,) original timesteps. Returns (N,) float32.
     """
-    guided_channels = min(GUIDED_CHANNELS, latent_channels)
+    low, high = cfg_interval
+    return torch.where((t >= low) & (t <= high), cfg_scale, 1.0)
+
+
+class WeightSchedule(NamedTuple):
+    """How the guidance weight depends on time.
+
+    weight: ``weight(t, cfg_scale, diffusion_steps, **settings)``, (N,) original timesteps -> (N,) float32. settings:
+    those that no other schedule has.
+    """
+
+    weight: Callable[..., Tensor]
+    settings: tuple[str, ...] = ()
+
+
+SCHEDULES = {
+    "power_cosine": WeightSchedule(power_cosine_weight, ("scale_pow",)),
+    "constant": WeightSchedule(constant_weight),
+    "interval": WeightSchedule(interval_weight, ("cfg_interval",)),
+}
+
+
+def foreign_settings(guidance: str) -> set[str]:
+    """Settings of the other schedules, which have no effect on this one."""
+    every = {name for schedule in SCHEDULES.values() for name in schedule.settings}
+    return every - set(SCHEDULES[guidance].settings)
+
+
+def combine(
+    cond: Tensor, uncond: Tensor, weight: Tensor, latent_channels: int, cfg_channels: int = GUIDED_CHANNELS
+) -> Tensor:
+    """``uncond + weight (cond - uncond)`` on the first ``cfg_channels`` latent channels, or all where there are fewer.
+
+    cond, uncond: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, <= cfg_channels, H, W).
+    """
+    guided_channels = min(cfg_channels, latent_channels)
     weight = weight.view(-1, 1, 1, 1)
     return uncond[:, :guided_channels] + weight * (cond - uncond)[:, :guided_channels]
 
 
-def guided(model: Denoiser, y_null: int, weight: Callable[[Tensor], Tensor]) -> Denoiser:
+def guided(
+    model: Denoiser, y_null: int, weight: Callable[[Tensor], Tensor], cfg_channels: int = GUIDED_CHANNELS
+) -> Denoiser:
     """Wrap ``model(x, t, y)`` so that it predicts with classifier-free guidance.
 
     weight: (N,) timesteps -> (N,) guidance weights. Both halves share x, so the caller's state stays (N, C, H, W).
@@ -46,7 +89,7 @@ def guided(model: Denoiser, y_null: int, weight: Callable[[Tensor], Tensor]) -> 
     def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         labels = torch.cat([y, torch.full_like(y, y_null)])
         cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        eps = combine(cond, uncond, weight(t), x.shape[1])
+        eps = combine(cond, uncond, weight(t), x.shape[1], cfg_channels)
         return torch.cat([eps, cond[:, eps.shape[1] :]], dim=1)
 
     return denoise

@@ -105,6 +105,12 @@ class KeptTokens:
         ids_restore = ids_shuffle.argsort(dim=1)
         return cls(ids_shuffle[:, :num_keep], ids_restore, ids_restore >= num_keep)
 
+    @classmethod
+    def all_but(cls, dropped: Tensor) -> "KeptTokens":
+        """Keep the tokens that are not dropped. dropped: (N, L) bool, the same number in each row."""
+        order = torch.linspace(0, 0.5, dropped.shape[1], device=dropped.device)
+        return cls.from_noise(dropped + order, int((~dropped[0]).sum()))
+
     def leave(self, x: Tensor) -> Tensor:
         """Take the kept tokens out: (N, L, D) -> (N, L_keep, D)."""
         return x.gather(1, self.ids_keep[..., None].expand(-1, -1, x.shape[-1]))
@@ -370,20 +376,23 @@ class MDT(nn.Module):
         *,
         label_noise: Tensor | None = None,
         token_noise: Tensor | None = None,
+        kept: KeptTokens | None = None,
     ) -> Tensor:
         """Predict the noise (and variance) of noised latents.
 
         x: (N, C, H, W). t: (N,) original timesteps. y: (N,) int64 in [0, num_classes], num_classes being null.
         enable_mask: mask tokens, if the model has a mask_ratio. label_noise: (N,) and token_noise: (N, L), uniform in
         [0, 1), decide label dropout and the mask; None draws them here, in this order, from torch's global generator.
+        kept: mask all but these tokens, whatever the other arguments say.
         Returns (N, C_out, H, W), C_out = 2 C with learn_sigma.
         """
         x = self.x_embedder(x) + self.pos_embed  # (N, L, D)
         c = self.t_embedder(t) + self.y_embedder(y, label_noise)  # (N, D)
-        if enable_mask and self.mask_ratio is not None:
+        if kept is None and enable_mask and self.mask_ratio is not None:
             if token_noise is None:
                 token_noise = torch.rand(x.shape[:2], device=x.device)
             kept = KeptTokens.from_noise(token_noise, self.num_keep)
+        if kept is not None:
             x = self.encode(kept.leave(x), c, kept.relative_index(self.rel_index))  # (N, L_keep, D)
             x = self.side_interpolate(x, c, kept)  # (N, L, D)
         else:

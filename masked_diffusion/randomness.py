@@ -11,7 +11,7 @@ order of an epoch           ``(seed, "order", epoch)``
 crop and flip of an image   ``(seed, "augment", epoch, index)``
 what replaces an image      ``(seed, "replacement", epoch, index)``
 training draws of an image  ``(seed, NAME, epoch, index)``, see :func:`training_draws`
-a generated image           ``(seed, "label" | "noise", sample_index)``
+a generated image           ``(seed, "label" | "noise" | "halves", sample_index)``
 shared by all ranks         ``(seed, NAME, step)``
 ==========================  =====================================================
 """
@@ -91,11 +91,11 @@ class SampleNoise:
     """Noise of generated images: one generator per sample index, drawn from in the order the sampler asks.
 
     The i-th row of every draw belongs to ``indices[i]`` and to nothing else, so a sample does not depend on its
-    neighbours in the batch.
+    neighbours in the batch. purpose: what is drawn; other purposes have other streams.
     """
 
-    def __init__(self, seed: int, indices: Sequence[int]) -> None:
-        self._generators = [torch_generator(seed, "noise", int(index)) for index in indices]
+    def __init__(self, seed: int, indices: Sequence[int], purpose: str = "noise") -> None:
+        self._generators = [torch_generator(seed, purpose, int(index)) for index in indices]
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
         """(N, *shape) float32 normal on ``device``, N the number of samples."""

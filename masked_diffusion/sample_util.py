@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from masked_diffusion import samplers
@@ -25,7 +26,8 @@ from masked_diffusion.config import RunConfig
 from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.guidance import Denoiser, guided, power_cosine_weight
+from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
+from masked_diffusion.inpainting import Inpainting
 from masked_diffusion.parts import Parts, make_parts
 from masked_diffusion.pictures import grid, save_picture, to_uint8
 from masked_diffusion.randomness import SampleNoise, numpy_generator
@@ -38,20 +40,63 @@ GRID_IMAGES = 64
 class SamplerConfig:
     """How a trained model is sampled; named as the flags.
 
-    num_sampling_steps: steps of the respaced process. cfg_cond: guide with a power-cosine schedule up to cfg_scale.
+    num_sampling_steps: steps of the respaced process. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
+    the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. cfg_interval: first and last original
+    timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. Raises ValueError for others.
     """
 
     num_sampling_steps: int = 250
-    use_ddim: bool = False
+    sampler: str = "ddpm"
     clip_denoised: bool = False
     cfg_cond: bool = False
+    guidance: str = "power_cosine"
     cfg_scale: float = 3.8
     scale_pow: float = 4.0
+    cfg_interval: list[int] | None = None
+    cfg_channels: int = GUIDED_CHANNELS
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
             raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: must be at least 1")
+        if self.sampler not in samplers.SAMPLERS:
+            raise ValueError(f"--sampler {self.sampler}: unknown; choose one of {', '.join(samplers.SAMPLERS)}")
+        if self.guidance not in SCHEDULES:
+            raise ValueError(f"--guidance {self.guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
+        if self.guidance == "interval" and self.cfg_interval is None:
+            raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
+        if self.cfg_channels not in (3, 4):
+            raise ValueError(f"--cfg_channels {self.cfg_channels}: choose 3 (as published) or 4")
+
+    @property
+    def guidance_settings(self) -> dict[str, Any]:
+        """The settings of the chosen schedule alone."""
+        return {name: getattr(self, name) for name in SCHEDULES[self.guidance].settings}
+
+    def guidance_record(self) -> dict[str, Any] | None:
+        """What a manifest says of the guidance."""
+        if not self.cfg_cond:
+            return None
+        record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
+        return {**record, "cfg_channels": self.cfg_channels}
+
+    def build_guidance(self, model: Denoiser, config: RunConfig) -> Denoiser:
+        """The model guided as these settings say; the model itself without guidance.
+
+        Raises ValueError for an interval outside the trained process.
+        """
+        if not self.cfg_cond:
+            return model
+        steps = config.diffusion.diffusion_steps
+        if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= steps:
+            raise ValueError(f"--cfg_interval {'-'.join(map(str, self.cfg_interval))}: timesteps are 0 ... {steps - 1}")
+        weight = partial(
+            SCHEDULES[self.guidance].weight,
+            cfg_scale=self.cfg_scale,
+            diffusion_steps=steps,
+            **self.guidance_settings,
+        )
+        return guided(model, config.model.num_classes, weight, self.cfg_channels)
 
     def build_diffusion(self, config: RunConfig) -> GaussianDiffusion:
         """The trained process on ``num_sampling_steps`` of its steps. Raises ValueError when it has fewer."""
@@ -82,34 +127,52 @@ class ImageSampler:
         self._latent_shape = config.model.latent_shape
         self._seed = sampler.seed
         self._device = device
-        self._clip_denoised = sampler.clip_denoised
+        self._clip = sampler.clip_denoised
         self._diffusion = sampler.build_diffusion(config)
-        self._step: samplers.StepFunction = samplers.ddpm_step
-        if sampler.use_ddim:
-            self._step = partial(samplers.ddim_step, self._diffusion, 0.0)
-        self._denoiser = model
-        if sampler.cfg_cond:
-            weight = partial(
-                power_cosine_weight,
-                cfg_scale=sampler.cfg_scale,
-                diffusion_steps=config.diffusion.diffusion_steps,
-                scale_pow=sampler.scale_pow,
-            )
-            self._denoiser = guided(model, config.model.num_classes, weight)
+        self._new_step = partial(samplers.SAMPLERS[sampler.sampler], self._diffusion)
+        self._model = model
+        self._guide = partial(sampler.build_guidance, config=config)
+        self._guide(model)  # what it refuses is refused here
 
-    @torch.no_grad()
-    def __call__(self, indices: Sequence[int], labels: Sequence[int]) -> np.ndarray:
-        """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
+    def states(
+        self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
+    ) -> Iterator[samplers.Step]:
+        """The latents of the samples with these numbers and labels after every step of the sampler."""
         noise = SampleNoise(self._seed, indices)
         y = torch.tensor(list(labels), device=self._device)
-        predict = self._diffusion.predictor(self._denoiser, self._clip_denoised, model_kwargs={"y": y})
+        x_T = noise.randn(self._latent_shape, self._device)
+        if inpainting is None:
+            predict = self._diffusion.predictor(self._guide(self._model), self._clip, model_kwargs={"y": y})
+        else:
+            denoiser = self._guide(inpainting.denoiser(self._model, self._seed, indices))
+            predict = inpainting.predictor(self._diffusion, denoiser, x_T, self._clip, model_kwargs={"y": y})
+            last_timestep = torch.full_like(y, self._diffusion.num_timesteps - 1)
+            x_T = inpainting.hold(self._diffusion, x_T, last_timestep, noise=x_T)
         timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
-        x_start = noise.randn(self._latent_shape, self._device)
-        latents = samplers.last(samplers.loop(self._step, predict, x_start, timesteps, noise.randn_like))
+        return samplers.loop(self._new_step(), predict, x_T, timesteps, noise.randn_like)
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:
+        """Latents (N, C, h, w) of these samples -> images (N, H, W, 3) uint8. Raises FloatingPointError for NaN."""
         images = self._first_stage.decode(latents)
         if not images.isfinite().all():
             raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
         return to_uint8(images)
+
+    def __call__(
+        self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
+    ) -> np.ndarray:
+        """Images of the samples with these numbers and labels: (N, H, W, 3) uint8."""
+        return self.pixels(samplers.last(self.states(indices, labels, inpainting)), indices)
+
+    def trajectory(
+        self, indices: Sequence[int], labels: Sequence[int], frames: int, inpainting: Inpainting | None = None
+    ) -> np.ndarray:
+        """Images of ``frames`` evenly spaced states from the first step's to the last's: (frames, N, H, W, 3) uint8."""
+        steps = self._diffusion.num_timesteps
+        shown = np.linspace(0, steps - 1, frames).round().astype(int) if frames > 1 else np.array([steps - 1])
+        states = {i: state.sample for i, state in enumerate(self.states(indices, labels, inpainting)) if i in shown}
+        return np.stack([self.pixels(states[i], indices) for i in shown])
 
 
 def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:

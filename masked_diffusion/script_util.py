@@ -28,6 +28,23 @@ MODEL_AND_DIFFUSION_HELPS = {
     "rescale_learned_sigmas": "multiply the variational term by diffusion_steps / 1000",
 }
 
+# Help of the flags that open a checkpoint, beside --model_path.
+CHECKPOINT_HELPS = {
+    "model": "name of the model, where no config.json lies beside the checkpoint",
+    "image_size": "side of the images, where no config.json lies beside the checkpoint",
+    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
+    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
+    "vae_decoder": "ema or mse, where the first stage is the hub's default",
+    "device": "auto, cpu, cuda or cuda:N",
+}
+# Help of the sampling flags that scripts share.
+SAMPLER_HELPS = {
+    "sampler": "ddpm or ddim; or, for fewer steps, a solver without noise: dpmsolver++, unipc, heun",
+    "guidance": "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
+    "cfg_interval": "first and last timestep that --guidance interval guides at, such as 80-470",
+    "cfg_channels": "latent channels that are guided: 3, as published, or 4",
+}
+
 
 def str2bool(value: str | bool) -> bool:
     """True/False/yes/no/t/f/y/n/1/0 in any case -> bool. Raises argparse.ArgumentTypeError for anything else."""
@@ -48,6 +65,14 @@ def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
     convert_or_none.__name__ = convert.__name__  # argparse names it in its error message
     return convert_or_none
+
+
+def interval(text: str) -> list[int]:
+    """``80-470`` -> [80, 470]. Raises argparse.ArgumentTypeError for anything else."""
+    low, dash, high = text.partition("-")
+    if not (dash and low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(f"expected two timesteps, the smaller one first, such as 80-470, got {text!r}")
+    return [int(low), int(high)]
 
 
 def add_dict_to_argparser(

@@ -565,7 +565,7 @@ class TrainLoop:
             return
         num_classes, class_cond = self.run_config.model.num_classes, self.run_config.class_cond
         steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
-        sampler = SamplerConfig(num_sampling_steps=steps, use_ddim=True, cfg_cond=class_cond)
+        sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond)
         averaged = self.emas[0].state_dict()
 
         def ema_model(*args: Any, **kwargs: Any) -> Tensor:

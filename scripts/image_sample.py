@@ -20,14 +20,17 @@ from masked_diffusion import dist_util, model_and_diffusion_defaults
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import library_versions
 from masked_diffusion.dist_util import Ranks
+from masked_diffusion.guidance import GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
+    SAMPLER_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
     explicit_flags,
+    interval,
     optional,
     place_from_args,
     run_script,
@@ -38,16 +41,17 @@ RECORDED = "; the checkpoint's config.json says, where there is one"
 HELPS = {
     **{name: text + RECORDED for name, text in MODEL_AND_DIFFUSION_HELPS.items()},
     "num_samples": "images in the .npz",
-    "use_ddim": "sample with DDIM (eta 0) instead of DDPM",
+    **SAMPLER_HELPS,
+    "use_ddim": "the published spelling of --sampler ddim (eta 0)",
     "seed": "with a sample's number, determines its noise and label",
     "num_classes": "number of classes" + RECORDED + ", else the label table",
     "sigma_small": MODEL_AND_DIFFUSION_HELPS["sigma_small"],
     "model_path": "checkpoint to sample, such as ema_0.9999_400000.pt",
-    "num_sampling_steps": "steps of the sampler, also under --use_ddim",
+    "num_sampling_steps": "steps of the sampler, whichever it is",
     "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
-    "cfg_cond": "guide with a power-cosine schedule up to --cfg_scale",
-    "cfg_scale": "guidance at the last step; needs --cfg_cond True",
-    "scale_pow": "power of the guidance schedule; needs --cfg_cond True",
+    "cfg_cond": "guide with the schedule --guidance up to --cfg_scale",
+    "cfg_scale": "largest weight of the guidance; needs --cfg_cond True",
+    "scale_pow": "power of --guidance power_cosine; needs --cfg_cond True",
     "class_cond": "False samples the null class and writes no labels",
     "labels": "random, balanced, or a comma list of labels or class names",
     "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
@@ -62,6 +66,7 @@ HELPS = {
     "use_kl": "accepted for compatibility: a training loss",
     "rescale_learned_sigmas": "accepted for compatibility: a training loss",
 }
+GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels")
 IGNORED = ("mask_ratio", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
 
 
@@ -72,10 +77,14 @@ def create_argparser() -> argparse.ArgumentParser:
         "batch_size": 16,
         "num_sampling_steps": 250,
         "use_ddim": False,
+        "sampler": "ddpm",
         "clip_denoised": False,
         "cfg_cond": False,
+        "guidance": "power_cosine",
         "cfg_scale": 3.8,
         "scale_pow": 4.0,
+        "cfg_interval": None,
+        "cfg_channels": 3,
         "labels": "random",
         "seed": 0,
         "model": "MDT_S_2",
@@ -86,7 +95,12 @@ def create_argparser() -> argparse.ArgumentParser:
         "tf32": True,
         "device": "auto",
     }
-    types = {"mask_ratio": optional(float), "decode_layer": optional(int), "num_classes": optional(int)}
+    types = {
+        "mask_ratio": optional(float),
+        "decode_layer": optional(int),
+        "num_classes": optional(int),
+        "cfg_interval": interval,
+    }
     parser = argparse.ArgumentParser(description="Sample images from a trained model into an .npz.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     add_launcher_flags(parser)
@@ -102,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+    args.sampler = sampler_name(args, explicit)
     sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
@@ -121,6 +136,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     )
     if not trained.recorded:
         say(f"no config.json beside {trained.path}: its settings are taken from the flags")
+    if args.cfg_cond and "cfg_channels" in explicit and trained.config.model.in_channels <= GUIDED_CHANNELS:
+        say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
     class_cond = args.class_cond and trained.config.class_cond
     labels, null = labels_of(args, trained), trained.config.model.num_classes
     make = ImageSampler(
@@ -169,12 +186,24 @@ def stderr_line(message: str) -> None:
     sys.stderr.write(message + "\n")
 
 
+def sampler_name(args: argparse.Namespace, explicit: set[str]) -> str:
+    """The sampler that --sampler and its published spelling name. Raises ValueError where they differ."""
+    if "use_ddim" not in explicit:
+        return args.sampler
+    if "sampler" in explicit and args.use_ddim != (args.sampler == "ddim"):
+        raise ValueError(f"--sampler {args.sampler} and --use_ddim {args.use_ddim} contradict each other; give one")
+    return "ddim" if args.use_ddim else args.sampler
+
+
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Settings that are given and have no effect."""
     found = [f"--{name} is ignored: sampling does not use it" for name in IGNORED if name in explicit]
     if not args.cfg_cond:
+        found += [f"--{name} is ignored without --cfg_cond True" for name in GUIDANCE_FLAGS if name in explicit]
+    else:
         found += [
-            f"--{name} is ignored without --cfg_cond True" for name in ("cfg_scale", "scale_pow") if name in explicit
+            f"--{name} is ignored with --guidance {args.guidance}"
+            for name in sorted(explicit & foreign_settings(args.guidance))
         ]
     if args.device == "cpu" and "tf32" in explicit:
         found.append("--tf32 is ignored on a CPU")
@@ -210,7 +239,6 @@ def settings_of(
     args: argparse.Namespace, trained: Trained, sampler: SamplerConfig, labels: np.ndarray | None
 ) -> dict[str, Any]:
     """Everything that determines the images: two runs of equal settings make equal bytes."""
-    guidance = {"schedule": "power_cosine", "cfg_scale": sampler.cfg_scale, "scale_pow": sampler.scale_pow}
     config = trained.config
     return {
         "weights": trained.identity(),
@@ -225,10 +253,10 @@ def settings_of(
             "predict_xstart": config.diffusion.predict_xstart,
             "sigma_small": None if config.diffusion.learn_sigma else config.diffusion.sigma_small,
         },
-        "sampler": "ddim" if sampler.use_ddim else "ddpm",
+        "sampler": sampler.sampler,
         "num_sampling_steps": sampler.num_sampling_steps,
         "clip_denoised": sampler.clip_denoised,
-        "guidance": guidance if sampler.cfg_cond else None,
+        "guidance": sampler.guidance_record(),
         "decoder": trained.first_stage.description,
         "labels": None if labels is None else args.labels,
         "seed": sampler.seed,

@@ -171,6 +171,13 @@ def sample_flags(path, *flags):
         (["--num_sampling_steps", "1001"], "--num_sampling_steps 1001"),
         (["--cfg_cond", "True", "--class_cond", "False"], "--cfg_cond True: guidance needs classes"),
         (["--vae_decoder", "best"], "--vae_decoder best"),
+        (["--sampler", "euler"], "--sampler euler: unknown; choose one of ddpm"),
+        (["--sampler", "unipc", "--use_ddim", "True"], "--sampler unipc and --use_ddim True contradict each other"),
+        (["--sampler", "ddim", "--use_ddim", "False"], "--sampler ddim and --use_ddim False contradict each other"),
+        (["--guidance", "cosine"], "--guidance cosine: unknown"),
+        (["--guidance", "interval"], "--guidance interval: give the timesteps"),
+        (["--cfg_channels", "5"], "--cfg_channels 5: choose 3"),
+        (["--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "0-1000"], "timesteps are 0 ... 999"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -232,9 +239,23 @@ def test_an_lfs_pointer_and_a_torn_file_are_told_apart(refused, trained):
         (["--vae_decoder", "mse"], "--vae_decoder mse is ignored"),
         (["--class_cond", "False", "--labels", "3"], "--labels is ignored"),
         (["--device", "cpu", "--tf32", "False"], "--tf32 is ignored on a CPU"),
+        (["--guidance", "constant"], "--guidance is ignored without --cfg_cond True"),
+        (
+            ["--cfg_cond", "True", "--guidance", "constant", "--scale_pow", "2"],
+            "--scale_pow is ignored with --guidance",
+        ),
+        (["--cfg_cond", "True", "--cfg_interval", "1-2"], "--cfg_interval is ignored with --guidance power_cosine"),
+        (["--cfg_cond", "True", "--cfg_channels", "4"], "--cfg_channels is ignored: the latents have 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_setting_without_effect_warns(monkeypatch, tmp_path, trained, capsys, flags, warning):
     assert call(monkeypatch, SAMPLE, tmp_path / "out", *sample_flags(trained), *flags) == 0
     assert f"warning: {warning}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["470", "470-80", "-80", "a-b", "80,470"])
+def test_an_interval_that_is_none_is_refused(monkeypatch, tmp_path, trained, capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, SAMPLE, tmp_path / "out", *sample_flags(trained), f"--cfg_interval={text}")
+    assert "expected two timesteps" in capsys.readouterr().err

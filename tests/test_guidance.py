@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.guidance import guided, power_cosine_weight
+from masked_diffusion.guidance import constant_weight, guided, interval_weight, power_cosine_weight
 
 
 def weights_of_250_steps():
@@ -37,3 +37,14 @@ def test_guidance_touches_the_first_three_latent_channels_and_never_the_variance
     expected_shift = ((t + 2.0 - 1) * y).view(-1, 1, 1, 1).expand(-1, num_guided, 3, 3)
     torch.testing.assert_close(out[:, :num_guided] - cond[:, :num_guided], expected_shift)
     assert torch.equal(out[:, num_guided:], cond[:, num_guided:])
+
+
+def test_a_constant_weight_is_the_scale_everywhere():
+    weights = constant_weight(torch.tensor([0, 500, 999]), cfg_scale=1.5)
+    assert weights.dtype == torch.float32 and weights.tolist() == [1.5] * 3
+
+
+def test_an_interval_guides_inside_its_ends_and_nowhere_else():
+    t = torch.tensor([0, 99, 100, 300, 470, 471, 999])
+    weights = interval_weight(t, 2.0, 1000, (100, 470))
+    assert weights.dtype == torch.float32 and weights.tolist() == [1, 1, 2, 2, 2, 1, 1]

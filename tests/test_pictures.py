@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion.pictures import check_picture_path, grid, save_picture, to_uint8
+from masked_diffusion.pictures import (
+    check_picture_path,
+    grid,
+    heat_map,
+    save_animation,
+    save_picture,
+    table,
+    to_uint8,
+)
 
 
 def pixel(value):
@@ -145,3 +153,40 @@ def test_a_bare_name_lies_in_the_working_directory(tmp_path, monkeypatch):
     check_picture_path(Path("sample.jpg"))
     save_picture(grid(flat_images(1, 64)), Path("sample.jpg"))
     assert (tmp_path / "sample.jpg").is_file()
+
+
+# -- tables, heat maps, animations -------------------------------------------------------------------------------------
+
+
+def test_a_table_is_a_grid_with_names_before_its_rows_and_above_its_columns():
+    images = flat_images(6, 64).reshape(2, 3, 64, 64, 3)
+    picture = np.asarray(table(images, ["first", "a much longer name"], ["a", "b", "c"]))
+    tiles = np.asarray(grid(images.reshape(6, 64, 64, 3), columns=3))
+    assert np.array_equal(picture[-tiles.shape[0] :, -tiles.shape[1] :], tiles)
+    names = picture[:, : -tiles.shape[1]]
+    assert (names[-tiles.shape[0] :][:68] < 128).any() and (names[-68:] < 128).any()
+    assert (names[:, 0] == 255).all()  # no name is cut off
+    assert (picture[: -tiles.shape[0], -tiles.shape[1] :] < 128).any()
+    assert table(images, ["", ""]).height == tiles.shape[0]
+
+
+def test_a_heat_map_is_white_at_zero_red_above_and_blue_below():
+    colours = heat_map(np.array([[0.0, 2.0, -2.0, 1.0, 5.0]]), limit=2.0)
+    assert colours.dtype == np.uint8
+    assert colours[0].tolist() == [[255, 255, 255], [178, 24, 43], [33, 102, 172], [216, 140, 149], [178, 24, 43]]
+
+
+def test_an_animation_has_every_frame_and_rests_on_the_last(tmp_path):
+    save_animation([grid(flat_images(i + 1, 64), columns=3) for i in (3, 4, 5)], tmp_path / "a.gif")
+    durations = []
+    with Image.open(tmp_path / "a.gif") as picture:
+        for frame in range(picture.n_frames):
+            picture.seek(frame)
+            durations.append(picture.info["duration"])
+    assert durations == [120, 120, 2000]
+
+
+def test_a_gif_is_refused_where_there_is_no_animation(tmp_path):
+    check_picture_path(tmp_path / "a.gif", animation=True)
+    with pytest.raises(ValueError, match="a.bmp: pictures are written as .png or .jpg or .gif"):
+        check_picture_path(tmp_path / "a.bmp", animation=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import threading
@@ -51,8 +52,11 @@ def model():
 MODES = {
     "unguided": {},
     "guided": {"cfg_cond": True, "cfg_scale": 3.8, "scale_pow": 0.5},
-    "ddim": {"use_ddim": True},
-    "guided ddim, clipped": {"cfg_cond": True, "use_ddim": True, "clip_denoised": True},
+    "ddim": {"sampler": "ddim"},
+    "guided ddim, clipped": {"cfg_cond": True, "sampler": "ddim", "clip_denoised": True},
+    "dpmsolver++": {"sampler": "dpmsolver++"},
+    "guided unipc": {"sampler": "unipc", "cfg_cond": True, "guidance": "interval", "cfg_interval": [100, 800]},
+    "heun": {"sampler": "heun"},
 }
 
 
@@ -115,16 +119,66 @@ def test_samples_depend_on_the_label(model, mode):
     "change",
     [
         {"cfg_cond": True},
-        {"use_ddim": True},
+        {"sampler": "ddim"},
         {"clip_denoised": True},
         {"num_sampling_steps": 5},
         {"cfg_cond": True, "cfg_scale": 6.0},
         {"cfg_cond": True, "scale_pow": 0.01},
+        {"cfg_cond": True, "guidance": "constant"},
+        {"cfg_cond": True, "guidance": "interval", "cfg_interval": [300, 700]},
+        {"sampler": "dpmsolver++"},
+        {"sampler": "unipc"},
+        {"sampler": "heun"},
     ],
 )
 def test_every_setting_of_the_sampler_changes_the_samples(model, change):
     without = sampler_of(model, cfg_cond=change.get("cfg_cond", False) and len(change) > 1)(range(4), LABELS[:4])
     assert not np.array_equal(sampler_of(model, **change)(range(4), LABELS[:4]), without)
+
+
+def test_four_channels_are_guided_where_there_are_four():
+    def model(x, t, y):
+        return torch.cat([x + y.view(-1, 1, 1, 1), x], dim=1)
+
+    config = run_config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=4))
+    t, y = torch.tensor([500]), torch.tensor([2])
+    for cfg_channels in (3, 4):
+        sampler = SamplerConfig(cfg_cond=True, guidance="constant", cfg_scale=2.0, cfg_channels=cfg_channels)
+        out = sampler.build_guidance(model, config)(torch.zeros(1, 4, 2, 2), t, y)
+        uncond, cond = NUM_CLASSES, 2.0
+        guided = uncond + 2 * (cond - uncond)
+        assert out[0, :4, 0, 0].tolist() == [guided] * cfg_channels + [cond] * (4 - cfg_channels)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"sampler": "euler"}, "--sampler euler: unknown; choose one of ddpm, ddim, dpmsolver"),
+        ({"guidance": "cosine"}, "--guidance cosine: unknown; choose one of power_cosine, constant, interval"),
+        ({"guidance": "interval"}, "--guidance interval: give the timesteps"),
+        ({"cfg_channels": 2}, "--cfg_channels 2: choose 3"),
+    ],
+)
+def test_unknown_samplers_and_guidance_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        SamplerConfig(**settings)
+
+
+def test_an_interval_outside_the_process_is_refused():
+    sampler = SamplerConfig(cfg_cond=True, guidance="interval", cfg_interval=[5, 50])
+    with pytest.raises(ValueError, match="--cfg_interval 5-50: timesteps are 0 ... 49"):
+        sampler.build_guidance(None, run_config(diffusion_steps=50))
+
+
+def test_the_record_of_the_guidance_has_the_schedules_own_settings():
+    def record(**settings):
+        return SamplerConfig(cfg_cond=True, cfg_scale=2.0, **settings).guidance_record()
+
+    assert SamplerConfig().guidance_record() is None
+    assert record() == {"schedule": "power_cosine", "cfg_scale": 2.0, "scale_pow": 4.0, "cfg_channels": 3}
+    assert record(guidance="constant", cfg_channels=4) == {"schedule": "constant", "cfg_scale": 2.0, "cfg_channels": 4}
+    assert record(guidance="interval", cfg_interval=[1, 9])["cfg_interval"] == [1, 9]
 
 
 def test_without_guidance_no_unconditional_half_is_computed(model):
@@ -141,15 +195,15 @@ def test_without_guidance_no_unconditional_half_is_computed(model):
     assert calls == [(4, [1, 2, NUM_CLASSES, NUM_CLASSES])] * 4
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_the_model_sees_timesteps_of_the_trained_process_in_falling_order(model, use_ddim):
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_the_model_sees_timesteps_of_the_trained_process_in_falling_order(model, name):
     seen = []
 
     def watching(x, t, y):
         seen.append(t.tolist())
         return model(x, t, y)
 
-    sampler_of(watching, use_ddim=use_ddim)(range(1), [0])
+    sampler_of(watching, sampler=name)(range(1), [0])
     assert seen == [[999], [666], [333], [0]]
 
 

@@ -131,6 +131,16 @@ TABLE = [
         flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
         makes="sample.jpg",
     ),
+    Row(
+        r"^python infer_mdt\.py --labels 207 --sweep",
+        flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
+        makes="weights.png",
+    ),
+    Row(
+        r"^python infer_mdt\.py --image photo\.png --mask mask\.png --labels 207",
+        flags=f"{PICTURES} {PUBLISHED} --image_size {SIDE}",
+        makes="sample.jpg",
+    ),
     # docs/data.md
     Row(r"--class_from filename", **trains("output_flat"), says="12 images, 3 classes (n01440764, "),
     Row(
@@ -185,7 +195,15 @@ TABLE = [
         makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz",
     ),
     Row(r"evaluator\.py flowers256\.npz", makes="output_flowers_eval/scores.json", says="Recall: "),
-    Row(r"^python infer_mdt\.py --model_path output_flowers", flags=PICTURES, makes="flowers.png"),
+    Row(r"^python infer_mdt\.py .* --out flowers\.png", flags=PICTURES, makes="flowers.png"),
+    Row(r"--sampler unipc", flags=SAMPLING, makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz"),
+    Row(r"--guidance interval", flags=SAMPLING, makes=f"mdt-*/samples_4x{SIDE}x{SIDE}x3.npz"),
+    Row(r"--image photo\.png --mask mask\.png --labels tulip", flags=PICTURES, makes="filled.png"),
+    Row(r"^python infer_mdt\.py .*--sweep cfg_scale=1,2,4,8 ", flags=PICTURES, makes="guidance.png"),
+    Row(r"^python infer_mdt\.py .*--sweep labels=", flags=PICTURES, makes="classes.png"),
+    Row(r"^python infer_mdt\.py .*--out denoising\.gif", flags=PICTURES, makes="denoising.gif"),
+    Row(r"visualize\.py reconstruction", flags=PICTURES, makes="reconstruction.png"),
+    Row(r"visualize\.py relative_bias", makes="relative_bias.png", says="white is 0, full red"),
     # evaluations/README.md
     Row(r"^python evaluations/evaluator\.py REF\.npz SAMPLE\.npz", makes="report.json", says="Recall: "),
 ]
@@ -250,7 +268,7 @@ def models(tmp_path_factory, images_by_name, tiny_vae):
         flags = ["--data_dir", images_by_name / "imagenet", "--vae_path", tiny_vae]
         flags += ["--out", root / "latents_imagenet256", *ENCODING.split()]
         assert call(patch, "scripts/encode_latents.py", root, *flags) == 0
-    published = MODELS["MDT_Ti_2"](input_size=SIDE // 8, num_classes=1000, decode_layer=2)
+    published = MODELS["MDT_Ti_2"](input_size=SIDE // 8, num_classes=1000, decode_layer=2, mask_ratio=0.3)
     torch.save(published.state_dict(), root / "mdt_xl2_v1_ckpt.pt")
     return root
 
@@ -276,6 +294,10 @@ def workspace(tmp_path, images_by_name, stub_graph, models):
         (folder / name).mkdir()
         np.savez(folder / name / f"samples_12x{SIDE}x{SIDE}x3.npz", arr_0=pixels[:12])
     np.savez(folder / "SAMPLE.npz", arr_0=pixels[:12])
+    Image.fromarray(pixels[0]).save(folder / "photo.png")
+    Image.fromarray(np.where(np.arange(SIDE) < 20, 255, 0).astype(np.uint8)[None].repeat(SIDE, axis=0)).save(
+        folder / "mask.png"
+    )
     return folder
 
 
@@ -401,7 +423,7 @@ def message(node):
 
 def sources():
     folders = [REPO / "masked_diffusion", REPO / "evaluations"]
-    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data")
+    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data", "visualize")
     scripts = [REPO / f"scripts/{name}.py" for name in names]
     return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 

@@ -7,8 +7,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from golden_arrays import GOLDENS
-from support import REPO, TINY_DIGITS, call, environment, rows, run_command
+from PIL import Image
+from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
+
+from masked_diffusion.inpainting import Inpainting, open_photo
+from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.trained import open_trained
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 CURVE = GOLDENS / "loss_curve.json"
@@ -32,7 +38,6 @@ def test_a_short_loss_curve_is_frozen(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def eight_digits(tmp_path_factory):
     """Eight pictures of digits, one of each class 0 ... 7, as a folder."""
-    from PIL import Image
     from sklearn.datasets import load_digits
 
     folder = tmp_path_factory.mktemp("eight")
@@ -45,27 +50,63 @@ def eight_digits(tmp_path_factory):
     return folder, np.stack(pixels)
 
 
-def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pictures(
-    monkeypatch, tmp_path, eight_digits
-):
-    folder, pixels = eight_digits
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory, eight_digits):
+    """Output folder of a training that knows the eight by heart."""
+    data, _ = eight_digits
+    folder = tmp_path_factory.mktemp("overfitted")
     flags = [
-        "--data_dir", folder, "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--mask_ratio", "0.3",
+        "--data_dir", data, "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--mask_ratio", "0.3",
         "--decode_layer", "2", "--batch_size", "32", "--lr", "2e-3", "--lr_anneal_steps", "400",
         "--ema_rate", "0.98", "--random_flip", "False", "--log_interval", "100", "--preview_samples", "0",
         "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
     ]  # fmt: skip
-    assert call(monkeypatch, TRAIN, tmp_path, *flags) == 0
-    first, final = rows(tmp_path)[0], rows(tmp_path)[-1]
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, TRAIN, folder, *flags) == 0
+    return folder
+
+
+def nearest(images, pixels, region=None):
+    """Which of ``pixels`` (K, 8, 8) each of ``images`` (N, 8, 8, 3) is most like, in a region."""
+    region = np.ones((8, 8), dtype=bool) if region is None else region
+    difference = images[:, None, ..., 0].astype(float) - pixels[None].astype(float)
+    return (difference[..., region] ** 2).mean(axis=2).argmin(axis=1)
+
+
+def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pictures(
+    monkeypatch, tmp_path, eight_digits, overfitted
+):
+    _, pixels = eight_digits
+    first, final = rows(overfitted)[0], rows(overfitted)[-1]
     assert final["loss"] < 0.05 and final["m_loss"] < 0.1, (first, final)
-    path = tmp_path / "ema_0.98_000400.pt"
+    path = overfitted / "ema_0.98_000400.pt"
     sample = ["--model_path", path, "--num_samples", "19", "--batch_size", "4", "--num_sampling_steps", "30"]
     assert call(monkeypatch, SAMPLE, tmp_path, *sample, "--cfg_cond", "True", "--cfg_scale", "1.5") == 0
     with np.load(tmp_path / "samples_19x8x8x3.npz") as file:
-        samples, labels = file["arr_0"][..., 0].astype(float), file["arr_1"]
+        samples, labels = file["arr_0"], file["arr_1"]
     assert len(set(labels.tolist())) > 3
-    distances = ((samples[:, None] - pixels[None].astype(float)) ** 2).mean(axis=(2, 3))  # (19, 8)
-    assert (distances.argmin(axis=1) == labels).all()
+    assert (nearest(samples, pixels) == labels).all()
+
+
+@pytest.mark.parametrize("mode", ["side", "plain"])
+def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eight_digits, overfitted, mode):
+    folder, pixels = eight_digits
+    flags = {"vae_path": None, "vae_decoder": "ema"}
+    trained = open_trained(overfitted / "ema_0.98_000400.pt", flags, set(), "cpu", warn=pytest.fail)
+    sampler = SamplerConfig(20, "ddim", cfg_cond=True, cfg_scale=1.5)
+    make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, "cpu")
+    hole = np.zeros((8, 8), dtype=bool)
+    hole[:, 2:] = True
+    Image.fromarray(hole).save(overfitted / "mask.png")
+    found = []
+    for label in range(8):  # each filled as two digits that it is not
+        photo = open_photo(folder / f"{label}_0.png", overfitted / "mask.png", 8, grey=False)
+        asked = [(label + 3) % 8, (label + 6) % 8]
+        inpainting = photo.inpainting(trained.first_stage, trained.model, mode, "cpu")
+        images = photo.paste_around(make(range(2), asked, inpainting))
+        assert np.array_equal(images[:, ~hole, 0], np.broadcast_to(pixels[label][~hole], (2, 16)))
+        found += (nearest(images, pixels, hole) == asked).tolist()
+    assert np.mean(found) > 0.8  # 1/8 by chance
 
 
 @pytest.mark.e2e
@@ -91,3 +132,27 @@ def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
     assert float(accuracy) > 95 and float(share) >= 90
     [fid] = re.findall(r"^FID: ([\d.]+)$", done.stdout, re.MULTILINE)
     assert float(fid) < 100  # 25 for real digits, thousands for noise
+    check_filled_digits(tmp_path / "output_digits" / "ema_0.99_002000.pt")
+
+
+def check_filled_digits(path):
+    """Held-back digits of which two columns are known become the digit after them, in both modes."""
+    reader = script("scripts/read_digits.py")
+    classifier = reader.train_classifier(*reader.digits("digits"))
+    pixels, labels = (tensor[:50] for tensor in reader.digits("digits-test"))
+    trained = open_trained(path, {"vae_path": None, "vae_decoder": "ema"}, set(), "cpu", warn=pytest.fail)
+    make = ImageSampler(
+        trained.model,
+        trained.config,
+        SamplerConfig(15, "ddim", cfg_cond=True, cfg_scale=4.0),
+        trained.first_stage,
+        "cpu",
+    )
+    hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    hole[..., 2:] = True
+    known = pixels.permute(0, 3, 1, 2)[:, :1].float() / 127.5 - 1
+    asked = (labels + 1) % 10
+    for patch_size in (None, trained.model.patch_size):
+        images = torch.from_numpy(make(range(50), asked.tolist(), Inpainting(known, hole, patch_size)))
+        assert (images[:, :, :2].int() - pixels[:, :, :2].int()).abs().max() <= 1  # truncation to uint8
+        assert (reader.predict(classifier, images) == asked).float().mean() > 0.8  # 0.1 by chance

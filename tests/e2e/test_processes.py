@@ -94,9 +94,10 @@ def test_the_published_sampling_commands_run_in_one_folder(published_weights, tm
         assert file["arr_1"].shape == (5,) and file["arr_1"].dtype == np.int64
 
 
-def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights, tmp_path, sampler):
     flags = ["--model_path", published_weights, "--num_sampling_steps", 3, "--num_samples", 7,
-             "--batch_size", 2, "--cfg_cond", "True"]  # fmt: skip
+             "--batch_size", 2, "--cfg_cond", "True", "--sampler", sampler]  # fmt: skip
     for name, processes in (("one", None), ("two", 2)):
         run(SAMPLE, tmp_path / name, *flags, processes=processes)
     one, two = ((tmp_path / name / "samples_7x32x32x3.npz").read_bytes() for name in ("one", "two"))

@@ -1,0 +1,128 @@
+"""Look into a trained model.
+
+    python scripts/visualize.py relative_bias --model_path output_digits/ema_0.99_002000.pt --out bias.png
+    python scripts/visualize.py reconstruction --model_path output_digits/ema_0.99_002000.pt \
+        --data_dir builtin:digits-test --out reconstruction.png
+
+Pictures of samples (sweeps, how they come out of the noise, filled photos) are infer_mdt.py's.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from masked_diffusion import checkpoint, diffusion_defaults, dist_util
+from masked_diffusion.gallery import masked_inputs, reconstruction, relative_bias
+from masked_diffusion.image_datasets import open_dataset
+from masked_diffusion.pictures import check_picture_path, save_picture
+from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.script_util import (
+    CHECKPOINT_HELPS,
+    SAMPLER_HELPS,
+    add_dict_to_argparser,
+    explicit_flags,
+    optional,
+    run_script,
+)
+from masked_diffusion.trained import open_trained
+
+MODES = ("relative_bias", "reconstruction")
+DEFAULT_MASK_RATIO = 0.3
+HELPS = {
+    **CHECKPOINT_HELPS,
+    "model_path": "checkpoint, such as ema_0.9999_400000.pt",
+    "out": "picture to write, .png or .jpg; default: the mode's name .png",
+    "data_dir": "folder of images, or builtin:digits; for reconstruction",
+    "num_images": "images to reconstruct, evenly spaced in the data",
+    "mask_ratio": "share of the tokens to mask; default: the training's, else 0.3",
+    "seed": "determines masks and noise",
+    "sampler": SAMPLER_HELPS["sampler"],
+    "num_sampling_steps": "steps of the sampler",
+}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    defaults = {
+        "model_path": "",
+        "out": None,
+        "data_dir": "",
+        "num_images": 8,
+        "mask_ratio": None,
+        "seed": 0,
+        "sampler": "ddim",
+        "num_sampling_steps": 50,
+        "model": "MDT_XL_2",
+        "image_size": 256,
+        "decode_layer": None,
+        "vae_path": None,
+        "vae_decoder": "mse",
+        "device": "auto",
+    }
+    parser = argparse.ArgumentParser(description="Look into a trained model.")
+    parser.add_argument("mode", choices=MODES, help="heat maps of the position biases, or images masked and filled")
+    add_dict_to_argparser(parser, defaults, {"mask_ratio": float, "decode_layer": optional(int)}, HELPS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    explicit = explicit_flags(parser, argv)
+    return run_script(lambda stack: prepare(args, explicit))
+
+
+def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
+    """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+    if not args.model_path:
+        raise ValueError("--model_path: give the checkpoint to look into, such as ema_0.9999_400000.pt")
+    out = Path(args.out or f"{args.mode}.png").expanduser()
+    check_picture_path(out)
+    draw = prepare_biases(args, explicit) if args.mode == "relative_bias" else prepare_reconstruction(args, explicit)
+
+    def work() -> None:
+        save_picture(draw(), out)
+        sys.stdout.write(f"{out.absolute()}\n")
+
+    return work
+
+
+def prepare_biases(args: argparse.Namespace, explicit: set[str]) -> Callable[[], Image.Image]:
+    for name in sorted(explicit - {"mode", "model_path", "out"}):
+        warn(f"--{name} is ignored with relative_bias")
+    path = Path(args.model_path).expanduser()
+    picture, limit = relative_bias(checkpoint.read_weights(path), path)
+
+    def draw() -> Image.Image:
+        sys.stdout.write(f"white is 0, full red {limit:.3g}, full blue {-limit:.3g}\n")
+        return picture
+
+    return draw
+
+
+def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Callable[[], Image.Image]:
+    if args.num_images < 1:
+        raise ValueError(f"--num_images {args.num_images}: must be at least 1")
+    device = dist_util.choose_device(args.device)
+    dist_util.allow_tf32(True)
+    flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
+    trained = open_trained(Path(args.model_path).expanduser(), flags, explicit, device, warn)
+    config = trained.config
+    dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond)
+    if dataset.class_names != config.class_names and trained.recorded:
+        raise ValueError(f"--data_dir {args.data_dir}: has other classes than {trained.path} was trained with")
+    ratio = args.mask_ratio if args.mask_ratio is not None else config.model.mask_ratio or DEFAULT_MASK_RATIO
+    sampler = SamplerConfig(args.num_sampling_steps, args.sampler, seed=args.seed)
+    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True)
+    inputs = masked_inputs(trained, dataset, args.num_images, ratio, args.seed, device)
+    return lambda: reconstruction(inputs, make)
+
+
+def warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

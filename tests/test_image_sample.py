@@ -1,0 +1,65 @@
+"""What scripts/image_sample.py records, and when it is done."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import TINY_DIGITS, call
+
+TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A trained model, with noise added so that samplers and guidance show."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, TRAIN, folder, *TINY_DIGITS, "--max_steps", "1") == 0
+    path = folder / "ema_0.9999_000001.pt"
+    state = torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    noisy = {
+        name: value + 0.1 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    torch.save(noisy, path)
+    return path
+
+
+@pytest.fixture
+def sample(monkeypatch, tmp_path, weights):
+    """Sample four digits in a folder. Returns the pixels and the recorded settings."""
+
+    def run(name, *flags):
+        arguments = ["--model_path", weights, "--num_samples", "4", "--num_sampling_steps", "4", *flags]
+        assert call(monkeypatch, SAMPLE, tmp_path / name, *arguments) == 0
+        with np.load(tmp_path / name / "samples_4x8x8x3.npz") as file:
+            return file["arr_0"], json.loads((tmp_path / name / "manifest.json").read_text())["settings"]
+
+    return run
+
+
+def test_use_ddim_is_the_published_spelling_of_the_sampler(sample):
+    published, settings = sample("published", "--use_ddim", "True")
+    named, same = sample("named", "--sampler", "ddim")
+    assert np.array_equal(published, named) and settings == same and settings["sampler"] == "ddim"
+
+
+def test_the_manifest_records_sampler_and_guidance(sample):
+    _, settings = sample(
+        "a", "--sampler", "unipc", "--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "100-900"
+    )
+    assert settings["sampler"] == "unipc"
+    assert settings["guidance"] == {
+        "schedule": "interval", "cfg_scale": 3.8, "cfg_interval": [100, 900], "cfg_channels": 3,
+    }  # fmt: skip
+
+
+def test_the_same_settings_are_recognised_as_done(sample, capsys):
+    flags = ["--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "100-900", "--sampler", "heun"]
+    first, _ = sample("a", *flags)
+    again, _ = sample("a", *flags)
+    assert "already complete" in capsys.readouterr().err and np.array_equal(first, again)
+    sample("a", *flags, "--sampler", "ddim")
+    assert "moved aside" in capsys.readouterr().err
