@@ -27,12 +27,6 @@ WIDTH = 16  # pool features of the tiny graph
 
 
 @pytest.fixture(scope="session")
-def tf():
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    return pytest.importorskip("tensorflow", reason="features are computed by TensorFlow")
-
-
-@pytest.fixture(scope="session")
 def stub_graph(tf, tmp_path_factory):
     """stub_graph(scale): the golden numbers' graph, written by the script that comes with them."""
 
