@@ -123,7 +123,7 @@ def _read_conversion(path: Path, sha256: str) -> dict[str, np.ndarray] | None:
 def convert(graph: Path) -> dict[str, np.ndarray]:
     """Read the graph's constants into the names and layouts of torch-fidelity's module. Raises as inception_weights."""
     nodes = _read_nodes(graph)
-    weights = {}
+    weights = dict[str, np.ndarray]()
     for scope, module in SCOPES.items():
         beta, gamma, mean, variance = (
             _constant(nodes, f"{scope}/batchnorm/{part}", 1, graph)

@@ -94,9 +94,7 @@ class _Writer:
         x = self.join(
             "mixed_8",
             self.chain(x, "mixed_8/tower", [(1, 1, 192)], [(3, 3, 320), 2, "VALID"]),
-            self.chain(
-                x, "mixed_8/tower_1", [(1, 1, 192)], [(1, 7, 192)], [(7, 1, 192)], [(3, 3, 192), 2, "VALID"]
-            ),
+            self.chain(x, "mixed_8/tower_1", [(1, 1, 192)], [(1, 7, 192)], [(7, 1, 192)], [(3, 3, 192), 2, "VALID"]),
             self.strided_max(x, "mixed_8/pool"),
         )
         x = self.block_8(x, "mixed_9", self.average)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import socket
@@ -266,7 +265,7 @@ def single_nan(width: int) -> np.ndarray:
 
 BAD_SETS = {
     "missing file": (lambda p: p, "no such file"),
-    "folder": (with_folder, "is a folder"),
+    "empty folder": (with_folder, "a folder without PNG images"),
     "no arr_0": (lambda p: save(p, arr_1=np.arange(3)), "no arr_0.*arr_1"),
     "no arrays": (lambda p: save(p), "no arr_0"),
     "float images": (lambda p: save(p, arr_0=images(3) / 255.0), "float64.*uint8"),
@@ -442,7 +441,7 @@ def test_a_downloaded_graph_is_kept_and_anything_else_is_not(tiny_graph, tmp_pat
 def test_few_samples_other_counts_and_other_sizes_are_warned_about(stub_graph, tmp_path, capsys, monkeypatch):
     reference = save(tmp_path / "ref.npz", arr_0=images(6, size=8))
     samples = save(tmp_path / "gen.npz", arr_0=images(5, size=12))
-    monkeypatch.setattr(evaluator, "evaluate", lambda job: {})  # the warnings come first
+    monkeypatch.setattr(evaluator, "compute_features", lambda job: None)  # the warnings come first
     _, err = run(capsys, reference, samples, "--graph", stub_graph(1))
     warnings = [line for line in err.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 4
@@ -455,7 +454,7 @@ def test_few_samples_other_counts_and_other_sizes_are_warned_about(stub_graph, t
 def test_2048_samples_of_the_same_count_and_size_are_not_warned_about(tiny_graph, tmp_path, capsys, monkeypatch):
     reference = save(tmp_path / "ref.npz", arr_0=images(2048))
     samples = save(tmp_path / "gen.npz", arr_0=images(2048, seed=1))
-    monkeypatch.setattr(evaluator, "evaluate", lambda job: {})
+    monkeypatch.setattr(evaluator, "compute_features", lambda job: None)
     assert "warning" not in run(capsys, reference, samples, "--graph", tiny_graph)[1]
 
 
