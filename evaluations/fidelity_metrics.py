@@ -34,11 +34,6 @@ class Statistics:
         """F (D, r) with F Fᵀ = sigma, computed once."""
         return _factor(self.sigma) if self.known_root is None else self.known_root
 
-    @property
-    def known_narrow(self) -> bool:
-        """Whether sigma is known to have less than full rank."""
-        return self.known_root is not None and self.known_root.shape[1] < len(self.mu)
-
 
 class RunningMoments:
     """Mean and unbiased covariance of (n, D) batches, accumulated in float64 without keeping the batches.
@@ -84,7 +79,7 @@ class RunningMoments:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {count}")
         if not self.count:
             rows = self._pending.astype(np.float64)
-            root = (rows - rows.mean(axis=0)).T / np.sqrt(count - 1)  # (D, n)
+            root = np.ascontiguousarray((rows - rows.mean(axis=0)).T) / np.sqrt(count - 1)  # (D, n)
             return Statistics(rows.mean(axis=0), root @ root.T, root)
         if len(self._pending):
             self._merge(self._pending)
@@ -117,14 +112,14 @@ def _trace_of_root(a: Statistics, b: Statistics, tolerance: float) -> float:
     the tolerance, the roots are computed themselves, as the singular values of Fᵀ G with B = G Gᵀ. That takes several
     times as long, except for the narrow roots of few samples.
     """
-    if a.known_narrow or b.known_narrow:
+    if any(root is not None and root.shape[1] <= len(root) // 2 for root in (a.root, b.known_root)):
         return _overlap(a, b)
     product = a.root.T @ b.sigma @ a.root
     values = np.linalg.eigvalsh((product + product.T) / 2.0)
     noise = np.sqrt(len(values)) * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
-    if noise > 0.0 and (noise / (2.0 * np.sqrt(np.maximum(values, noise)))).sum() <= tolerance:
-        return float(np.sqrt(np.maximum(values, 0.0)).sum())
-    return _overlap(a, b)
+    certain = values[values > noise]  # the others count as 0
+    error = (noise / (2.0 * np.sqrt(certain))).sum() + (len(values) - len(certain)) * np.sqrt(noise)
+    return float(np.sqrt(certain).sum()) if error <= tolerance else _overlap(a, b)
 
 
 def _overlap(a: Statistics, b: Statistics) -> float:
@@ -142,7 +137,7 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(symmetric)
         positive = values > 0.0
-        return vectors[:, positive] * np.sqrt(values[positive])
+        return np.ascontiguousarray(vectors[:, positive] * np.sqrt(values[positive]))  # as it is read back from a file
 
 
 def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLIT_SIZE) -> float:

@@ -533,12 +533,17 @@ def test_features_of_another_graph_are_not_taken_from_the_cache(tf, tiny_graph, 
     assert computed[4:] == ["gen.npz"]
 
 
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize("content", [b"", b"PK torn", None])
 def test_a_corrupt_cache_is_computed_again(content, tiny_graph, pair, tmp_path, capsys, computed):
     first, _ = run(capsys, *pair, "--graph", tiny_graph, "--cache_dir", tmp_path / "cache")
     (entry,) = (tmp_path / "cache").iterdir()
     good = entry.read_bytes()
-    entry.write_bytes(good[: len(good) // 2] + b"\0" + good[len(good) // 2 + 1 :] if content is None else content)
+    entry.write_bytes(flipped(good) if content is None else content)
     again, err = run(capsys, *pair, "--graph", tiny_graph, "--cache_dir", tmp_path / "cache")
     assert again == first and "computed again" in err and str(entry) in err
     assert computed == ["ref.npz", "gen.npz"] * 2
