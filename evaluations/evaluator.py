@@ -12,22 +12,27 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from atomic_file import atomic_file
-from feature_cache import FeatureCache, default_folders
+from command_line import (
+    Parser,
+    add_backend_options,
+    cache_folders,
+    check_backend_options,
+    load_backend,
+    progress,
+    say,
+    say_error,
+)
+from feature_cache import FeatureCache
 from feature_extraction import FeatureBackend, Features, distance_type, extract_features
-from inception_graph import InceptionGraph, find_graph
-from inception_torch import TorchInception
 from process_share import Share, connect, disconnect, share_of_launcher
-from sample_sets import ImageSource, find_manifest, open_images, sha256_of
+from sample_sets import ImageSource, find_manifest, open_images
 from scoring import score
 
 FEW_SAMPLES = 2048  # with fewer, the covariance of 2048 features has no full rank
@@ -65,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         job = prepare(options, share)
     except (ValueError, OSError, ImportError) as error:  # found before the long work; later errors keep a traceback
-        who = f"rank {share.rank}" if share.rank else "evaluator.py"
-        say(f"{who}: error: {' '.join(str(error).split())}")
+        say_error(f"rank {share.rank}" if share.rank else "evaluator.py", error)
         return 2
     if share.rank == 0:
         announce(job)
@@ -85,54 +89,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def say(message: str) -> None:
-    """One line on stderr; stdout is for the five numbers."""
-    print(message, file=sys.stderr, flush=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line to options. Raises ValueError for a wrong one."""
-    parser = _Parser(prog="evaluator.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="evaluator.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images and/or their statistics")
     parser.add_argument("samples", type=Path, metavar="SAMPLE.npz", help="generated images (arr_0, uint8 N×H×W×3)")
     parser.add_argument("--out", type=Path, metavar="REPORT.json", help="write numbers, manifest and hashes here, too")
-    parser.add_argument(
-        "--graph",
-        type=Path,
-        help="Inception graph (default: found in the working folder, beside the script, or fetched)",
-    )
-    parser.add_argument("--graph_sha256", metavar="HEX", help="refuse a graph file with another SHA-256")
     parser.add_argument(
         "--distances",
         choices=("float16", "float32"),
         default="float16",
         help="precision of the distances in precision and recall (default float16, as published numbers are)",
     )
-    parser.add_argument(
-        "--backend",
-        choices=("tensorflow", "torch"),
-        default="tensorflow",
-        help="what runs the graph (default tensorflow); torch reads the weights of the same file",
-    )
-    parser.add_argument("--device", help="for --backend torch: auto (default: the GPU if there is one), cpu, cuda:N")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per run of the graph (default 64)")
-    caching = parser.add_mutually_exclusive_group()
-    caching.add_argument(
-        "--cache_dir", type=Path, help="folder for reference features (default: .evaluator_cache beside the reference)"
-    )
-    caching.add_argument("--no_cache", action="store_true", help="neither read nor keep features of the reference")
+    add_backend_options(parser)
     options = parser.parse_args(argv)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size {options.batch_size}: must be at least 1")
-    if options.graph_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", options.graph_sha256):
-        raise ValueError(f"--graph_sha256 {options.graph_sha256}: expected 64 hexadecimal digits")
-    if options.device is not None and options.backend != "torch":
-        raise ValueError(f"--device {options.device}: has no effect without --backend torch")
+    check_backend_options(options)
     return options
 
 
@@ -146,10 +117,11 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
     reference = open_images(options.reference, needs_images=False)
     samples = open_images(options.samples)
     notes = [] if options.out is None else check_out(options.out)
-    backend = load_backend(options)
+    backend = load_backend(options, __file__)
     for images in (reference, samples):
         check_widths(images, samples, backend)
-    cache = make_cache(options)
+    folders = cache_folders(options, options.reference)
+    cache = FeatureCache(folders) if folders else None
 
     reference_sha256, samples_sha256 = reference.sha256(), samples.sha256()
     features = load_features(cache, reference, reference_sha256, backend, notes)
@@ -216,17 +188,6 @@ def check_out(out: Path) -> list[str]:
     return [f"{out}: the report that is there will be replaced"]
 
 
-def load_backend(options: argparse.Namespace) -> FeatureBackend:
-    """Find, identify and check the graph, and load it into what is to run it."""
-    path = find_graph(options.graph, [Path.cwd(), Path(__file__).resolve().parent])
-    sha256, expected = sha256_of(path), options.graph_sha256
-    if expected is not None and sha256 != expected.lower():
-        raise ValueError(f"{path}: its SHA-256 is {sha256}, not {expected.lower()} as --graph_sha256 says")
-    if options.backend == "tensorflow":
-        return InceptionGraph(path, sha256)
-    return TorchInception(path, sha256, cache_folders(options, path), options.device or "auto")
-
-
 def check_widths(images: ImageSource, samples: ImageSource, backend: FeatureBackend) -> None:
     """Raise ValueError when a set's features or statistics cannot be compared with the samples'."""
     assert samples.image_size is not None
@@ -240,21 +201,6 @@ def check_widths(images: ImageSource, samples: ImageSource, backend: FeatureBack
             f"{images.path}: pool and spatial features of widths {found}, "
             f"but {backend.path} gives {widths} for the images of {samples.path}"
         )
-
-
-def make_cache(options: argparse.Namespace) -> FeatureCache | None:
-    """The cache that the options ask for. Raises OSError when a folder asked for by name cannot be made."""
-    if options.cache_dir is not None:
-        options.cache_dir.mkdir(parents=True, exist_ok=True)
-    folders = cache_folders(options, options.reference)
-    return FeatureCache(folders) if folders else None
-
-
-def cache_folders(options: argparse.Namespace, source: Path) -> list[Path]:
-    """Where to keep what is computed from a file; the first that can be used counts."""
-    if options.no_cache:
-        return []
-    return default_folders(source) if options.cache_dir is None else [options.cache_dir]
 
 
 def load_features(
@@ -328,19 +274,7 @@ def reference_features(job: Evaluation) -> Features | None:
 
 
 def _extract(images: ImageSource, job: Evaluation) -> Features | None:
-    return extract_features(images, job.backend, job.batch_size, _progress(images.path), job.share)
-
-
-def _progress(path: Path, every_seconds: float = 10.0) -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            say(f"{path}: features of {done} of {total} images")
-
-    return show
+    return extract_features(images, job.backend, job.batch_size, progress(images.path), job.share)
 
 
 def write_report(out: Path, job: Evaluation, metrics: dict[str, float | None]) -> None:

@@ -63,11 +63,13 @@ def features_of_batches(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     statistics: tuple[Statistics, Statistics] | None = None,
     keep_spatial: bool = False,
+    keep_pool: bool = True,
     name: str = "images",
 ) -> Features:
     """Collect (pool (n, D), spatial (n, D_s)) features of consecutive batches.
 
-    statistics: take these for the set's and compute none. name: of the set, for messages.
+    statistics: take these for the set's and compute none. keep_spatial, keep_pool: what to keep of each image.
+    name: of the set, for messages.
     Raises ValueError when a feature is not finite, and for fewer than 2 images.
     """
     pools, spatials = list[np.ndarray](), list[np.ndarray]()
@@ -76,7 +78,8 @@ def features_of_batches(
     for pool, spatial in batches:
         if not (np.isfinite(pool).all() and np.isfinite(spatial).all()):
             raise ValueError(f"{name}: the network gives NaN or infinite features for images from {done} on")
-        pools.append(pool)
+        if keep_pool:
+            pools.append(pool)
         if keep_spatial:
             spatials.append(spatial)
         if statistics is None:
@@ -84,9 +87,11 @@ def features_of_batches(
                 running.add(batch)
         done += len(pool)
     pool_statistics, spatial_statistics = statistics or (moments[0].statistics(), moments[1].statistics())
-    return Features(
-        np.concatenate(pools), pool_statistics, spatial_statistics, np.concatenate(spatials) if keep_spatial else None
-    )
+    return Features(_joined(pools), pool_statistics, spatial_statistics, _joined(spatials))
+
+
+def _joined(batches: list[np.ndarray]) -> np.ndarray | None:
+    return np.concatenate(batches) if batches else None
 
 
 def extract_features(
@@ -122,4 +127,4 @@ def extract_features(
         for _ in share.in_order(computed(), total):
             pass
         return None
-    return features_of_batches(reported(), images.statistics, keep_spatial, str(images.path))
+    return features_of_batches(reported(), images.statistics, keep_spatial, name=str(images.path))

@@ -207,7 +207,9 @@ def test_float16_distances_are_rounded_and_float32_ones_are_not():
     u, v = features(20, 8) * 10, features(30, 8, seed=1) * 10
     exact = ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(axis=2)
     half, single = metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False)
-    assert (half.dtype, single.dtype) == (np.float16, np.float32)
+    assert half.dtype == single.dtype == np.float32
+    np.testing.assert_array_equal(half, half.astype(np.float16))
+    assert (single != single.astype(np.float16)).any()
     np.testing.assert_allclose(single, exact, rtol=1e-4)
     assert 1e-4 < np.abs(half - exact).max() / exact.max() < 1e-2
     assert half.min() >= 0
@@ -223,10 +225,34 @@ def test_one_overflow_puts_a_whole_block_into_float32(where):
     else:  # norms of 22,500 fit, the distance of 90,000 does not
         u[-1], v[-1] = 0, 0
         u[-1, 0], v[-1, 0] = 150, -150
-    block = metrics.squared_distances(u, v)
-    assert block.dtype == np.float32
-    np.testing.assert_array_equal(block, metrics.squared_distances(u, v, half=False))
-    assert metrics.squared_distances(u[:-1], v[:-1]).dtype == np.float16
+    np.testing.assert_array_equal(metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False))
+    rest = metrics.squared_distances(u[:-1], v[:-1])
+    np.testing.assert_array_equal(rest, rest.astype(np.float16))
+
+
+def in_numpys_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The same steps in numpy's own half precision."""
+    u, v = u.astype(np.float16), v.astype(np.float16)
+    norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(np.float16) for x in (u, v))
+    inner = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norm_u[:, None] - np.float16(2) * inner + norm_v, np.float16(0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, 10, 15])
+def test_rounding_integers_gives_numpys_float16(scale):
+    u, v = features(70, 48) * np.float32(scale), features(90, 48, seed=1) * np.float32(scale)
+    np.testing.assert_array_equal(metrics.squared_distances(u, v), in_numpys_float16(u, v))
+
+
+def test_rounding_is_to_even_and_stops_at_the_largest_half():
+    rng = np.random.default_rng(0)
+    ties = (rng.integers(1024, 2048, 500) + 0.5) * 2.0 ** rng.integers(-23, 6, 500)
+    values = np.concatenate([ties, -ties, rng.standard_normal(500), [65519.0, -65519.0, 0.0]]).astype(np.float32)
+    rounded = values.copy()
+    assert metrics._round_to_half(rounded)
+    np.testing.assert_array_equal(rounded, values.astype(np.float16))
+    assert not metrics._round_to_half(np.float32([1, 65520]))
+    assert not metrics._round_to_half(np.float32([1, -65520]))
 
 
 def test_features_beyond_float32_are_refused():
