@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from atomic_file import atomic_file
 from command_line import (
     Parser,
     add_backend_options,
@@ -29,11 +28,12 @@ from command_line import (
     say,
     say_error,
 )
+from extras import Extras, add_extra_options, check_extras, compute_extras, write_bytes, write_html
 from feature_cache import FeatureCache
 from feature_extraction import FeatureBackend, Features, distance_type, extract_features
 from process_share import Share, connect, disconnect, share_of_launcher
 from sample_sets import ImageSource, find_manifest, open_images
-from scoring import score
+from scoring import judge_manifolds, score
 
 FEW_SAMPLES = 2048  # with fewer, the covariance of 2048 features has no full rank
 REPORT_MARK = "evaluator_report"  # the entry by which a report is told from any other file
@@ -54,6 +54,7 @@ class Evaluation:
     half: bool  # distances of precision and recall in float16
     batch_size: int
     share: Share
+    extras: Extras
     notes: list[str]  # found out on the way and not yet said: an input error is to be the only line on stderr
     warnings: list[str] = field(default_factory=list)
 
@@ -80,13 +81,27 @@ def main(argv: list[str] | None = None) -> int:
     if features is None:  # the first process has them all
         return 0
     say("metrics ...")
-    metrics = score(*features, job.backend.softmax_weight, job.half)
+    inside = judge_manifolds(*features, job.half)
+    weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
+    metrics = score(*features, weight, inside)
+    show(metrics)
+    found = compute_extras(job.extras, sets, features, metrics, weight, inside, job.batch_size)
+    show(found.metrics)
+    report = make_report(job, metrics | found.metrics) | found.entries
+    if options.out is not None:
+        write_bytes(options.out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    if job.extras.html is not None:
+        write_html(job.extras.html, report, found.pictures)
+    for name, (low, high) in found.entries.get("intervals", {}).items():
+        say(f"{name}: 95 % interval {low:.6g} … {high:.6g}")
+    return 0
+
+
+def show(metrics: dict[str, float | None]) -> None:
+    """The numbers on stdout, a line each."""
     for name, value in metrics.items():
         if value is not None:
-            print(f"{name}: {value}")
-    if options.out is not None:
-        write_report(options.out, job, metrics)
-    return 0
+            print(f"{name}: {value}", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +116,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="float16",
         help="precision of the distances in precision and recall (default float16, as published numbers are)",
     )
+    add_extra_options(parser)
     add_backend_options(parser)
     options = parser.parse_args(argv)
     check_backend_options(options)
@@ -117,6 +133,9 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
     reference = open_images(options.reference, needs_images=False)
     samples = open_images(options.samples)
     notes = [] if options.out is None else check_out(options.out)
+    extras = check_extras(
+        options, reference, samples
+    )  # before TensorFlow: torch's libraries crash when they come later
     backend = load_backend(options, __file__)
     for images in (reference, samples):
         check_widths(images, samples, backend)
@@ -141,6 +160,7 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
         half=options.distances == "float16",
         batch_size=options.batch_size,
         share=share,
+        extras=extras,
         notes=notes,
     )
 
@@ -249,9 +269,9 @@ def warn_about_sets(job: Evaluation) -> None:
 def compute_features(job: Evaluation) -> tuple[Features, Features] | None:
     """The long work: features of the reference and the samples on the first process, None on the others."""
     reference = reference_features(job)
-    if job.samples_sha256 == job.reference_sha256:
+    if job.samples_sha256 == job.reference_sha256 and not job.extras.ci:
         return None if reference is None else (reference, reference)  # equal to the last bit on any device
-    samples = _extract(job.samples, job)
+    samples = _extract(job.samples, job, keep_spatial=job.extras.ci > 0)
     return None if reference is None or samples is None else (reference, samples)
 
 
@@ -273,13 +293,13 @@ def reference_features(job: Evaluation) -> Features | None:
     return features
 
 
-def _extract(images: ImageSource, job: Evaluation) -> Features | None:
-    return extract_features(images, job.backend, job.batch_size, progress(images.path), job.share)
+def _extract(images: ImageSource, job: Evaluation, keep_spatial: bool = False) -> Features | None:
+    return extract_features(images, job.backend, job.batch_size, progress(images.path), job.share, keep_spatial)
 
 
-def write_report(out: Path, job: Evaluation, metrics: dict[str, float | None]) -> None:
-    """Write numbers and what they were computed from as JSON, completely or not at all."""
-    report = {
+def make_report(job: Evaluation, metrics: dict[str, float | None]) -> dict[str, Any]:
+    """Numbers and what they were computed from, for JSON."""
+    return {
         REPORT_MARK: 1,
         "metrics": metrics,
         "sample": _describe(job.samples, job.samples_sha256),
@@ -294,8 +314,6 @@ def write_report(out: Path, job: Evaluation, metrics: dict[str, float | None]) -
             **job.backend.versions,
         },
     }
-    with atomic_file(out) as file:
-        file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _describe(images: ImageSource, sha256: str) -> dict[str, Any]:

@@ -24,13 +24,19 @@ def evaluate(
     Raises ValueError as `features_of_batches`.
     """
     samples = features_of_batches(backend(batch) for batch in images)
-    return score(reference, samples, backend.softmax_weight, half)
+    return score(reference, samples, backend.softmax_weight, judge_manifolds(reference, samples, half))
 
 
 def score(
-    reference: Features, samples: Features, softmax_weight: np.ndarray, half: bool = True
+    reference: Features,
+    samples: Features,
+    softmax_weight: np.ndarray,
+    inside: tuple[np.ndarray, np.ndarray] | None,
 ) -> dict[str, float | None]:
-    """The numbers of the suite by their printed names, as `evaluate`. softmax_weight: (D, classes) of the network."""
+    """The numbers of the suite by their printed names, as `evaluate`.
+
+    softmax_weight: (D, classes) of the network. inside: what `judge_manifolds` says of the sets.
+    """
     assert samples.pool is not None
     metrics: dict[str, float | None] = {
         "Inception Score": inception_score(samples.pool, softmax_weight),
@@ -39,7 +45,6 @@ def score(
         "Precision": None,
         "Recall": None,
     }
-    inside = judge_manifolds(reference, samples, half)
     if inside is not None:
         metrics["Precision"], metrics["Recall"] = (float(part.mean()) for part in inside)
     return metrics
