@@ -43,7 +43,7 @@ class ImageFolder:
             with Image.open(file) as image:
                 mode, pixels = image.mode, np.asarray(image.convert("RGB"))
         except Exception as error:  # damaged files raise almost anything in Pillow's decoders
-            raise ValueError(f"{file}: cannot be read as an image ({error})") from error
+            raise ValueError(f"{file}: cannot be read as an image ({error}); remove it or replace it") from error
         if mode not in _MODES:
             raise ValueError(f"{file}: a PNG of mode {mode}, expected 8-bit RGB or grey without transparency")
         if pixels.shape[:2] != self.image_size:
@@ -97,7 +97,7 @@ def open_image_folder(path: Path) -> ImageFolder:
         with Image.open(files[0]) as image:
             width, height = image.size
     except OSError as error:
-        raise ValueError(f"{files[0]}: cannot be read as an image ({error})") from error
+        raise ValueError(f"{files[0]}: cannot be read as an image ({error}); remove it or replace it") from error
     return ImageFolder(path, files, sum(file.stat().st_size for file in files), (height, width))
 
 

@@ -135,9 +135,11 @@ class ImageSet:
         with _reading(self.path), zipfile.ZipFile(self.path) as archive:
             if f"{LABELS}.npy" not in archive.namelist():
                 raise ValueError(f"{self.path}: no {LABELS} (labels), so there are no classes to compare")
-            labels = _read_numbers(archive, LABELS, self.path, "iu", np.int64)
-        if labels.shape != (self.count,):
-            raise ValueError(f"{self.path}: {LABELS} is of shape {labels.shape}, expected a label for each image")
+            labels = _read_numbers(archive, LABELS, self.path)
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: {LABELS} is {labels.dtype} of shape {labels.shape}, expected an integer for each image"
+            )
         return labels
 
 
@@ -279,22 +281,20 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str], path: Path) -> t
 
 
 def _read_floats(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
-    values = _read_numbers(archive, name, path, "fiu", np.float64)
+    values = _read_numbers(archive, name, path).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError(f"{path}: the statistics {name} hold NaN or infinite values")
     return values
 
 
-def _read_numbers(archive: zipfile.ZipFile, name: str, path: Path, kinds: str, dtype: type) -> np.ndarray:
-    """A small array. kinds: numpy's letters for the kinds of numbers that it may hold."""
+def _read_numbers(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     with archive.open(f"{name}.npy") as stream:
         header = _read_header(stream, path, name)
-    if header.dtype.kind not in kinds:
-        expected = "real numbers" if "f" in kinds else "integers"
-        raise ValueError(f"{path}: {name} is {header.dtype}, expected {expected}")
+    if header.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {name} is {header.dtype}, expected real numbers")
     with archive.open(f"{name}.npy") as stream:
         try:
-            return np.lib.format.read_array(stream, allow_pickle=False).astype(dtype)
+            return np.lib.format.read_array(stream, allow_pickle=False)
         except ValueError as error:
             raise ValueError(f"{path}: {name} is not a readable array ({error})") from error
 

@@ -146,6 +146,7 @@ def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, caps
     bad = tmp_path / "bad.pt2"
     bad.write_bytes(b"no program")
     np.savez(tmp_path / "plain.npz", arr_0=images(9))
+    np.savez(tmp_path / "onehot.npz", arr_0=images(9), arr_1=np.zeros((9, 3)))
     (tmp_path / "taken.html").write_text("precious")
     statistics = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(12), "sigma_s": np.eye(12)}
     np.savez(tmp_path / "statistics.npz", **statistics)
@@ -155,6 +156,7 @@ def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, caps
         ([*pair, "--ci", 1], "--ci 1: must be 0"),
         ([*pair, "--per_class"], "--per_class: its distances go into the report"),
         ([pair[0], tmp_path / "plain.npz", "--per_class", *out], r"plain.npz: no arr_1 \(labels\)"),
+        ([pair[0], tmp_path / "onehot.npz", "--per_class", *out], r"onehot.npz: arr_1 is float64 of shape \(9, 3\)"),
         ([*pair, "--nearest", tmp_path / "a.jpg"], r"--nearest .*a.jpg: expected the name of a .png file"),
         ([*pair, "--html", tmp_path / "none" / "a.html"], "--html .*a.html: expected the name"),
         ([*pair, "--html", tmp_path / "taken.html"], "--html .*taken.html: exists; choose another name"),
