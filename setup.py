@@ -8,7 +8,16 @@ EVAL = ["tensorflow>=2.18", "scipy>=1.13"]
 EVAL_TORCH = ["torch-fidelity>=0.4"]
 # mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
 MPI = ["mpi4py>=4.1"]
-TEST = [*EVAL, *EVAL_TORCH, *MPI, "mpich>=4.2; sys_platform == 'linux'", "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11"]
+TEST = [
+    *EVAL,
+    *EVAL_TORCH,
+    *MPI,
+    "mpich>=4.2; sys_platform == 'linux'",
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.11",
+]
 
 setup(
     name="masked-diffusion",

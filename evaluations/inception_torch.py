@@ -6,6 +6,7 @@ Padding, pooling and resizing follow TensorFlow's conventions there; TensorFlow 
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ class TorchInception:
     def __init__(self, path: Path, sha256: str, folders: list[Path], device: str = "auto") -> None:
         """Load the weights of a graph. sha256: of the file; folders: where its conversion is kept.
 
-        device: auto (the GPU if there is one), cpu, cuda or cuda:N.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         Raises ImportError when torch or torch-fidelity is missing; ValueError for a device that is not there and for
         another graph than that of 2015.
         """
@@ -67,10 +68,14 @@ def import_torch() -> Any:
 
 
 def torch_device(name: str) -> str:
-    """The device that a name stands for: auto is a GPU if there is one. Raises ValueError when it is not there."""
+    """The device that a name stands for: auto is a GPU if there is one, under torchrun one for each process.
+
+    Raises ValueError when it is not there.
+    """
     torch = import_torch()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        count = torch.cuda.device_count()
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

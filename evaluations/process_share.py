@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -67,7 +68,8 @@ def connect(share: Share) -> None:
     if share.size > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo")
+        # The others wait while the first process computes roots and radii of a reference.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
 
 
 def disconnect(share: Share) -> None:

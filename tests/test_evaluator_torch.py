@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "evaluations"))
@@ -123,6 +124,14 @@ def test_constants_are_read_in_both_ways_that_tensorflow_writes_them(tf, tmp_pat
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"constants\.pb: not a frozen TensorFlow graph"):
         graph_weights.convert(path)
+
+
+def test_auto_is_a_gpu_for_each_process_and_else_the_processor(monkeypatch):
+    assert torch_device("auto") == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert torch_device("auto") == device
 
 
 def test_a_device_that_is_not_there_is_refused():
