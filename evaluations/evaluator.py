@@ -107,8 +107,8 @@ def show(metrics: dict[str, float | None]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line to options. Raises ValueError for a wrong one."""
     parser = Parser(prog="evaluator.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images and/or their statistics")
-    parser.add_argument("samples", type=Path, metavar="SAMPLE.npz", help="generated images (arr_0, uint8 N×H×W×3)")
+    parser.add_argument("reference", type=Path, metavar="REF", help="reference: .npz, or folder of PNG files")
+    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="generated images: .npz, or folder of PNG files")
     parser.add_argument("--out", type=Path, metavar="REPORT.json", help="write numbers, manifest and hashes here, too")
     parser.add_argument(
         "--distances",

@@ -337,7 +337,7 @@ def test_bad_input_in_a_real_run_from_inside_the_folder_is_one_line(pair, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ref.npz"], "SAMPLE.npz"),
+        (["ref.npz"], "SAMPLES"),
         (["ref.npz", "gen.npz", "--unknown"], "--unknown"),
         (["ref.npz", "gen.npz", "--batch_size", "0"], "--batch_size 0"),
         (["ref.npz", "gen.npz", "--distances", "float8"], "float8"),
