@@ -4,9 +4,20 @@ from setuptools import find_packages, setup
 
 # On x86-64 Linux this TensorFlow also runs on the CPU alone; the evaluator imports it only when it computes features.
 EVAL = ["tensorflow>=2.18", "scipy>=1.13"]
+# The evaluator without TensorFlow: the 2015 Inception network as a torch module.
+EVAL_TORCH = ["torch-fidelity>=0.4"]
 # mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
 MPI = ["mpi4py>=4.1"]
-TEST = [*EVAL, *MPI, "mpich>=4.2; sys_platform == 'linux'", "pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11"]
+TEST = [
+    *EVAL,
+    *EVAL_TORCH,
+    *MPI,
+    "mpich>=4.2; sys_platform == 'linux'",
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.11",
+]
 
 setup(
     name="masked-diffusion",
@@ -30,5 +41,5 @@ setup(
         "tensorboard>=2.18",
         "scikit-learn>=1.5",
     ],
-    extras_require={"eval": EVAL, "mpi": MPI, "test": TEST, "all": TEST},
+    extras_require={"eval": EVAL, "eval-torch": EVAL_TORCH, "mpi": MPI, "test": TEST, "all": TEST},
 )

@@ -12,21 +12,28 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from atomic_file import atomic_file
-from feature_cache import FeatureCache, default_folders
-from feature_extraction import Features, extract_features
-from fidelity_metrics import Statistics, frechet_distance, inception_score, precision_recall
-from inception_graph import InceptionGraph, find_graph
-from sample_sets import ImageSet, find_manifest, open_image_set, sha256_of
+from command_line import (
+    Parser,
+    add_backend_options,
+    cache_folders,
+    check_backend_options,
+    load_backend,
+    progress,
+    say,
+    say_error,
+)
+from extras import Extras, add_extra_options, check_extras, compute_extras, write_bytes, write_html
+from feature_cache import FeatureCache
+from feature_extraction import FeatureBackend, Features, distance_type, extract_features
+from process_share import Share, connect, disconnect, share_of_launcher
+from sample_sets import ImageSource, find_manifest, open_images
+from scoring import judge_manifolds, score
 
 FEW_SAMPLES = 2048  # with fewer, the covariance of 2048 features has no full rank
 REPORT_MARK = "evaluator_report"  # the entry by which a report is told from any other file
@@ -36,9 +43,9 @@ REPORT_MARK = "evaluator_report"  # the entry by which a report is told from any
 class Evaluation:
     """Two checked sets, the network, and what is already known of them: all that the long work needs."""
 
-    reference: ImageSet
-    samples: ImageSet
-    backend: InceptionGraph
+    reference: ImageSource
+    samples: ImageSource
+    backend: FeatureBackend
     cache: FeatureCache | None
     reference_sha256: str
     samples_sha256: str
@@ -46,6 +53,8 @@ class Evaluation:
     reference_features: Features | None  # from the cache
     half: bool  # distances of precision and recall in float16
     batch_size: int
+    share: Share
+    extras: Extras
     notes: list[str]  # found out on the way and not yet said: an input error is to be the only line on stderr
     warnings: list[str] = field(default_factory=list)
 
@@ -57,82 +66,87 @@ class Evaluation:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 when an input cannot be used."""
+    share = share_of_launcher()
     try:
         options = parse(argv)
-        job = prepare(options)
+        job = prepare(options, share)
     except (ValueError, OSError, ImportError) as error:  # found before the long work; later errors keep a traceback
-        say(f"evaluator.py: error: {' '.join(str(error).split())}")
+        say_error(f"rank {share.rank}" if share.rank else "evaluator.py", error)
         return 2
-    announce(job)
-    metrics = evaluate(job)
-    for name, value in metrics.items():
-        if value is not None:
-            print(f"{name}: {value}")
+    if share.rank == 0:
+        announce(job)
+    connect(share)
+    features = compute_features(job)
+    disconnect(share)
+    if features is None:  # the first process has them all
+        return 0
+    say("metrics ...")
+    inside = judge_manifolds(*features, job.half)
+    weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
+    metrics = score(*features, weight, inside)
+    show(metrics)
+    found = compute_extras(job.extras, sets, features, metrics, weight, inside, job.batch_size)
+    show(found.metrics)
+    report = make_report(job, metrics | found.metrics) | found.entries
     if options.out is not None:
-        write_report(options.out, job, metrics)
+        write_bytes(options.out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    if job.extras.html is not None:
+        write_html(job.extras.html, report, found.pictures)
+    for name, (low, high) in found.entries.get("intervals", {}).items():
+        say(f"{name}: 95 % interval {low:.6g} … {high:.6g}")
     return 0
 
 
-def say(message: str) -> None:
-    """One line on stderr; stdout is for the five numbers."""
-    print(message, file=sys.stderr, flush=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
+def show(metrics: dict[str, float | None]) -> None:
+    """The numbers on stdout, a line each."""
+    for name, value in metrics.items():
+        if value is not None:
+            print(f"{name}: {value}", flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line to options. Raises ValueError for a wrong one."""
-    parser = _Parser(prog="evaluator.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("reference", type=Path, metavar="REF.npz", help="reference images and/or their statistics")
-    parser.add_argument("samples", type=Path, metavar="SAMPLE.npz", help="generated images (arr_0, uint8 N×H×W×3)")
+    parser = Parser(prog="evaluator.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("reference", type=Path, metavar="REF", help="reference: .npz, or folder of PNG files")
+    parser.add_argument("samples", type=Path, metavar="SAMPLES", help="generated images: .npz, or folder of PNG files")
     parser.add_argument("--out", type=Path, metavar="REPORT.json", help="write numbers, manifest and hashes here, too")
-    parser.add_argument(
-        "--graph",
-        type=Path,
-        help="Inception graph (default: found in the working folder, beside the script, or fetched)",
-    )
-    parser.add_argument("--graph_sha256", metavar="HEX", help="refuse a graph file with another SHA-256")
     parser.add_argument(
         "--distances",
         choices=("float16", "float32"),
         default="float16",
         help="precision of the distances in precision and recall (default float16, as published numbers are)",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images per run of the graph (default 64)")
-    caching = parser.add_mutually_exclusive_group()
-    caching.add_argument(
-        "--cache_dir", type=Path, help="folder for reference features (default: .evaluator_cache beside the reference)"
-    )
-    caching.add_argument("--no_cache", action="store_true", help="neither read nor keep features of the reference")
+    add_extra_options(parser)
+    add_backend_options(parser)
     options = parser.parse_args(argv)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size {options.batch_size}: must be at least 1")
-    if options.graph_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", options.graph_sha256):
-        raise ValueError(f"--graph_sha256 {options.graph_sha256}: expected 64 hexadecimal digits")
+    check_backend_options(options)
     return options
 
 
-def prepare(options: argparse.Namespace) -> Evaluation:
+def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
     """Find out everything that can be wrong with the inputs, the cheap checks first.
 
     Raises ValueError, OSError or ImportError with one sentence that names the file.
     """
-    reference = open_image_set(options.reference, needs_images=False)
-    samples = open_image_set(options.samples)
+    if share.size > 1 and options.backend != "torch":
+        raise ValueError(f"{share.size} processes: only --backend torch shares the work between processes")
+    reference = open_images(options.reference, needs_images=False)
+    samples = open_images(options.samples)
     notes = [] if options.out is None else check_out(options.out)
-    backend = load_graph(options.graph, options.graph_sha256)
+    extras = check_extras(
+        options, reference, samples
+    )  # before TensorFlow: torch's libraries crash when they come later
+    backend = load_backend(options, __file__)
     for images in (reference, samples):
         check_widths(images, samples, backend)
-    cache = make_cache(options)
+    folders = cache_folders(options, options.reference)
+    cache = FeatureCache(folders) if folders else None
 
     reference_sha256, samples_sha256 = reference.sha256(), samples.sha256()
     features = load_features(cache, reference, reference_sha256, backend, notes)
-    if reference.images is not None and features is None:
+    if share.rank == 0 and reference.count is not None and features is None:
         reference.verify()
-    if samples_sha256 != reference_sha256:
+    if share.rank == 0 and samples_sha256 != reference_sha256:
         samples.verify()
     return Evaluation(
         reference=reference,
@@ -145,6 +159,8 @@ def prepare(options: argparse.Namespace) -> Evaluation:
         reference_features=features,
         half=options.distances == "float16",
         batch_size=options.batch_size,
+        share=share,
+        extras=extras,
         notes=notes,
     )
 
@@ -192,16 +208,7 @@ def check_out(out: Path) -> list[str]:
     return [f"{out}: the report that is there will be replaced"]
 
 
-def load_graph(given: Path | None, expected_sha256: str | None) -> InceptionGraph:
-    """Find, identify and check the graph."""
-    path = find_graph(given, [Path.cwd(), Path(__file__).resolve().parent])
-    sha256 = sha256_of(path)
-    if expected_sha256 is not None and sha256 != expected_sha256.lower():
-        raise ValueError(f"{path}: its SHA-256 is {sha256}, not {expected_sha256.lower()} as --graph_sha256 says")
-    return InceptionGraph(path, sha256)
-
-
-def check_widths(images: ImageSet, samples: ImageSet, backend: InceptionGraph) -> None:
+def check_widths(images: ImageSource, samples: ImageSource, backend: FeatureBackend) -> None:
     """Raise ValueError when a set's features or statistics cannot be compared with the samples'."""
     assert samples.image_size is not None
     widths = backend.widths(*samples.image_size)
@@ -216,24 +223,14 @@ def check_widths(images: ImageSet, samples: ImageSet, backend: InceptionGraph) -
         )
 
 
-def make_cache(options: argparse.Namespace) -> FeatureCache | None:
-    """The cache that the options ask for. Raises OSError when a folder asked for by name cannot be made."""
-    if options.no_cache:
-        return None
-    if options.cache_dir is None:
-        return FeatureCache(default_folders(options.reference))
-    options.cache_dir.mkdir(parents=True, exist_ok=True)
-    return FeatureCache([options.cache_dir])
-
-
 def load_features(
-    cache: FeatureCache | None, images: ImageSet, sha256: str, backend: InceptionGraph, notes: list[str]
+    cache: FeatureCache | None, images: ImageSource, sha256: str, backend: FeatureBackend, notes: list[str]
 ) -> Features | None:
     """Features of the reference from the cache, None when they have to be computed."""
     if cache is None or images.count is None:
         return None
     try:
-        features = cache.load(sha256, backend.sha256, images.count)
+        features = cache.load(sha256, backend.identity, images.count)
     except ValueError as error:
         notes.append(f"{error}; features of {images.path} are computed again")
         return None
@@ -269,82 +266,57 @@ def warn_about_sets(job: Evaluation) -> None:
         )
 
 
-def evaluate(job: Evaluation) -> dict[str, float | None]:
-    """The long work: features, then the five numbers by their printed names; None where images are missing."""
-    reference = job.reference_features
-    if reference is None and job.reference.images is not None:
-        reference = _extract(job.reference, job)
-        if job.cache is not None:
-            try:
-                job.cache.save(job.reference_sha256, job.backend.sha256, reference)
-            except OSError as error:
-                job.warn(f"features of {job.reference.path} are not cached: {error}")
-    if reference is not None and job.samples_sha256 == job.reference_sha256:
-        samples = reference  # the same file: the same features, to the last bit on any device
-    else:
-        samples = _extract(job.samples, job)
-
-    pool_reference, spatial_reference = _statistics(job.reference, reference)
-    pool_samples, spatial_samples = _statistics(job.samples, samples)
-    metrics: dict[str, float | None] = {
-        "Inception Score": inception_score(samples.pool, job.backend.softmax_weight),
-        "FID": frechet_distance(pool_reference, pool_samples),
-        "sFID": frechet_distance(spatial_reference, spatial_samples),
-        "Precision": None,
-        "Recall": None,
-    }
-    if reference is not None:
-        say("precision and recall ...")
-        metrics["Precision"], metrics["Recall"] = precision_recall(reference.pool, samples.pool, job.half)
-    return metrics
+def compute_features(job: Evaluation) -> tuple[Features, Features] | None:
+    """The long work: features of the reference and the samples on the first process, None on the others."""
+    reference = reference_features(job)
+    if job.samples_sha256 == job.reference_sha256 and not job.extras.ci:
+        return None if reference is None else (reference, reference)  # equal to the last bit on any device
+    samples = _extract(job.samples, job, keep_spatial=job.extras.ci > 0)
+    return None if reference is None or samples is None else (reference, samples)
 
 
-def _statistics(images: ImageSet, features: Features | None) -> tuple[Statistics, Statistics]:
-    """Statistics of pool and spatial features; those that a file brings along replace computed ones."""
-    if images.statistics is not None:
-        return images.statistics
-    assert features is not None
-    return features.pool_statistics, features.spatial_statistics
+def reference_features(job: Evaluation) -> Features | None:
+    """Features of the reference, known or computed and kept; None on other processes than the first."""
+    if job.reference.count is None:
+        assert job.reference.statistics is not None
+        return Features(None, *job.reference.statistics)
+    features = job.reference_features
+    if job.share.agree(features is None):
+        features = _extract(job.reference, job)
+    if features is not None and job.cache is not None and distance_type(job.half) not in features.radii:
+        say(f"{job.reference.path}: roots and radii ...")
+        features.manifold_radii(job.half)
+        try:
+            job.cache.save(job.reference_sha256, job.backend.identity, features)
+        except OSError as error:
+            job.warn(f"features of {job.reference.path} are not cached: {error}")
+    return features
 
 
-def _extract(images: ImageSet, job: Evaluation) -> Features:
-    return extract_features(images, job.backend, job.batch_size, _progress(images.path))
+def _extract(images: ImageSource, job: Evaluation, keep_spatial: bool = False) -> Features | None:
+    return extract_features(images, job.backend, job.batch_size, progress(images.path), job.share, keep_spatial)
 
 
-def _progress(path: Path, every_seconds: float = 10.0) -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= every_seconds:
-            last = time.monotonic()
-            say(f"{path}: features of {done} of {total} images")
-
-    return show
-
-
-def write_report(out: Path, job: Evaluation, metrics: dict[str, float | None]) -> None:
-    """Write numbers and what they were computed from as JSON, completely or not at all."""
-    report = {
+def make_report(job: Evaluation, metrics: dict[str, float | None]) -> dict[str, Any]:
+    """Numbers and what they were computed from, for JSON."""
+    return {
         REPORT_MARK: 1,
         "metrics": metrics,
         "sample": _describe(job.samples, job.samples_sha256),
         "manifest": None if job.manifest is None else job.manifest[1],
         "reference": _describe(job.reference, job.reference_sha256),
         "graph": {"path": str(job.backend.path), "sha256": job.backend.sha256},
-        "distances": "float16" if job.half else "float32",
+        "distances": distance_type(job.half),
         "warnings": job.warnings,
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,
-            "tensorflow": job.backend.tensorflow_version,
+            **job.backend.versions,
         },
     }
-    with atomic_file(out) as file:
-        file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _describe(images: ImageSet, sha256: str) -> dict[str, Any]:
+def _describe(images: ImageSource, sha256: str) -> dict[str, Any]:
     return {
         "path": str(images.path),
         "size": images.size,  # bytes
@@ -355,7 +327,7 @@ def _describe(images: ImageSet, sha256: str) -> dict[str, Any]:
     }
 
 
-def _size_text(images: ImageSet) -> str:
+def _size_text(images: ImageSource) -> str:
     return "no size" if images.image_size is None else "{}×{}".format(*images.image_size)
 
 

@@ -6,39 +6,66 @@ Nothing here knows files or networks: features go in, numbers come out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 NEIGHBOURS = 3  # k of the manifolds' radii (ADM suite)
 BLOCK = 10_000  # rows and columns of a distance block: ADM decides per such block whether float16 is enough
 SPLIT_SIZE = 5_000  # samples in a split of the Inception Score
+TOLERANCE = 1e-8  # of a Fréchet distance, relative to the covariances' traces
 _TILE = 1_000  # rows of a block computed at once; bounds memory, changes no result
+_ROWS_IN_CACHE = 32  # rows that are rounded while the processor's cache holds them
+_DROPPED_BITS = 13  # float32 has 24 bits of precision, float16 has 11
+_HALF_OVERFLOW = 65520.0  # the smallest number that float16 rounds to infinity
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of a set of feature vectors: `mu` (D,), `sigma` (D, D), float64."""
+    """Mean and covariance of a set of feature vectors: `mu` (D,), `sigma` (D, D), float64.
+
+    known_root: a root of sigma that was computed earlier.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
+    known_root: np.ndarray | None = field(default=None, repr=False)
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """F (D, r) with F Fᵀ = sigma, computed once."""
+        return _factor(self.sigma) if self.known_root is None else self.known_root
 
 
 class RunningMoments:
     """Mean and unbiased covariance of (n, D) batches, accumulated in float64 without keeping the batches.
 
-    Deviations are taken from each batch's own mean and then moved to the common one (Chan, Golub and LeVeque 1983):
-    raw second moments would lose the digits of features whose mean is large beside their spread.
+    Deviations are taken from the mean of D consecutive vectors and then moved to the common one (Chan, Golub and
+    LeVeque 1983): raw second moments would lose the digits of features whose mean is large beside their spread.
+    Vectors are counted off in the order they come in, so the size of the batches changes nothing. Of D or fewer
+    vectors the deviations themselves are the root of the covariance.
     """
 
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self._mean = np.zeros(width)
-        self._scatter = np.zeros((width, width))
+    def __init__(self) -> None:
+        self.count = 0  # of the vectors in mean and scatter
+        self._pending = np.empty((0, 0), dtype=np.float32)  # vectors that are not yet a chunk of D
+        self._mean: np.ndarray = np.zeros(0)
+        self._scatter: np.ndarray = np.zeros((0, 0))
 
     def add(self, batch: np.ndarray) -> None:
         """Take in a batch of feature vectors, (n, D) with n >= 1."""
-        rows = batch.astype(np.float64)
+        rows = np.concatenate([self._pending, batch]) if len(self._pending) else batch
+        width = rows.shape[1]
+        whole = max(0, (len(rows) - 1) // width * width)  # at least one vector waits, so that D vectors do
+        for chunk in _slices(whole, width):
+            self._merge(rows[chunk])
+        self._pending = rows[whole:].copy()  # not a view that keeps all of the rows
+
+    def _merge(self, chunk: np.ndarray) -> None:
+        rows = chunk.astype(np.float64)
+        if not self.count:
+            self._mean, self._scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
         mean = rows.mean(axis=0)
         delta = mean - self._mean
         total = self.count + len(rows)
@@ -50,17 +77,23 @@ class RunningMoments:
 
     def statistics(self) -> Statistics:
         """Mean and covariance (divisor count - 1). Raises ValueError when fewer than 2 vectors came in."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
-        return Statistics(self._mean.copy(), self._scatter / (self.count - 1))
+        count = self.count + len(self._pending)
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 feature vectors, got {count}")
+        if not self.count:
+            rows = self._pending.astype(np.float64)
+            root = np.ascontiguousarray((rows - rows.mean(axis=0)).T) / np.sqrt(count - 1)  # (D, n)
+            return Statistics(rows.mean(axis=0), root @ root.T, root)
+        if len(self._pending):
+            self._merge(self._pending)
+            self._pending = self._pending[:0]
+        return Statistics(self._mean.copy(), self._scatter / (count - 1))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Squared Fréchet distance between two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A^½ B A^½)^½).
+    """Squared Fréchet distance between two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (Fᵀ B F)^½) with A = F Fᵀ.
 
-    Both covariances are factored by a symmetric eigendecomposition, A = F Fᵀ and B = G Gᵀ. The trace of the root is
-    then the sum of the singular values of Fᵀ G. No root of a rounding error is taken on the way, so the number is
-    also right for covariances of few samples, whose rank is far below D. Everything in float64.
+    Everything in float64. `a.root` is kept: give the set that is compared more than once first.
 
     a, b: statistics of the same width D. Returns a float >= 0; exactly 0 for equal statistics.
     Raises ValueError when the widths differ. Source: FID, 1706.08500, Eq. 6.
@@ -69,17 +102,45 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         raise ValueError(f"statistics of different widths: {len(a.mu)} and {len(b.mu)}")
     if np.array_equal(a.mu, b.mu) and np.array_equal(a.sigma, b.sigma):
         return 0.0
-    overlap = np.linalg.svd(_factor(a.sigma).T @ _factor(b.sigma), compute_uv=False).sum()
     delta = a.mu - b.mu
-    distance = delta @ delta + np.trace(a.sigma) + np.trace(b.sigma) - 2.0 * overlap
+    traces = float(np.trace(a.sigma) + np.trace(b.sigma))
+    distance = delta @ delta + traces - 2.0 * _trace_of_root(a, b, TOLERANCE * traces)
     return max(0.0, float(distance))
 
 
+def _trace_of_root(a: Statistics, b: Statistics, tolerance: float) -> float:
+    """tr (Fᵀ B F)^½ from the eigenvalues of that symmetric matrix, where they are exact enough for their roots.
+
+    The root of an eigenvalue that is a rounding error is a large number beside it. When all of these errors may exceed
+    the tolerance, the roots are computed themselves, as the singular values of Fᵀ G with B = G Gᵀ. That takes several
+    times as long, except for the narrow roots of few samples.
+    """
+    if any(root is not None and root.shape[1] <= len(root) // 2 for root in (a.root, b.known_root)):
+        return _overlap(a, b)
+    product = a.root.T @ b.sigma @ a.root
+    values = np.linalg.eigvalsh((product + product.T) / 2.0)
+    noise = np.sqrt(len(values)) * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
+    certain = values[values > noise]  # the others count as 0
+    error = (noise / (2.0 * np.sqrt(certain))).sum() + (len(values) - len(certain)) * np.sqrt(noise)
+    return float(np.sqrt(certain).sum()) if error <= tolerance else _overlap(a, b)
+
+
+def _overlap(a: Statistics, b: Statistics) -> float:
+    return float(np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum())
+
+
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """F (D, r) with F Fᵀ = sigma. Eigenvalues at or below zero are rounding errors of a null space: left out."""
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2.0)
-    positive = values > 0.0
-    return vectors[:, positive] * np.sqrt(values[positive])
+    """F (D, r) with F Fᵀ = sigma: Cholesky's where there is one, else from the eigenvectors.
+
+    Eigenvalues at or below zero are rounding errors of a null space: left out.
+    """
+    symmetric = (sigma + sigma.T) / 2.0
+    try:
+        return np.linalg.cholesky(symmetric)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(symmetric)
+        positive = values > 0.0
+        return np.ascontiguousarray(vectors[:, positive] * np.sqrt(values[positive]))  # as it is read back from a file
 
 
 def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
@@ -108,19 +169,39 @@ def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLI
 
 
 def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, half: bool = True, k: int = NEIGHBOURS, block: int = BLOCK
+    reference: np.ndarray,
+    samples: np.ndarray,
+    half: bool = True,
+    reference_radii: np.ndarray | None = None,
+    block: int = BLOCK,
 ) -> tuple[float, float]:
     """Improved precision and recall: the share of samples in the reference's manifold, and the other way round.
+
+    reference, samples: (N, D) and (M, D) float32 features; the rest as in `inside_manifolds`.
+    Returns (precision, recall), each in [0, 1]. Source: 1904.06991, Eq. 1 and 2; block rule: ADM suite.
+    """
+    sample_inside, reference_inside = inside_manifolds(reference, samples, half, reference_radii, block)
+    return float(sample_inside.mean()), float(reference_inside.mean())
+
+
+def inside_manifolds(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    half: bool = True,
+    reference_radii: np.ndarray | None = None,
+    block: int = BLOCK,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples (M,) lie in the reference's manifold, and which of the reference (N,) in the samples'.
 
     A set's manifold is the union of balls around its vectors, each reaching to the vector's k-th nearest neighbour
     in the set (to the farthest one in a set of k or fewer).
 
-    reference, samples: (N, D) and (M, D) float32 features. half: distances in float16, as published numbers were
-    computed; a block in which any of them overflows is computed in float32. Memory is bounded by a few block² arrays.
-    Returns (precision, recall), each in [0, 1]. Source: 1904.06991, Eq. 1 and 2; block rule: ADM suite.
+    half: distances in float16, as published numbers were computed; a block in which any of them overflows is computed
+    in float32. reference_radii: of an earlier call of `manifold_radii`. Memory is bounded by a few block² arrays.
     """
-    reference_radii = manifold_radii(reference, half, k, block)
-    sample_radii = manifold_radii(samples, half, k, block)
+    if reference_radii is None:
+        reference_radii = manifold_radii(reference, half, block=block)
+    sample_radii = manifold_radii(samples, half, block=block)
     sample_inside = np.zeros(len(samples), dtype=bool)
     reference_inside = np.zeros(len(reference), dtype=bool)
     for rows in _slices(len(reference), block):
@@ -128,7 +209,7 @@ def precision_recall(
             distances = squared_distances(reference[rows], samples[columns], half)
             sample_inside[columns] |= (distances <= reference_radii[rows, None]).any(axis=0)
             reference_inside[rows] |= (distances <= sample_radii[None, columns]).any(axis=1)
-    return float(sample_inside.mean()), float(reference_inside.mean())
+    return sample_inside, reference_inside
 
 
 def manifold_radii(features: np.ndarray, half: bool = True, k: int = NEIGHBOURS, block: int = BLOCK) -> np.ndarray:
@@ -153,39 +234,69 @@ def manifold_radii(features: np.ndarray, half: bool = True, k: int = NEIGHBOURS,
 def squared_distances(u: np.ndarray, v: np.ndarray, half: bool = True) -> np.ndarray:
     """Squared Euclidean distances |u|² - 2 u·v + |v|², at least 0, between the rows of u (n, D) and v (m, D).
 
-    half: every step is rounded to float16, unless that makes any entry infinite or NaN: then all of the block is
-    computed in float32. Returns (n, m) float16 or float32.
+    half: every step is rounded to float16, unless that makes any entry infinite: then all of the block is computed in
+    float32. Returns (n, m) float32, in the first case values of float16: comparing those is what takes long.
+    Raises ValueError when float32 overflows, too.
     """
     if half:
-        distances = _rounded_distances(u, v, np.float16)
+        distances = _half_distances(u, v)
         if distances is not None:
             return distances
-    wide = _rounded_distances(u, v, np.float32)
-    if wide is None:
-        raise ValueError("squared distances between features overflow float32: the features are not usable")
-    return wide
-
-
-def _rounded_distances(u: np.ndarray, v: np.ndarray, dtype: type[np.floating]) -> np.ndarray | None:
-    """squared_distances with every step rounded to `dtype` (sums and products are accumulated in float32).
-
-    None as soon as an entry is not finite.
-    """
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        u, v = u.astype(dtype), v.astype(dtype)
-        norm_u = np.square(u).sum(axis=1, dtype=np.float32).astype(dtype)[:, None]  # (n, 1)
-        norm_v = np.square(v).sum(axis=1, dtype=np.float32).astype(dtype)[None, :]  # (1, m)
-        if not (np.isfinite(norm_u).all() and np.isfinite(norm_v).all()):
-            return None
-        v_transposed = v.astype(np.float32, copy=False).T
-        distances = np.empty((len(u), len(v)), dtype=dtype)
-        for rows in _slices(len(u), _TILE):
-            inner = (u[rows].astype(np.float32, copy=False) @ v_transposed).astype(dtype)
-            tile = norm_u[rows] - dtype(2) * inner + norm_v
-            if not np.isfinite(tile).all():
+        norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32) for x in (u, v))
+        distances = u @ v.T
+        distances *= np.float32(-2)
+        distances += norm_u[:, None]
+        distances += norm_v
+    if not np.isfinite(distances).all():
+        raise ValueError("squared distances between features overflow float32: the features are not usable")
+    return np.maximum(distances, 0, out=distances)
+
+
+def _half_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray | None:
+    """squared_distances with every step rounded to float16; sums and products are accumulated in float32.
+
+    None as soon as an entry overflows float16.
+    """
+    with np.errstate(over="ignore"):  # looked for below
+        u, v = u.astype(np.float16), v.astype(np.float16)
+        norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(np.float16) for x in (u, v))
+    if not (np.isfinite(norm_u).all() and np.isfinite(norm_v).all()):
+        return None
+    norm_u, norm_v = norm_u.astype(np.float32)[:, None], norm_v.astype(np.float32)  # (n, 1), (m,)
+    twice_u, v = 2 * u.astype(np.float32), v.astype(np.float32)  # twice a product is rounded as the product is
+    distances = np.empty((len(u), len(v)), dtype=np.float32)
+    for rows in _slices(len(u), _TILE):
+        product = twice_u[rows] @ v.T
+        for part in _slices(len(product), _ROWS_IN_CACHE):
+            tile, norms = product[part], norm_u[rows][part]
+            if not _round_to_half(tile):
                 return None
-            np.maximum(tile, dtype(0), out=distances[rows])
+            np.subtract(norms, tile, out=tile)
+            if not _round_to_half(tile):
+                return None
+            np.add(tile, norm_v, out=tile)
+            if not _round_to_half(tile):
+                return None
+            np.maximum(tile, 0, out=distances[rows][part])
     return distances
+
+
+def _round_to_half(values: np.ndarray) -> bool:
+    """Round contiguous float32 values to 11 bits in place, ties to even, as float16 is; False if any overflows it.
+
+    The integer behind a float grows with its value, so that rounding it rounds the float. That is ten times as fast as
+    numpy's own float16 arithmetic. Values below 2^-14, float16's smallest normal number, stay finer than there.
+    """
+    if max(values.max(), -values.min()) >= _HALF_OVERFLOW:
+        return False
+    bits = values.view(np.int32)
+    odd = np.right_shift(bits, _DROPPED_BITS)
+    odd &= 1
+    odd += 2 ** (_DROPPED_BITS - 1) - 1
+    bits += odd
+    bits &= -(2**_DROPPED_BITS)
+    return True
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -116,11 +116,11 @@ class InceptionGraph:
         Raises ImportError when TensorFlow is missing; ValueError when the file is no graph or a node is missing or
         of a wrong shape. Feature widths are whatever the graph has.
         """
-        self.path, self.sha256 = path, sha256
+        self.path, self.sha256, self.identity = path, sha256, sha256
         self._widths: dict[tuple[int, int], tuple[int, int]] = {}
         with _quiet_stderr():
             tf = _import_tensorflow()
-            self.tensorflow_version = str(tf.__version__)
+            self.versions = {"tensorflow": str(tf.__version__)}
             self._images, self._fetches, weight, self._session = self._start(tf)
             self.softmax_weight = self._read_weight(weight)
 
@@ -206,8 +206,8 @@ def _import_tensorflow() -> Any:
         tf = importlib.import_module("tensorflow")
     except ImportError as error:
         raise ImportError(
-            f"TensorFlow is needed to compute features and cannot be imported ({error}); "
-            "install it with: pip install -r evaluations/requirements.txt"
+            f"TensorFlow is needed to compute features and cannot be imported ({error}); install it with: "
+            "pip install -r evaluations/requirements.txt, or give --backend torch"
         ) from error
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     # Published numbers are full float32 ones; Ampere and later would round the inputs of convolutions to 10 bits.

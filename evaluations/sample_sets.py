@@ -1,4 +1,4 @@
-"""Sets of images on disk: an `.npz` with `arr_0`, statistics that may lie beside it, and the manifest of a sampler.
+"""Sets of images on disk: an `.npz` with `arr_0`, statistics that may lie in it, and the manifest of a sampler.
 
 Arrays are read as a stream, batch by batch: 50,000 images of 256×256 are 9.8 GB. Pickles are never loaded.
 Every error is a ValueError or FileNotFoundError whose message is one sentence that starts with the file's path.
@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from fidelity_metrics import Statistics
+from image_folders import open_image_folder
 
-IMAGES = "arr_0"
+IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 _READ_ERRORS = (
     zipfile.BadZipFile,
@@ -41,6 +42,46 @@ class ArrayHeader:
     dtype: np.dtype
     shape: tuple[int, ...]
     fortran_order: bool
+
+
+class ImageSource(Protocol):
+    """A checked set of images. `statistics` are those of the pool and spatial features that it brings along, if any."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        ...
+
+    @property
+    def count(self) -> int | None:
+        """Number of images N, None for statistics only."""
+        ...
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) in pixels, None without images."""
+        ...
+
+    @property
+    def statistics(self) -> tuple[Statistics, Statistics] | None: ...
+
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
+        """Yield uint8 (n, H, W, 3) in order: batches first, first + step, … of n = batch_size but for the last."""
+        ...
+
+    def verify(self) -> None:
+        """Read all images once, so that damage shows before hours of work and not after. Raises ValueError."""
+        ...
+
+    def sha256(self) -> str:
+        """SHA-256 of the content, in hexadecimal."""
+        ...
+
+    def labels(self) -> np.ndarray:
+        """The class of each image, (N,). Raises ValueError when the set says none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,17 +106,19 @@ class ImageSet:
         """(H, W) in pixels, None without images."""
         return None if self.images is None else (self.images.shape[1], self.images.shape[2])
 
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+    def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield the images in order as uint8 (n, H, W, 3) in 0…255, n = batch_size but for the last batch.
 
+        first, step: only batches first, first + step, …
         Raises ValueError when the data are damaged, end early or hold a value outside 0…255.
         """
         if self.images is None:
             raise ValueError(f"{self.path}: no {IMAGES}, so there are no images to read")
         with _reading(self.path), zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
             header = _read_header(stream, self.path, IMAGES)
-            for batch in _stream_rows(stream, header, batch_size, self.path):
-                yield _as_pixels(batch, self.path)
+            for index, batch in enumerate(_stream_rows(stream, header, batch_size, self.path)):
+                if index % step == first:
+                    yield _as_pixels(batch, self.path)
 
     def verify(self) -> None:
         """Read all images once, so that damage shows before hours of work and not after. Raises as `batches`."""
@@ -86,6 +129,26 @@ class ImageSet:
     def sha256(self) -> str:
         """SHA-256 of the file's bytes, in hexadecimal."""
         return sha256_of(self.path)
+
+    def labels(self) -> np.ndarray:
+        """The class of each image, (N,) integers: `arr_1`. Raises ValueError when it is not there or does not fit."""
+        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
+            if f"{LABELS}.npy" not in archive.namelist():
+                raise ValueError(f"{self.path}: no {LABELS} (labels), so there are no classes to compare")
+            labels = _read_numbers(archive, LABELS, self.path)
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: {LABELS} is {labels.dtype} of shape {labels.shape}, expected an integer for each image"
+            )
+        return labels
+
+
+def open_images(path: Path, needs_images: bool = True) -> ImageSource:
+    """Check a set's heads, without reading its images: an `.npz` or a folder of PNG files.
+
+    Raises as `open_image_set` and `image_folders.open_image_folder`.
+    """
+    return open_image_folder(path) if path.is_dir() else open_image_set(path, needs_images)
 
 
 def sha256_of(path: Path) -> str:
@@ -111,8 +174,6 @@ def open_image_set(path: Path, needs_images: bool = True) -> ImageSet:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, expected an .npz file")
     with _reading(path), zipfile.ZipFile(path) as archive:
         names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         statistics = _read_statistics(archive, names, path)
@@ -220,18 +281,22 @@ def _read_statistics(archive: zipfile.ZipFile, names: set[str], path: Path) -> t
 
 
 def _read_floats(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
+    values = _read_numbers(archive, name, path).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path}: the statistics {name} hold NaN or infinite values")
+    return values
+
+
+def _read_numbers(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     with archive.open(f"{name}.npy") as stream:
         header = _read_header(stream, path, name)
     if header.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {name} is {header.dtype}, expected real numbers")
     with archive.open(f"{name}.npy") as stream:
         try:
-            values = np.lib.format.read_array(stream, allow_pickle=False).astype(np.float64)
+            return np.lib.format.read_array(stream, allow_pickle=False)
         except ValueError as error:
             raise ValueError(f"{path}: {name} is not a readable array ({error})") from error
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: the statistics {name} hold NaN or infinite values")
-    return values
 
 
 def _checked_statistics(mu: np.ndarray, sigma: np.ndarray, suffix: str, path: Path) -> Statistics:

@@ -1,3 +1,5 @@
+import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -38,3 +40,10 @@ def tiny_vae(tmp_path_factory):
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory):
     return support.make_colour_folder(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture(scope="session")
+def tf():
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    importlib.import_module("torch._dynamo")  # loads triton, whose library crashes when it comes after TensorFlow
+    return pytest.importorskip("tensorflow", reason="features are computed by TensorFlow")

@@ -19,7 +19,7 @@ def features(count: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def statistics(x: np.ndarray) -> Statistics:
-    moments = RunningMoments(x.shape[1])
+    moments = RunningMoments()
     moments.add(x)
     return moments.statistics()
 
@@ -30,7 +30,7 @@ def statistics(x: np.ndarray) -> Statistics:
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 50])
 def test_moments_of_batches_are_those_of_the_whole_even_far_from_zero(batch_size):
     x = features(50, 6) + np.float32(1e4)
-    moments = RunningMoments(6)
+    moments = RunningMoments()
     for start in range(0, 50, batch_size):
         moments.add(x[start : start + batch_size])
     got, wide = moments.statistics(), x.astype(np.float64)
@@ -39,8 +39,31 @@ def test_moments_of_batches_are_those_of_the_whole_even_far_from_zero(batch_size
     assert got.mu.dtype == got.sigma.dtype == np.float64
 
 
+@pytest.mark.parametrize("count", [3, 20, 21, 40, 41, 97])
+def test_moments_do_not_depend_on_batch_size_at_all_and_on_order_hardly(count):
+    x = np.abs(features(count, 20)) * 100
+    whole = statistics(x)
+    for batch_size in (1, 7, 19, 20, 64):
+        moments = RunningMoments()
+        for start in range(0, count, batch_size):
+            moments.add(x[start : start + batch_size])
+        np.testing.assert_array_equal(moments.statistics().sigma, whole.sigma)
+        np.testing.assert_array_equal(moments.statistics().mu, whole.mu)
+    backwards = statistics(x[::-1])
+    np.testing.assert_allclose(backwards.sigma, whole.sigma, rtol=1e-10, atol=1e-10 * np.trace(whole.sigma))
+    other = statistics(features(60, 20, seed=1) * 90)
+    assert frechet_distance(other, backwards) == pytest.approx(frechet_distance(other, whole), rel=1e-6)
+
+
+def test_moments_keep_no_more_than_one_chunk_of_vectors():
+    moments = RunningMoments()
+    for _ in range(100):
+        moments.add(features(7, 20))
+        assert len(moments._pending) <= 20 and moments._pending.base is None
+
+
 def test_one_vector_has_no_covariance():
-    moments = RunningMoments(3)
+    moments = RunningMoments()
     moments.add(features(1, 3))
     with pytest.raises(ValueError, match="at least 2"):
         moments.statistics()
@@ -61,6 +84,40 @@ def test_distance_of_correlated_gaussians_agrees_with_the_root_of_the_product():
     expected = ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * roots.sum()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-10)
+
+
+def exact_distance(a: Statistics, b: Statistics) -> float:
+    """With both roots from eigenvectors and singular values, whatever the rank."""
+
+    def root(sigma):
+        values, vectors = np.linalg.eigh(sigma)
+        return vectors * np.sqrt(values.clip(0))
+
+    overlap = np.linalg.svd(root(a.sigma).T @ root(b.sigma), compute_uv=False).sum()
+    return ((a.mu - b.mu) ** 2).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * overlap
+
+
+@pytest.mark.parametrize("counts", [(10, 12), (10, 300), (300, 10), (41, 300), (300, 400)])
+def test_roots_of_few_samples_of_eigenvalues_and_of_statistics_alone_give_the_same_distance(counts):
+    spread = np.logspace(0, -4, 40, dtype=np.float32)
+    a, b = (statistics(features(count, 40, seed=count) * spread) for count in counts)
+    exact = pytest.approx(exact_distance(a, b), rel=1e-6)
+    assert frechet_distance(a, b) == exact and frechet_distance(b, a) == exact
+    assert frechet_distance(Statistics(a.mu, a.sigma), Statistics(b.mu, b.sigma)) == exact
+    assert frechet_distance(Statistics(a.mu, a.sigma, a.root), b) == frechet_distance(a, b)
+    assert a.root.shape == (40, min(counts[0], 40))
+
+
+def test_eigenvalues_that_are_rounding_errors_are_not_trusted(monkeypatch):
+    a, b = (statistics(features(300, 40, seed=seed) * np.float32([1] * 20 + [0] * 20)) for seed in (0, 1))
+    assert frechet_distance(a, b) == pytest.approx(exact_distance(a, b), rel=1e-7)
+    asked = []
+    overlap = metrics._overlap
+    monkeypatch.setattr(metrics, "_overlap", lambda *pair: asked.append(pair) or overlap(*pair))
+    frechet_distance(*(Statistics(x.mu, x.sigma + 1e-17 * np.eye(40)) for x in (a, b)))
+    assert asked
+    frechet_distance(statistics(features(300, 40)), statistics(features(300, 40, seed=1)))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("count", [2, 20, 500])
@@ -150,7 +207,9 @@ def test_float16_distances_are_rounded_and_float32_ones_are_not():
     u, v = features(20, 8) * 10, features(30, 8, seed=1) * 10
     exact = ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(axis=2)
     half, single = metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False)
-    assert (half.dtype, single.dtype) == (np.float16, np.float32)
+    assert half.dtype == single.dtype == np.float32
+    np.testing.assert_array_equal(half, half.astype(np.float16))
+    assert (single != single.astype(np.float16)).any()
     np.testing.assert_allclose(single, exact, rtol=1e-4)
     assert 1e-4 < np.abs(half - exact).max() / exact.max() < 1e-2
     assert half.min() >= 0
@@ -166,10 +225,34 @@ def test_one_overflow_puts_a_whole_block_into_float32(where):
     else:  # norms of 22,500 fit, the distance of 90,000 does not
         u[-1], v[-1] = 0, 0
         u[-1, 0], v[-1, 0] = 150, -150
-    block = metrics.squared_distances(u, v)
-    assert block.dtype == np.float32
-    np.testing.assert_array_equal(block, metrics.squared_distances(u, v, half=False))
-    assert metrics.squared_distances(u[:-1], v[:-1]).dtype == np.float16
+    np.testing.assert_array_equal(metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False))
+    rest = metrics.squared_distances(u[:-1], v[:-1])
+    np.testing.assert_array_equal(rest, rest.astype(np.float16))
+
+
+def in_numpys_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The same steps in numpy's own half precision."""
+    u, v = u.astype(np.float16), v.astype(np.float16)
+    norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(np.float16) for x in (u, v))
+    inner = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norm_u[:, None] - np.float16(2) * inner + norm_v, np.float16(0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1, 10, 15])
+def test_rounding_integers_gives_numpys_float16(scale):
+    u, v = features(70, 48) * np.float32(scale), features(90, 48, seed=1) * np.float32(scale)
+    np.testing.assert_array_equal(metrics.squared_distances(u, v), in_numpys_float16(u, v))
+
+
+def test_rounding_is_to_even_and_stops_at_the_largest_half():
+    rng = np.random.default_rng(0)
+    ties = (rng.integers(1024, 2048, 500) + 0.5) * 2.0 ** rng.integers(-23, 6, 500)
+    values = np.concatenate([ties, -ties, rng.standard_normal(500), [65519.0, -65519.0, 0.0]]).astype(np.float32)
+    rounded = values.copy()
+    assert metrics._round_to_half(rounded)
+    np.testing.assert_array_equal(rounded, values.astype(np.float16))
+    assert not metrics._round_to_half(np.float32([1, 65520]))
+    assert not metrics._round_to_half(np.float32([1, -65520]))
 
 
 def test_features_beyond_float32_are_refused():

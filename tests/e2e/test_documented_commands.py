@@ -205,7 +205,14 @@ TABLE = [
     Row(r"visualize\.py reconstruction", flags=PICTURES, makes="reconstruction.png"),
     Row(r"visualize\.py relative_bias", makes="relative_bias.png", says="white is 0, full red"),
     # evaluations/README.md
-    Row(r"^python evaluations/evaluator\.py REF\.npz SAMPLE\.npz", makes="report.json", says="Recall: "),
+    Row(r"evaluator\.py .* --backend torch$", elsewhere="test_evaluator_torch.py runs it on a full-size graph"),
+    Row(
+        r"make_reference\.py /dataset/flowers",
+        flags=f"--image_size {SIDE} --no_cache",
+        makes="REF_FLOWERS.npz",
+    ),
+    Row(r"--kid --ci 20", flags="--ci 2", makes="report.html", says="KID: "),
+    Row(r"^python evaluations/evaluator\.py REF\.npz SAMPLE\.npz --out", makes="report.json", says="Recall: "),
 ]
 
 

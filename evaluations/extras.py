@@ -1,0 +1,155 @@
+"""What the evaluator computes beside the suite's five numbers when it is asked to."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from atomic_file import atomic_file
+from exported_features import ExportedFeatures
+from feature_extraction import Features
+from fidelity_metrics import frechet_distance
+from html_report import grid, html_page, png_bytes
+from more_metrics import (
+    confidence_intervals,
+    distances_by_class,
+    kernel_distance,
+    nearest_neighbours,
+    pick_images,
+    statistics_of,
+)
+from PIL import Image
+from sample_sets import ImageSource
+
+NEIGHBOURS_SHOWN, SAMPLES_SHOWN = 5, 8
+GRID = 8  # samples in a row and in a column of the page's first picture
+
+
+@dataclass
+class Extras:
+    """What is asked for, checked. labels: of the reference and the samples, for distances by class."""
+
+    kid: bool
+    features: ExportedFeatures | None
+    ci: int
+    labels: tuple[np.ndarray, np.ndarray] | None
+    nearest: Path | None
+    html: Path | None
+
+
+@dataclass
+class Findings:
+    """What was found: further numbers by the names they are printed under, entries of the report, pictures."""
+
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    entries: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+
+
+def add_extra_options(parser: argparse.ArgumentParser) -> None:
+    """Options for numbers and pictures beside the suite's."""
+    parser.add_argument("--kid", action="store_true", help="kernel distance of the pool features, too")
+    parser.add_argument(
+        "--features", type=Path, metavar="FILE.pt2", help="FD and KID with an exported network of your own, too"
+    )
+    parser.add_argument("--ci", type=int, default=0, metavar="REPEATS", help="95%% intervals from so many bootstraps")
+    parser.add_argument("--per_class", action="store_true", help="FID of each class in the report (needs labels)")
+    parser.add_argument("--nearest", type=Path, metavar="FILE.png", help="picture of samples and nearest real images")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="the report as a page with pictures, too")
+
+
+def check_extras(options: argparse.Namespace, reference: ImageSource, samples: ImageSource) -> Extras:
+    """Check what is asked for. Raises ValueError or ImportError for what the sets or the machine cannot give."""
+    needing = [f"--{name}" for name in ("kid", "features", "per_class", "nearest") if getattr(options, name)]
+    if needing and reference.count is None:
+        raise ValueError(f"{reference.path}: no images, which {', '.join(needing)} needs")
+    if options.ci < 0 or options.ci == 1:
+        raise ValueError(f"--ci {options.ci}: must be 0 (none) or at least 2")
+    if options.per_class and options.out is None:
+        raise ValueError("--per_class: its distances go into the report; give --out, too")
+    for name, suffix in (("nearest", ".png"), ("html", ".html")):
+        path = getattr(options, name)
+        if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
+            raise ValueError(f"--{name} {path}: expected the name of a {suffix} file in a folder that exists")
+        if path is not None and path.exists():
+            raise ValueError(f"--{name} {path}: exists; choose another name or move it away")
+    labels = (reference.labels(), samples.labels()) if options.per_class else None
+    features = None if options.features is None else ExportedFeatures(options.features, options.device or "auto")
+    if features is not None:
+        features(next(iter(samples.batches(2))))
+    return Extras(options.kid, features, options.ci, labels, options.nearest, options.html)
+
+
+def compute_extras(
+    extras: Extras,
+    sets: tuple[ImageSource, ImageSource],
+    features: tuple[Features, Features],
+    metrics: dict[str, float | None],
+    softmax_weight: np.ndarray,
+    inside: tuple[np.ndarray, np.ndarray] | None,
+    batch_size: int,
+) -> Findings:
+    """Compute what is asked for. sets, features: of the reference and of the samples."""
+    found = Findings()
+    reference, samples = features
+    assert samples.pool is not None
+    if extras.ci:
+        found.entries["intervals"] = confidence_intervals(
+            metrics, reference, samples, softmax_weight, inside, extras.ci
+        )
+    if reference.pool is not None and extras.kid:
+        found.metrics["KID"], found.entries["KID_deviation"] = kernel_distance(reference.pool, samples.pool)
+    if extras.features is not None:
+        name = extras.features.path.stem
+        pair = [extras.features.of_set(images, batch_size) for images in sets]
+        found.metrics[f"FD ({name})"] = frechet_distance(*(statistics_of(part) for part in pair))
+        found.metrics[f"KID ({name})"], found.entries[f"KID_deviation ({name})"] = kernel_distance(*pair)
+    if extras.labels is not None and reference.pool is not None:
+        found.entries["FID_by_class"] = distances_by_class(
+            reference.pool, extras.labels[0], samples.pool, extras.labels[1]
+        )
+    if extras.html is not None:
+        found.pictures["Samples"] = first_samples(sets[1])
+    if reference.pool is not None and (extras.nearest is not None or extras.html is not None):
+        picture, distances = neighbour_picture(sets, reference.pool, samples.pool)
+        found.pictures["The samples nearest to a real image, and the real images nearest to them"] = picture
+        found.entries["nearest_real_image"] = distances
+        if extras.nearest is not None:
+            write_bytes(extras.nearest, png_bytes(picture))
+    return found
+
+
+def first_samples(samples: ImageSource) -> Image.Image:
+    """The first samples in a square."""
+    images = list(pick_images(samples.batches, range(GRID * GRID)).values())
+    return grid([images[start : start + GRID] for start in range(0, len(images), GRID)])
+
+
+def neighbour_picture(
+    sets: tuple[ImageSource, ImageSource], reference: np.ndarray, samples: np.ndarray
+) -> tuple[Image.Image, dict[str, float]]:
+    """Rows of a sample and its nearest real images, of the samples that are nearest to one; quantiles of distances.
+
+    A model that stores its training images shows them here, if the reference holds those.
+    """
+    indices, distances = nearest_neighbours(reference, samples, NEIGHBOURS_SHOWN)
+    shown = np.argsort(distances[:, 0], kind="stable")[:SAMPLES_SHOWN]
+    real = pick_images(sets[0].batches, indices[shown].ravel())
+    made = pick_images(sets[1].batches, shown)
+    rows = [[made[int(sample)], *(real[int(index)] for index in indices[sample])] for sample in shown]
+    quantiles = {f"{level:.0%}": float(np.quantile(distances[:, 0], level)) for level in (0.0, 0.01, 0.5)}
+    return grid(rows), quantiles
+
+
+def write_html(path: Path, report: dict[str, Any], pictures: dict[str, Image.Image]) -> None:
+    """Write the page, completely or not at all."""
+    write_bytes(path, html_page(report, pictures).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, completely or not at all."""
+    with atomic_file(path) as file:
+        file.write(content)

@@ -1,0 +1,150 @@
+"""Make a reference batch of real images, in the format of the ADM suite's.
+
+usage: python evaluations/make_reference.py IMAGES REF.npz [--image_size N]
+
+REF.npz holds `mu, sigma` (pool features) and `mu_s, sigma_s` (spatial features) of all images, and `arr_0`, up to
+10,000 of them at even distances. Exit status 2 with one line on stderr means that an input cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+from atomic_file import atomic_file
+from command_line import Parser, add_backend_options, check_backend_options, load_backend, progress, say, say_error
+from feature_extraction import FeatureBackend, Features, features_of_batches
+from sample_sets import open_images
+
+
+class RealImages(Protocol):
+    """At least 2 images of one size."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yield uint8 (n, H, W, 3) in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class CroppedFolder:
+    """Images of any format and size, read and cropped to squares as for a training; needs the package."""
+
+    path: Path
+    files: list[str]
+    side: int
+
+    @property
+    def count(self) -> int:
+        """Number of images N."""
+        return len(self.files)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of every crop."""
+        return self.side, self.side
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """Yield uint8 (n, side, side, 3) in order. Raises ValueError for a file that is no image."""
+        from masked_diffusion.image_datasets import center_crop_arr
+        from masked_diffusion.image_files import join, read_image
+
+        for start in range(0, self.count, batch_size):
+            files = self.files[start : start + batch_size]
+            yield np.stack([center_crop_arr(read_image(join(str(self.path), file)), self.side) for file in files])
+
+
+def open_cropped(path: Path, side: int) -> CroppedFolder:
+    """List the images of a training's data folder. Raises ValueError, FileNotFoundError or ImportError."""
+    if side < 1:
+        raise ValueError(f"--image_size {side}: must be at least 1 pixel")
+    if not path.is_dir():
+        raise ValueError(f"{path}: --image_size crops the images of a folder; an .npz holds images of one size")
+    try:
+        from masked_diffusion.image_files import list_image_files
+    except ImportError as error:
+        raise ImportError(
+            f"--image_size crops as a training does, with the package masked_diffusion, which cannot be imported "
+            f"({error}); install it, or give a folder of PNG files of one size"
+        ) from error
+    files = list_image_files(str(path))
+    if len(files) < 2:
+        raise ValueError(f"{path}: a folder with 1 image, at least 2 are needed for a covariance")
+    return CroppedFolder(path, files, side)
+
+
+def open_source(path: Path, side: int | None) -> RealImages:
+    """The checked images; side: crop them to squares of it. Raises ValueError, OSError or ImportError."""
+    if side is not None:
+        return open_cropped(path, side)
+    source = open_images(path)
+    source.verify()
+    return cast(RealImages, source)  # it has images
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line to options. Raises ValueError for a wrong one."""
+    parser = Parser(prog="make_reference.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, or an .npz with arr_0")
+    parser.add_argument("out", type=Path, metavar="REF.npz", help="the reference batch to write")
+    parser.add_argument("--image_size", type=int, help="crop images of any size and format to this side")
+    parser.add_argument("--num_images", type=int, default=10_000, help="images to put into arr_0 (default 10000)")
+    add_backend_options(parser)
+    options = parser.parse_args(argv)
+    check_backend_options(options)
+    if options.num_images < 2:
+        raise ValueError(f"--num_images {options.num_images}: must be at least 2")
+    if options.out.exists():
+        raise ValueError(f"{options.out}: exists; choose another name or move it away")
+    if options.out.suffix != ".npz" or not options.out.parent.is_dir():
+        raise ValueError(f"{options.out}: expected the name of an .npz file in a folder that exists")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 when an input cannot be used."""
+    try:
+        options = parse(argv)
+        source = open_source(options.images, options.image_size)
+        backend = load_backend(options, __file__)
+        backend.widths(*source.image_size)
+    except (ValueError, OSError, ImportError) as error:
+        say_error("make_reference.py", error)
+        return 2
+    images, features = describe(source, backend, options.batch_size, options.num_images)
+    pool, spatial = features.pool_statistics, features.spatial_statistics
+    with atomic_file(options.out) as file:
+        np.savez(file, arr_0=images, mu=pool.mu, sigma=pool.sigma, mu_s=spatial.mu, sigma_s=spatial.sigma)
+    say(f"{options.out}: statistics of {source.count} images, and {len(images)} of them")
+    return 0
+
+
+def describe(source: RealImages, backend: FeatureBackend, batch_size: int, kept: int) -> tuple[np.ndarray, Features]:
+    """Some images (kept, H, W, 3) at even distances and the statistics of all, in one pass."""
+    chosen = np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(np.int64)
+    images, show, done = list[np.ndarray](), progress(source.path), 0
+
+    def computed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal done
+        for batch in source.batches(batch_size):
+            images.append(batch[np.isin(np.arange(done, done + len(batch)), chosen)])
+            yield backend(batch)
+            done += len(batch)
+            show(done, source.count)
+
+    features = features_of_batches(computed(), keep_pool=False, name=str(source.path))
+    return np.concatenate(images), features
+
+
+if __name__ == "__main__":
+    sys.exit(main())
