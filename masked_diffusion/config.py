@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.models import MDT, create_model
+from masked_diffusion.models import LatentTransformer, create_model
 from masked_diffusion.respace import SpacedDiffusion
 
 CONFIG_NAME = "config.json"
@@ -47,7 +47,7 @@ class ModelConfig:
         if self.num_classes < 1:
             raise ValueError(f"--num_classes {self.num_classes}: must be at least 1")
 
-    def build(self) -> MDT:
+    def build(self) -> LatentTransformer:
         """A fresh model. Raises ValueError for an unknown name or a mask, decoder or patch that does not fit."""
         try:
             return create_model(

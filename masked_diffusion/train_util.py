@@ -23,7 +23,7 @@ from masked_diffusion.dist_util import Ranks, no_sync
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
-from masked_diffusion.models import MDT
+from masked_diffusion.models import LatentTransformer
 from masked_diffusion.pictures import grid, save_picture
 from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.resample import ScheduleSampler
@@ -241,7 +241,7 @@ class TrainLoop:
         *,
         config: TrainConfig,
         run_config: RunConfig,
-        model: MDT,
+        model: LatentTransformer,
         diffusion: GaussianDiffusion,
         schedule_sampler: ScheduleSampler,
         first_stage: FirstStage,

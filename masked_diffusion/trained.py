@@ -19,7 +19,7 @@ from masked_diffusion.config import (
 )
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.models import MDT
+from masked_diffusion.models import LatentTransformer
 
 HUB_DEFAULTS = [DEFAULT_VAE.format(decoder) for decoder in ("ema", "mse")]
 
@@ -29,7 +29,7 @@ class Trained:
     """A model in eval mode with everything it needs. recorded: whether its configuration lay beside the file."""
 
     path: Path
-    model: MDT
+    model: LatentTransformer
     config: RunConfig
     first_stage: FirstStage
     recorded: bool

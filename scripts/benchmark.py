@@ -36,7 +36,7 @@ from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
 from masked_diffusion.image_datasets import ImageDataset, load_data, no_classes
 from masked_diffusion.logger import Logger
-from masked_diffusion.models import MDT
+from masked_diffusion.models import LatentTransformer
 from masked_diffusion.randomness import (
     DrawSpec,
     global_generator,
@@ -148,7 +148,7 @@ DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 # What is measured
 
 
-def fresh_model(settings: Settings) -> MDT:
+def fresh_model(settings: Settings) -> LatentTransformer:
     """A model whose gates and output are not zero, as in training: a GPU is faster on zeros than on numbers."""
     with global_generator(0, "init"):
         model = settings.model_config.build()

@@ -31,7 +31,7 @@ from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
-from masked_diffusion.models import MDT
+from masked_diffusion.models import LatentTransformer
 from masked_diffusion.randomness import DrawSpec, global_generator
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.script_util import (
@@ -357,7 +357,9 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     return [f"--{name} is ignored {reason}" for name, reason in idle.items() if reason and name in explicit]
 
 
-def describe(args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: MDT) -> list[str]:
+def describe(
+    args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: LatentTransformer
+) -> list[str]:
     """What a user wants confirmed before a long run."""
     parameters = sum(p.numel() for p in model.parameters())
     defaulted = " (the default)" if args.decode_layer is None else ""

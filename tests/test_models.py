@@ -1,106 +1,164 @@
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from golden_arrays import SEED, assert_golden, golden_json, golden_npz, named_array, set_golden_weights
 
-from masked_diffusion import create_diffusion
-from masked_diffusion.models import MDT, MODELS, KeptTokens, create_model, sincos_position_table
+from masked_diffusion import create_diffusion, models
+from masked_diffusion.layers import sincos_position_table
+from masked_diffusion.models import MDT, MODELS, DiT, KeptTokens, MDTv2, create_model
 
-INFO = golden_json("model_v1.json")
-CONFIG = INFO["config"]
-GOLDEN = golden_npz("model_v1.npz")
-
-
-def tensor(name):
-    return torch.from_numpy(GOLDEN[name])
+# The published implementations of the three families, each with its numbers.
+FAMILIES = {"MDT": (MDT, "model_v1"), "MDTv2": (MDTv2, "model_v2"), "DiT": (DiT, "model_dit")}
+MASKED = ["MDT", "MDTv2"]
 
 
-def golden_model(mask_ratio=0.3, **kwargs):
-    return set_golden_weights(MDT(**CONFIG, mask_ratio=mask_ratio, **kwargs))
+class Golden:
+    """A family's golden numbers and the model they belong to."""
+
+    def __init__(self, family):
+        self.build, name = FAMILIES[family]
+        self.info = golden_json(f"{name}.json")
+        self.config = self.info["config"]
+        self.masks = family in MASKED
+        self.arrays = golden_npz(f"{name}.npz")
+        self.null = torch.full_like(self.tensor("y"), self.config["num_classes"])
+
+    def tensor(self, name):
+        return torch.from_numpy(self.arrays[name])
+
+    def inputs(self, suffix=""):
+        return [self.tensor(name + suffix) for name in ("x", "t", "y")]
+
+    def fresh(self, mask_ratio=0.3, **kwargs):
+        return self.build(**self.config, **({"mask_ratio": mask_ratio} if self.masks else {}), **kwargs)
+
+    def model(self, *args, **kwargs):
+        return set_golden_weights(self.fresh(*args, **kwargs)).eval()
+
+
+goldens = cache(Golden)
+CONFIG = goldens("MDT").config
+
+
+@pytest.fixture(params=FAMILIES)
+def golden(request):
+    return goldens(request.param)
+
+
+@pytest.fixture(params=MASKED)
+def masked(request):
+    return goldens(request.param)
 
 
 @pytest.fixture
 def model():
-    return golden_model().eval()
+    return goldens("MDT").model()
 
 
-def test_state_dict_has_the_published_names_shapes_and_order():
-    state = MDT(**CONFIG, mask_ratio=0.3).state_dict()
-    assert {name: list(value.shape) for name, value in state.items()} == INFO["state_dict"]
-    assert list(state) == list(INFO["state_dict"])
+def tensor(name):
+    return goldens("MDT").tensor(name)
 
 
-def test_forward_equals_the_golden(model):
-    assert_golden(model(tensor("x"), tensor("t"), tensor("y")), GOLDEN["eval_forward"])
+def test_state_dict_has_the_published_names_shapes_and_order(golden):
+    state = golden.fresh().state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == golden.info["state_dict"]
+    assert list(state) == list(golden.info["state_dict"])
 
 
-def test_forward_of_the_null_class_equals_the_golden(model):
-    null = torch.full_like(tensor("y"), CONFIG["num_classes"])
-    assert_golden(model(tensor("x"), tensor("t"), null), GOLDEN["eval_forward_null_class"])
+def test_forward_equals_the_golden(golden):
+    assert_golden(golden.model()(*golden.inputs()), golden.arrays["eval_forward"])
 
 
-def test_masked_forward_in_eval_mode_equals_the_golden(model):
+def test_forward_of_the_null_class_equals_the_golden(golden):
+    x, t, _ = golden.inputs()
+    assert_golden(golden.model()(x, t, golden.null), golden.arrays["eval_forward_null_class"])
+
+
+def test_masked_forward_in_eval_mode_equals_the_golden(masked):
+    model = masked.model()
     torch.manual_seed(SEED)
-    assert_golden(model(tensor("x"), tensor("t"), tensor("y"), enable_mask=True), GOLDEN["masked_forward_eval"])
+    assert_golden(model(*masked.inputs(), enable_mask=True), masked.arrays["masked_forward_eval"])
 
 
 @pytest.mark.parametrize("suffix", ["", "_32"])
 @pytest.mark.parametrize("enable_mask", [False, True])
-def test_forward_in_train_mode_drops_labels_as_the_golden(suffix, enable_mask):
-    inputs = [tensor(name + suffix.replace("_", "")) for name in ("x", "t", "y")]
-    model = golden_model().train()
+def test_forward_in_train_mode_drops_labels_as_the_golden(masked, suffix, enable_mask):
+    model = masked.model().train()
     torch.manual_seed(SEED)
-    out = model(*inputs, enable_mask=enable_mask)
-    assert_golden(out, GOLDEN[("masked_forward_train" if enable_mask else "train_forward") + suffix])
+    out = model(*masked.inputs(suffix.replace("_", "")), enable_mask=enable_mask)
+    assert_golden(out, masked.arrays[("masked_forward_train" if enable_mask else "train_forward") + suffix])
+
+
+def test_dit_in_train_mode_drops_labels_as_the_golden():
+    golden = goldens("DiT")
+    model = golden.model().train()
+    torch.manual_seed(SEED)
+    assert_golden(model(*golden.inputs("32")), golden.arrays["train_forward_32"])
 
 
 @pytest.mark.parametrize("cfg_scale, scale_pow", [(3.8, 4.0), (1.0, 4.0), (4.0, 0.01), (1.5, 1.0)])
-def test_guided_forward_equals_the_golden(model, cfg_scale, scale_pow):
-    x, t, y = tensor("x"), tensor("t"), tensor("y")
-    null = torch.full_like(y, CONFIG["num_classes"])
-    out = model.forward_with_cfg(
-        torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), cfg_scale=cfg_scale, scale_pow=scale_pow
-    )
-    assert_golden(out, GOLDEN[f"cfg_{cfg_scale}_{scale_pow}"])
+def test_guided_forward_equals_the_golden(masked, cfg_scale, scale_pow):
+    x, t, y = masked.inputs()
+    batch = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, masked.null])
+    out = masked.model().forward_with_cfg(*batch, cfg_scale=cfg_scale, scale_pow=scale_pow)
+    assert_golden(out, masked.arrays[f"cfg_{cfg_scale}_{scale_pow}"])
 
 
-def test_forward_with_cfg_without_a_scale_is_a_plain_forward(model):
-    assert_golden(model.forward_with_cfg(tensor("x"), tensor("t"), tensor("y")), GOLDEN["cfg_none"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5, 4.0])
+def test_guided_forward_of_dit_has_a_constant_scale(cfg_scale):
+    golden = goldens("DiT")
+    x, t, y = golden.inputs()
+    batch = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, golden.null])
+    assert_golden(golden.model().forward_with_cfg(*batch, cfg_scale=cfg_scale), golden.arrays[f"cfg_{cfg_scale}"])
 
 
-def test_guided_forward_reads_only_the_first_half_of_the_latents(model):
-    x, t, y = tensor("x"), tensor("t"), tensor("y")
-    labels = torch.cat([y, torch.full_like(y, CONFIG["num_classes"])])
+def test_forward_with_cfg_without_a_scale_is_a_plain_forward(golden):
+    expected = golden.arrays.get("cfg_none", golden.arrays["eval_forward"])
+    assert_golden(golden.model().forward_with_cfg(*golden.inputs()), expected)
+
+
+def test_guided_forward_reads_only_the_first_half_of_the_latents(golden):
+    x, t, y = golden.inputs()
+    model, labels = golden.model(), torch.cat([y, golden.null])
     first = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), labels, cfg_scale=3.8)
     assert torch.equal(model.forward_with_cfg(torch.cat([x, 7 - x]), torch.cat([t, t]), labels, cfg_scale=3.8), first)
 
 
-def test_losses_and_gradient_norms_equal_the_golden(model):
-    diffusion = create_diffusion("")
-    kwargs = {"y": tensor("y")}
+def test_losses_and_gradient_norms_equal_the_golden(golden):
+    model = golden.model()
+    diffusion = create_diffusion("", min_snr_gamma=5.0 if golden.build is MDTv2 else None)
+    kwargs = {"y": golden.tensor("y")}
+    x, tl = golden.tensor("x"), golden.tensor("tl")
     torch.manual_seed(SEED)
-    full = diffusion.training_losses(model, tensor("x"), tensor("tl"), kwargs, noise=tensor("noise"))
-    masked = diffusion.training_losses(
-        model, tensor("x"), tensor("tl"), {**kwargs, "enable_mask": True}, noise=tensor("noise2")
-    )
-    for name in ("loss", "mse", "vb"):
-        assert_golden(full[name], GOLDEN[f"loss_{name}"])
-        assert_golden(masked[name], GOLDEN[f"mloss_{name}"])
-    (full["loss"].mean() + masked["loss"].mean()).backward()
-    gradients = dict(model.named_parameters())
-    assert sorted(gradients) == INFO["parameters_sorted"]
-    assert_golden(torch.stack([gradients[name].grad.norm() for name in sorted(gradients)]), GOLDEN["grad_norms"])
+    views = {"loss": diffusion.training_losses(model, x, tl, kwargs, noise=golden.tensor("noise"))}
+    if golden.masks:
+        kwargs["enable_mask"] = True
+        views["mloss"] = diffusion.training_losses(model, x, tl, kwargs, noise=golden.tensor("noise2"))
+    for prefix, losses in views.items():
+        for name in ("loss", "mse", "vb"):
+            assert_golden(losses[name], golden.arrays[f"{prefix}_{name}"])
+    sum(losses["loss"].mean() for losses in views.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert sorted(gradients) == golden.info["parameters_sorted"]
+    norms = [0.0 if gradients[name] is None else gradients[name].norm() for name in sorted(gradients)]
+    assert_golden(torch.tensor(norms), golden.arrays["grad_norms"])
+
+
+LOOPS = {"ddpm50": ("50", None), "ddim25": ("ddim25", 0.0), "ddpm250": ("250", None), "ddim10_eta": ("10", 0.7)}
 
 
 @pytest.mark.parametrize(
-    "name, respacing, eta", [("ddpm50", "50", None), ("ddpm250", "250", None), ("ddim25", "ddim25", 0.0),
-                             ("ddim10_eta", "10", 0.7)]
-)  # fmt: skip
-def test_guided_sampling_loops_equal_the_goldens_over_their_whole_length(name, respacing, eta):
-    model = golden_model(mask_ratio=None).eval()
-    z = torch.from_numpy(named_array("z", (4, 4, CONFIG["input_size"], CONFIG["input_size"])))
-    y = torch.cat([tensor("y"), torch.full_like(tensor("y"), CONFIG["num_classes"])])
-    kwargs = {"y": y, "cfg_scale": 3.8, "scale_pow": 4.0, "diffusion_steps": 1000}
+    "family, name", [*((f, name) for f in MASKED for name in LOOPS), ("DiT", "ddpm50"), ("DiT", "ddim25")]
+)
+def test_guided_sampling_loops_equal_the_goldens_over_their_whole_length(family, name):
+    golden, (respacing, eta) = goldens(family), LOOPS[name]
+    model = golden.model(mask_ratio=None) if golden.masks else golden.model()
+    z = torch.from_numpy(named_array("z", (4, 4, golden.config["input_size"], golden.config["input_size"])))
+    kwargs = {"y": torch.cat([golden.tensor("y"), golden.null]), "cfg_scale": 1.5}
+    if golden.masks:
+        kwargs |= {"cfg_scale": 3.8, "scale_pow": 4.0, "diffusion_steps": 1000}
     diffusion = create_diffusion(respacing)
     torch.manual_seed(SEED)
     arguments = (model.forward_with_cfg, (8, *z.shape[1:]), torch.cat([z, z]))
@@ -108,23 +166,32 @@ def test_guided_sampling_loops_equal_the_goldens_over_their_whole_length(name, r
         sample = diffusion.p_sample_loop(*arguments, clip_denoised=False, model_kwargs=kwargs)
     else:
         sample = diffusion.ddim_sample_loop(*arguments, clip_denoised=False, model_kwargs=kwargs, eta=eta)
-    expected = GOLDEN[f"sample_{name}"]
+    expected = golden.arrays[f"sample_{name}"]
     assert_golden(sample[:4], expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
 
-def test_a_fresh_model_is_initialised_as_published():
-    expected = golden_json("init.json")["MDT_S_2(mask_ratio=0.3, decode_layer=2)"]
-    model = create_model("MDT_S_2", mask_ratio=0.3, decode_layer=2)
+@pytest.mark.parametrize(
+    "call, kwargs",
+    [
+        ("MDT_S_2(mask_ratio=0.3, decode_layer=2)", {"mask_ratio": 0.3, "decode_layer": 2}),
+        ("MDTv2_S_2(mask_ratio=0.3, decode_layer=6)", {"mask_ratio": 0.3, "decode_layer": 6}),
+        ("DiT_S_2()", {}),
+    ],
+)
+def test_a_fresh_model_is_initialised_as_published(call, kwargs):
+    expected = golden_json("init.json")[call]
+    model = create_model(call.partition("(")[0], **kwargs)
     parameters = dict(model.named_parameters())
     assert sum(p.numel() for p in parameters.values()) == expected["total_parameters"]
     assert set(parameters) == set(expected["parameters"])
     table = torch.from_numpy(sincos_position_table(384, 16)).float()
     for name, published in expected["parameters"].items():
         value = parameters[name].detach()
+        assert parameters[name].requires_grad == ("frozen" not in published), name
         if published == "zeros":
             assert not value.any(), name
-        elif published == "sincos":
-            assert torch.equal(value[0], table), name
+        elif isinstance(published, str):
+            assert published.startswith("sincos") and torch.equal(value[0], table), name
         else:
             tolerance = 0.05 if published["n"] > 10_000 else 0.2
             assert value.numel() == published["n"], name
@@ -142,22 +209,22 @@ def test_position_table_equals_the_golden():
         np.testing.assert_allclose(sincos_position_table(width, grid_size), table, atol=1e-12)
 
 
-def test_every_trained_parameter_gets_a_gradient_from_the_pass_that_ends_a_step():
-    for mask_ratio in (0.3, None):
-        model = golden_model(mask_ratio).train()
-        model(tensor("x"), tensor("t"), tensor("y"), enable_mask=mask_ratio is not None).square().mean().backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name
+@pytest.mark.parametrize("mask_ratio", [0.3, None])
+def test_every_trained_parameter_gets_a_gradient_from_the_pass_that_ends_a_step(golden, mask_ratio):
+    model = golden.model(mask_ratio).train()
+    kwargs = {"enable_mask": mask_ratio is not None} if golden.masks else {}
+    model(*golden.inputs(), **kwargs).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_without_a_mask_ratio_the_side_interpolater_is_frozen_and_its_token_zero():
-    model = MDT(**CONFIG)
+def test_without_a_mask_ratio_the_side_interpolater_is_frozen_and_its_token_zero(masked):
+    model = masked.fresh(mask_ratio=None)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith("sideblocks.")} | {"mask_token"}
     assert not model.mask_token.any()
-    x, t, y = tensor("x"), tensor("t"), tensor("y")
-    model = golden_model(None).eval()
-    assert torch.equal(model(x, t, y, enable_mask=True), model(x, t, y))
+    model = masked.model(mask_ratio=None)
+    assert torch.equal(model(*masked.inputs(), enable_mask=True), model(*masked.inputs()))
 
 
 def test_kept_tokens_come_back_to_where_they_were_and_masked_positions_get_the_filler():
@@ -184,20 +251,33 @@ def test_side_interpolater_changes_masked_positions_only(model):
     assert (after[kept.dropped] != before[kept.dropped]).any(dim=1).all()
 
 
-def test_masking_nothing_encodes_as_without_a_mask():
-    model = golden_model(mask_ratio=0.0).eval()
-    x, t, y = tensor("x"), tensor("t"), tensor("y")
-    torch.testing.assert_close(model(x, t, y, enable_mask=True), model(x, t, y), rtol=1e-4, atol=1e-4)
+def test_masking_nothing_encodes_as_without_a_mask(masked):
+    model, inputs = masked.model(mask_ratio=0.0), masked.inputs()
+    masked_out = model(*inputs, enable_mask=True, ratio_noise=0.0)
+    torch.testing.assert_close(masked_out, model(*inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_draws_that_are_passed_in_are_the_ones_used():
-    model = golden_model().train()
-    x, t, y = tensor("x"), tensor("t"), tensor("y")
+def test_draws_that_are_passed_in_are_the_ones_used(masked):
+    model, inputs = masked.model().train(), masked.inputs()
     torch.manual_seed(5)
-    label_noise, token_noise = torch.rand(4), torch.rand(4, 16)
+    draws = {"label_noise": torch.rand(4)}
+    if masked.build is MDTv2:
+        draws["ratio_noise"] = torch.rand(1).item()
+    draws["token_noise"] = torch.rand(4, 16)
     torch.manual_seed(5)
-    drawn = model(x, t, y, enable_mask=True)
-    assert torch.equal(model(x, t, y, enable_mask=True, label_noise=label_noise, token_noise=token_noise), drawn)
+    drawn = model(*inputs, enable_mask=True)
+    assert torch.equal(model(*inputs, enable_mask=True, **draws), drawn)
+
+
+@pytest.mark.parametrize("ratio_noise, num_keep", [(0.0, 11), (0.5, 9), (0.999, 8)])
+def test_version_2_masks_up_to_a_fifth_more_and_version_1_does_not(ratio_noise, num_keep):
+    """16 tokens: int(16 * (1 - 0.3)), int(16 * (1 - 0.4)), int(16 * (1 - 0.4998))."""
+    for family, expected in (("MDT", 11), ("MDTv2", num_keep)):
+        model, seen = goldens(family).model(), []
+        blocks = model.blocks if family == "MDT" else model.en_inblocks
+        blocks[0].register_forward_hook(lambda block, inputs, out, seen=seen: seen.append(out.shape[1]))
+        model(*goldens(family).inputs(), enable_mask=True, ratio_noise=ratio_noise)
+        assert seen == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -215,7 +295,8 @@ def test_autocast_stays_near_float32(model, dtype):
 def test_every_builder_has_the_shape_its_name_says(name):
     patch_size = int(name[-1])
     with torch.device("meta"):
-        model = MODELS[name](input_size=16, learn_sigma=False)
+        model = create_model(name, input_size=16, learn_sigma=False, decode_layer=2)
+    assert type(model).__name__ == name.split("_")[0] and getattr(models, name) is MODELS[name]
     assert model.patch_size == patch_size
     assert model.num_tokens == (16 // patch_size) ** 2
     assert model.out_channels == 4
@@ -227,9 +308,28 @@ def test_the_smallest_model_runs_on_one_token_one_class_and_a_batch_of_one():
     assert model(torch.randn(1, 1, 2, 2), torch.tensor([3]), torch.tensor([0]), enable_mask=True).shape == (1, 2, 2, 2)
 
 
-def test_decode_layer_none_means_two():
-    kwargs = CONFIG | {"decode_layer": None}
-    assert MDT(**kwargs).decode_layer == 2
+def test_decode_layer_none_means_two_and_in_version_2_four():
+    assert MDT(**CONFIG | {"decode_layer": None}).decode_layer == 2
+    assert MDTv2(**CONFIG | {"decode_layer": None}).decode_layer == 4
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"decode_layer": 3}, "decode_layer 3: leaves 3 of 6 blocks for the encoder"),
+        ({"decode_layer": 5}, "decode_layer 5: must be in 1 ... 4"),
+        ({"mask_ratio": 0.75}, "mask_ratio 0.75: MDTv2 masks up to 0.2 more, which keeps none of the 16 tokens"),
+        ({"mask_ratio": 1.0}, "mask_ratio 1.0: must be in"),
+    ],
+)
+def test_version_2_refuses_unequal_halves_and_masks_that_may_keep_no_token(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MDTv2(**CONFIG | kwargs)
+
+
+def test_dit_is_built_without_the_settings_of_masking():
+    model = create_model("DiT_Ti_2", input_size=4, mask_ratio=0.3, decode_layer=2)
+    assert model.mask_ratio is None and not any("decoder" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +351,7 @@ def test_impossible_shapes_are_refused_with_the_value_and_the_rule(kwargs, messa
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="MDT_S2: unknown; choose one of MDT_XL_2, .*MDT_S_2"):
+    with pytest.raises(ValueError, match="MDT_S2: unknown; choose one of MDT_XL_2, .*MDT_S_2.*MDTv2_XL_2.*DiT_XL_2"):
         create_model("MDT_S2")
 
 
