@@ -88,6 +88,11 @@ class DiffusionConfig:
     learn_sigma: bool = True
     sigma_small: bool = False
     rescale_learned_sigmas: bool = False
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"--min_snr_gamma {self.min_snr_gamma}: must be positive, or None for no weighting")
 
     def build(self) -> SpacedDiffusion:
         """The process. Raises ValueError for an unknown schedule or an impossible respacing."""
@@ -165,7 +170,10 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
 
 def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
     """Settings of the training that a resumed run has in another way than before, to be said to the user."""
-    olds, news = ({**config.training, "mask_ratio": config.model.mask_ratio} for config in (former, now))
+    olds, news = (
+        {**c.training, "mask_ratio": c.model.mask_ratio, "min_snr_gamma": c.diffusion.min_snr_gamma}
+        for c in (former, now)
+    )
     return [
         f"{name} was {_short(olds[name])}, is {_short(new)}"
         for name, new in news.items()

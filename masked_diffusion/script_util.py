@@ -15,7 +15,7 @@ USAGE_ERROR = 2
 MODEL_AND_DIFFUSION_HELPS = {
     "image_size": "side of the square images in pixels",
     "mask_ratio": "share of the tokens to mask, such as 0.30; None trains without masking",
-    "decode_layer": "decoder blocks; None means 2",
+    "decode_layer": "decoder blocks; None means 2, for MDTv2 4",
     "class_cond": "use class labels",
     "use_fp16": "compute in float16",
     "learn_sigma": "the network predicts a variance, too",

@@ -23,9 +23,12 @@ from masked_diffusion.dist_util import Ranks, no_sync
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
-from masked_diffusion.models import LatentTransformer
+from masked_diffusion.models import LatentTransformer, MDTv2, family_of
+from masked_diffusion.optimizers import OPTIMIZERS, SHARDINGS, GatedOptimizer
 from masked_diffusion.pictures import grid, save_picture
 from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
+from masked_diffusion.randomness import numpy_generator
+from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 
@@ -37,10 +40,14 @@ EMA_GROUP = 64
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
-    in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing."""
+    in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing. grad_clip: largest norm
+    of the whole model's gradient, 0 for any."""
 
+    opt: str = "adamw"
     lr: float = 3e-4
     weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    shard: str = "none"
     lr_anneal_steps: int = 0
     max_steps: int = 0
     batch_size: int = 1
@@ -66,6 +73,7 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in (
             "weight_decay",
+            "grad_clip",
             "lr_anneal_steps",
             "max_steps",
             "preview_samples",
@@ -77,6 +85,9 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share {self.max_bad_share}: must be in [0, 1], a share of the images")
+        for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
         if self.keep_every and not self.keep_checkpoints:
@@ -229,7 +240,7 @@ class LateFlag:
 
 
 class TrainLoop:
-    """Train an MDT until the configured end.
+    """Train a model until the configured end.
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
@@ -265,8 +276,8 @@ class TrainLoop:
         self.folder = folder
 
         self.model = model.to(ranks.device).train()
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        self.optimizer = GatedOptimizer(
+            model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks
         )
         self.scaler = torch.amp.GradScaler(
             ranks.device.type,
@@ -400,6 +411,9 @@ class TrainLoop:
         model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{prefix}label_noise"]}
         if enable_mask:
             model_kwargs |= {"enable_mask": True, "token_noise": draws["token_noise"]}
+            if isinstance(self.model, MDTv2):  # of one length in all parts of a step, or they would wait for each other
+                ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
+                model_kwargs["ratio_noise"] = ratio_noise
         return self.diffusion.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{prefix}noise"])
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
@@ -410,21 +424,20 @@ class TrainLoop:
             return self.ddp_model(x, t, **kwargs)
 
     def _update(self) -> Tensor:
-        """AdamW and EMA from the reduced gradients; neither moves where these are not finite.
+        """Optimizer and EMA from the reduced gradients; neither moves where these are not finite.
 
-        That is decided on the device, alike on all ranks, and not waited for. Returns () bool, whether they were.
+        That is decided on the device, alike on all ranks. Returns () bool, whether they were.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.step)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.scaler.unscale_(self.optimizer.torch_optimizer)
+        gradients = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+        if self.config.grad_clip:
+            nn.utils.clip_grads_with_norm_(gradients, self.config.grad_clip, norm)
         good = norm.isfinite()
         self.meter.add_update(norm, good)
-        if not self.config.use_fp16:  # the gradient scaler does the same, and also lowers its scale
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~good).float()  # type: ignore[attr-defined]
-        self.scaler.step(self.optimizer)
+        self.optimizer.step(self.config.lr_at(self.step), good)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for ema in self.emas:
             ema.update(self.model, good)
         self._bad_step.put(~good)
@@ -484,13 +497,14 @@ class TrainLoop:
 
     def save(self) -> None:
         """Begin to write a checkpoint, and draw a preview, on rank 0; the others meet it again in the next step."""
+        optimizer_state = self.optimizer.state_dict(self.ranks)
         if not self.ranks.is_main:
             return
         self._report_save(wait=True)  # one at a time: a snapshot takes as much memory as the training's state
         form = self.config.weights_format
         parts: dict[str, Any] = {checkpoint.model_file(self.step, form): self.model.state_dict()}
         parts |= {checkpoint.ema_file(ema.rate, self.step, form): ema.state_dict() for ema in self.emas}
-        parts[checkpoint.opt_file(self.step)] = self.optimizer.state_dict()
+        parts[checkpoint.opt_file(self.step)] = optimizer_state
         parts[checkpoint.state_file(self.step)] = {
             "step": self.step,
             "position": self.position,
@@ -540,19 +554,12 @@ class TrainLoop:
             ema.load_state_dict(averaged)
         path = start.folder / checkpoint.opt_file(start.step)
         try:
-            self._load_optimizer(checkpoint.read_file(path))
+            former = self.optimizer.load_state_dict(checkpoint.read_file(path))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not this model's optimizer state ({error})") from None
         if (state := checkpoint.read_state(start)) is not None:
             self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """The moments of the checkpoint with the settings of the flags."""
-        former = state["param_groups"][0]["lr"]
-        for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-            group |= {name: value for name, value in own.items() if name != "params"}
-        self.optimizer.load_state_dict(state)
         now = self.config.lr_at(self.step)
         if not self.config.lr_anneal_steps and former != now:
             self.logger.text(f"learning rate {now} from here on (the checkpoint had {former})")
@@ -565,7 +572,8 @@ class TrainLoop:
             return
         num_classes, class_cond = self.run_config.model.num_classes, self.run_config.class_cond
         steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
-        sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond)
+        guidance = SAMPLING[family_of(self.run_config.model.model)]
+        sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond, **guidance)
         averaged = self.emas[0].state_dict()
 
         def ema_model(*args: Any, **kwargs: Any) -> Tensor:

@@ -310,7 +310,7 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         def forward_backward() -> None:
             # The loop's own losses, so that what is measured is what it does.
             loop._losses(z, t, draws, prefix, enable_mask)["loss"].mean().backward()
-            loop.optimizer.zero_grad(set_to_none=True)
+            loop.optimizer.zero_grad()
 
         return timed(forward_backward, settings, ranks.device).fields(f"{'masked' if enable_mask else 'full'}_view_")
 

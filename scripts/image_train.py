@@ -31,8 +31,10 @@ from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
-from masked_diffusion.models import LatentTransformer
+from masked_diffusion.models import LatentTransformer, can_mask
+from masked_diffusion.optimizers import OPTIMIZERS
 from masked_diffusion.randomness import DrawSpec, global_generator
+from masked_diffusion.recipes import TRAINING, apply_recipe
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -49,8 +51,14 @@ from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
 
 HELPS = {
     **MODEL_AND_DIFFUSION_HELPS,
-    "lr": "learning rate of AdamW",
-    "weight_decay": "weight decay of AdamW",
+    "opt": "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default",
+    "lr": "learning rate; DiT has 1e-4 by default",
+    "weight_decay": "weight decay of the optimizer, decoupled",
+    "grad_clip": "largest norm of the whole model's gradient; 0 = any; MDTv2 has 1 by default",
+    "min_snr_gamma": "cap of the min-SNR loss weighting, such as 5; None weights all timesteps alike; MDTv2 has 5 by "
+    "default",
+    "shard": "what several processes share out: none, or zero, the optimizer's state; MDTv2 has zero by default",
+    "use_zero": "True is --shard zero, False is --shard none; the published name of it",
     "log_interval": "steps between rows of the log",
     "save_interval": "steps between checkpoints; a last one is always written",
     "max_bad_steps": "stop after so many steps in a row without finite gradients; 0 = never",
@@ -93,8 +101,12 @@ def create_argparser() -> argparse.ArgumentParser:
     defaults = {
         "data_dir": "",
         "schedule_sampler": "uniform",
+        "opt": "adamw",
         "lr": 3e-4,
         "weight_decay": 0.0,
+        "grad_clip": 0.0,
+        "shard": "none",
+        "use_zero": False,
         "lr_anneal_steps": 0,
         "max_steps": 0,
         "batch_size": 1,
@@ -115,6 +127,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "fp16_scale_growth": 1e-3,
         "model": "MDT_S_2",
         **model_and_diffusion_defaults(),
+        "min_snr_gamma": None,
         "num_classes": None,
         "class_from": "auto",
         "random_flip": True,
@@ -128,7 +141,8 @@ def create_argparser() -> argparse.ArgumentParser:
         "preview_samples": 16,
         "preview_steps": 25,
     }
-    types = {"mask_ratio": optional(float), "decode_layer": optional(int), "num_classes": optional(int)}
+    types = {name: optional(float) for name in ("mask_ratio", "min_snr_gamma")}
+    types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
     parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     add_launcher_flags(parser)
@@ -145,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
     """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
     tries it out. Raises ValueError or OSError."""
+    idle = warnings_of(args, explicit)
+    resolve(args, explicit)
     config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
@@ -170,7 +186,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
     # None stands for a default that may change; the checkpoint records what was built.
-    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer)
+    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer or None)
     run_config = dataclasses.replace(run_config, model=built)
 
     folder = ranks.from_main(output_folder)
@@ -244,7 +260,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         *describe(args, run_config, dataset, model),
     ]:
         logger.text(message)
-    for message in [*(f"warning: {text}" for text in warnings_of(args, explicit)), *messages]:
+    if ranks.world_size == 1 and explicit & {"shard", "use_zero"} and config.shard != "none":
+        idle.append(f"--shard {config.shard} is ignored in a single process")
+    for message in [*(f"warning: {text}" for text in idle), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
@@ -342,6 +360,23 @@ def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bo
     return Logger([HumanSink(sys.stdout)]) if dry_run else Logger.open(folder, start_step, sinks)
 
 
+def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
+    """Give the flags that were left out the values that the model's name stands for.
+
+    Raises ValueError for an unknown model, and where --shard and --use_zero contradict each other.
+    """
+    apply_recipe(TRAINING, args.model, args, explicit)
+    if "use_zero" in explicit:
+        asked = "zero" if args.use_zero else "none"
+        if "shard" in explicit and args.shard != asked:
+            raise ValueError(
+                f"--use_zero {args.use_zero} is --shard {asked}, but --shard {args.shard} is given: choose"
+            )
+        args.shard = asked
+    if not can_mask(args.model):
+        args.mask_ratio = args.decode_layer = None
+
+
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Settings that are given and have no effect."""
     idle = {
@@ -349,6 +384,8 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
         "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")
         or (not args.learn_sigma and "with --learn_sigma False"),
+        "min_snr_gamma": args.use_kl and "with --use_kl True",
+        **dict.fromkeys(("mask_ratio", "decode_layer"), not can_mask(args.model) and f"by {args.model}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         "random_flip": args.data_dir.startswith("builtin:") and "for the embedded digits",
         "max_bad_share": args.data_dir.startswith("builtin:") and "for the embedded digits",
@@ -363,11 +400,14 @@ def describe(
     """What a user wants confirmed before a long run."""
     parameters = sum(p.numel() for p in model.parameters())
     defaulted = " (the default)" if args.decode_layer is None else ""
+    decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
     masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
+    training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
+    recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
     return [
         f"data: {dataset}",
-        f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}, "
-        f"{model.decode_layer} decoder blocks{defaulted}",
+        f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}{decoder}",
+        "recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()),
         f"first stage: {run_config.first_stage}",
     ]
 

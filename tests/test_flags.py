@@ -19,7 +19,8 @@ CONTRACT = {
         "fast_decode": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
-        "max_bad_share": 0.01,
+        "max_bad_share": 0.01, "opt": "adamw",
+        "grad_clip": 0.0, "shard": "none", "use_zero": False, "min_snr_gamma": None,
     },
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",

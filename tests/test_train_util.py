@@ -1,5 +1,6 @@
 """The training step, through the training script in this process."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -132,6 +133,7 @@ CHANGES_THE_WEIGHTS = [
     ["--predict_xstart", "True"], ["--rescale_learned_sigmas", "True", "--diffusion_steps", "100"],
     ["--use_bf16", "True"], ["--use_fp16", "True"], ["--decode_layer", "1"], ["--model", "MDT_S_2"],
     ["--image_size", "10"], ["--num_classes", "12"], ["--max_steps", "3"], ["--ema_rate", "0.5"],
+    ["--opt", "adan"], ["--grad_clip", "0.01"], ["--min_snr_gamma", "5"],
 ]  # fmt: skip
 
 
@@ -387,3 +389,103 @@ def test_a_preview_that_fails_does_not_stop_the_training(train, monkeypatch):
     monkeypatch.setattr("masked_diffusion.train_util.ImageSampler", out_of_memory)
     folder = train("--preview_samples", "2", "--save_interval", "1")
     assert (folder / "checkpoint000002.json").exists() and not list(folder.glob("preview*"))
+
+
+# -- families and their recipes ----------------------------------------------------------------------------------------
+
+V2 = ["--model", "MDTv2_Ti_2"]
+DIT = ["--model", "DiT_Ti_2"]
+
+
+def optimizer_file(folder, step):
+    return torch.load(folder / f"opt{step:06d}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("flags", [V2, DIT], ids=lambda flags: flags[1])
+def test_other_families_resume_where_they_were_bit_for_bit(train, flags):
+    flags = [*flags, "--lr", "1e-2", "--ema_rate", "0.5"]
+    whole, resumed = train(*flags, "--max_steps", "4"), train(*flags, "--max_steps", "2")
+    train(*flags, "--max_steps", "4", folder=resumed)
+    for kind in ("model", "ema_0.5_"):
+        assert_same_weights(weights(whole, 4, kind), weights(resumed, 4, kind))
+    assert rows(whole)[-1]["grad_norm"] == rows(resumed)[-1]["grad_norm"]
+
+
+def test_version_2_trains_with_adan_clipping_and_min_snr_unless_flags_say_otherwise(train, capsys):
+    folder = train(*V2, sinks="stdout,csv")
+    assert "recipe: opt adan, lr 0.0003, weight_decay 0.0, grad_clip 1.0, shard zero, min_snr_gamma 5.0" in (
+        capsys.readouterr().out
+    )
+    state = optimizer_file(folder, 2)
+    assert "exp_avg_diff" in state["state"][0] and state["param_groups"][0]["betas"] == (0.98, 0.92, 0.99)
+    assert state["param_groups"][0]["eps"] == 1e-8
+    flags = ["--opt", "adamw", "--grad_clip", "0", "--min_snr_gamma", "None", "--shard", "none", "--lr", "1e-3"]
+    folder = train(*V2, *flags, sinks="stdout,csv")
+    assert "recipe: opt adamw, lr 0.001, weight_decay 0.0, grad_clip 0.0, shard none, min_snr_gamma None" in (
+        capsys.readouterr().out
+    )
+    assert set(optimizer_file(folder, 2)["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_dit_trains_with_one_view_at_its_own_learning_rate_and_keeps_its_positions(train, capsys):
+    folder = train(*DIT, sinks="stdout,csv")
+    out = capsys.readouterr().out
+    assert "warning: --mask_ratio is ignored by DiT_Ti_2" in out
+    assert "warning: --decode_layer is ignored by DiT_Ti_2" in out
+    assert rows(folder)[0]["lr"] == 1e-4 and "m_loss" not in rows(folder)[0]
+    assert torch.equal(weights(folder, 2)["pos_embed"], weights(train(*DIT, "--lr", "1e-1"), 2)["pos_embed"])
+    assert rows(train(*DIT, "--lr", "2e-4"))[0]["lr"] == 2e-4
+
+
+def test_the_gradient_is_clipped_to_the_norm_of_the_whole_model(train):
+    """With momentum alone, AdamW's first step does not depend on the gradient's size: the moments show it."""
+    free, clipped = train("--max_steps", "1"), train("--max_steps", "1", "--grad_clip", "0.01")
+    norm = rows(free)[0]["grad_norm"]
+    assert rows(clipped)[0]["grad_norm"] == norm > 0.01  # as it was before
+    for index, moments in optimizer_file(free, 1)["state"].items():
+        expected = moments["exp_avg"] * 0.01 / (norm + 1e-6)
+        torch.testing.assert_close(optimizer_file(clipped, 1)["state"][index]["exp_avg"], expected)
+
+
+def test_min_snr_weights_the_squared_error_and_nothing_else(train):
+    plain, weighted = train("--max_steps", "1"), train("--max_steps", "1", "--min_snr_gamma", "5")
+    [a], [b] = rows(plain), rows(weighted)
+    assert b["mse"] < a["mse"] and b["vb"] == a["vb"]
+    assert b["mse_q3"] is None or b["mse_q3"] == pytest.approx(a["mse_q3"])  # noisy: snr below 5
+    config = json.loads((weighted / "config.json").read_text())
+    assert config["diffusion"]["min_snr_gamma"] == 5
+
+
+def test_the_mask_ratio_of_a_step_depends_on_seed_and_step_alone(train, monkeypatch):
+    from masked_diffusion.models import MDTv2
+
+    num_keep, seen = MDTv2.num_keep, []
+    monkeypatch.setattr(MDTv2, "num_keep", lambda self, u: seen.append(u) or num_keep(self, u))
+    train(*V2, "--max_steps", "3")
+    once = [u for u in seen if u != 1.0]  # 1.0: the check of the largest ratio
+    seen.clear()
+    train(*V2, "--max_steps", "3", "--microbatch", "2")
+    assert len(set(once)) == len(once) == 3 and all(0 <= u < 1 for u in once)
+    assert [u for u in seen if u != 1.0] == [u for u in once for _ in range(2)]
+    seen.clear()
+    train(*V2, "--max_steps", "3", "--seed", "1")
+    assert not set(seen) & set(once)
+
+
+def test_a_step_that_is_not_finite_leaves_adan_and_its_count_of_steps_alone(train, poisoned):
+    poisoned(lambda call: call == 6)  # one image of the second batch of four
+    folder = train(*V2, "--save_interval", "1", "--ema_rate", "0.5", "--max_steps", "3")
+    for kind in ("model", "ema_0.5_"):
+        assert_same_weights(weights(folder, 1, kind), weights(folder, 2, kind))
+        assert all(value.isfinite().all() for value in weights(folder, 3, kind).values())
+    first, second, third = (optimizer_file(folder, step) for step in (1, 2, 3))
+    assert [s["param_groups"][0]["step"] for s in (first, second, third)] == [1, 1, 2]
+    for index, moments in first["state"].items():
+        assert all(torch.equal(value, second["state"][index][name]) for name, value in moments.items())
+
+
+def test_the_state_of_another_optimizer_is_refused(train, monkeypatch, capsys):
+    folder = train("--max_steps", "1")
+    flags = [*TINY_DIGITS, "--max_steps", "2", "--opt", "adan"]
+    assert call(monkeypatch, TRAIN, folder, *flags) == 2
+    assert "it holds exp_avg, exp_avg_sq, step, which --opt adan does not keep" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Optimizers, whole or sharded over the ranks, which a step that is not finite leaves untouched."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim import Adan
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from masked_diffusion.dist_util import Ranks
+
+# The class and its settings. A fused optimizer can be told on the device not to move.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adan": (Adan, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+}
+# What each keeps of a parameter: tells a checkpoint of one from a checkpoint of another.
+_STATE_NAMES = {
+    "adamw": {"step", "exp_avg", "exp_avg_sq"},
+    "adan": {"exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"},
+}
+# zero: each rank keeps the moments of its share of the parameters (ZeRO stage 1, 1910.02054).
+SHARDINGS = ("none", "zero")
+
+
+class GatedOptimizer:
+    """An optimizer whose step can be refused by a flag on the device.
+
+    opt: a key of OPTIMIZERS. shard: one of SHARDINGS; of no effect in a single process. The state it gives and takes
+    is the whole one, in the format of torch's optimizers, whatever the sharding.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], opt: str, lr: float, weight_decay: float, shard: str, ranks: Ranks
+    ) -> None:
+        optimizer_class, settings = OPTIMIZERS[opt]
+        settings = {**settings, "lr": lr, "weight_decay": weight_decay}
+        self._opt = opt
+        self.sharded = shard == "zero" and ranks.world_size > 1
+        self.torch_optimizer: torch.optim.Optimizer
+        if self.sharded:
+            self.torch_optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class, **settings)
+        else:
+            self.torch_optimizer = optimizer_class(parameters, **settings)
+
+    def step(self, lr: float, good: Tensor) -> None:
+        """Update the parameters from their gradients; neither they nor the state move where ``good``, () bool, is not.
+
+        Only AdamW does without the host's waiting for ``good``: Adan counts its steps there.
+        """
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = lr
+        if self._opt == "adamw":
+            moving: Any = self._moving
+            moving.grad_scale, moving.found_inf = None, (~good).float()
+        elif not good.item():
+            return
+        self.torch_optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.torch_optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _moving(self) -> torch.optim.Optimizer:
+        """The optimizer of the parameters that this rank moves."""
+        optimizer = self.torch_optimizer
+        return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+    def state_dict(self, ranks: Ranks) -> dict[str, Any] | None:
+        """The whole state on rank 0, None elsewhere. All ranks have to call it: with shards it is a collective."""
+        if isinstance(self.torch_optimizer, ZeroRedundancyOptimizer):
+            self.torch_optimizer.consolidate_state_dict(to=0)
+        return self.torch_optimizer.state_dict() if ranks.is_main else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> float:
+        """Take the moments of a whole state, with the settings of this run. Returns the learning rate it was saved at.
+
+        Raises ValueError for the state of another optimizer, and what torch raises for that of another model.
+        """
+        for moments in state["state"].values():
+            if set(moments) != _STATE_NAMES[self._opt]:
+                raise ValueError(f"it holds {', '.join(sorted(moments))}, which --opt {self._opt} does not keep")
+        former_lr = state["param_groups"][0]["lr"]
+        for group, own in zip(state["param_groups"], self.torch_optimizer.param_groups, strict=True):
+            group |= {name: value for name, value in own.items() if name != "params"}
+        self.torch_optimizer.load_state_dict(state)
+        for parameter, moments in self._moving.state.items():
+            # A sharded optimizer loads it to the CPU, where fused kernels do not look.
+            if "step" in moments:
+                moments["step"] = moments["step"].to(parameter.device)
+        return former_lr
