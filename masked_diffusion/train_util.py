@@ -524,7 +524,8 @@ class TrainLoop:
     def save_and_wait(self) -> None:
         """Have the present state on disk. Raises OSError when it cannot be written."""
         self._report_save(wait=True)
-        if self.saved_step != self.step:
+        # Only rank 0 knows what is written, and the optimizer's shards come from all.
+        if self.ranks.from_main(lambda: self.saved_step != self.step):
             self.save()
             if error := self._report_save(wait=True):
                 raise error
