@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train an MDT on this machine.
-#   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, on NUM_GPUS GPUs
+#   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, or that of MODEL, on NUM_GPUS GPUs
 #   bash run.sh                                the whole story in minutes, without data or GPU: train on handwritten
 #                                              digits, sample, and see how many of them can be read
 # Settings are environment variables, which --help lists; arguments go to image_train.py, with DATA_PATH only.
@@ -37,13 +37,15 @@ if [ -n "${DATA_PATH:-}" ]; then
     *:*) ;; # a bucket or an embedded data set
     *) [ -d "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
   esac
-  export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_s2}"
+  MODEL="${MODEL:-MDT_S_2}"
+  # shellcheck source=scripts/published.sh
+  source scripts/published.sh
+  export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$run_name}"
   # shellcheck source=scripts/launcher.sh
   source scripts/launcher.sh
   run "${launcher[@]}" --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
-    scripts/image_train.py --data_dir "$DATA_PATH" --image_size "${IMAGE_SIZE:-256}" \
-    --mask_ratio "${MASK_RATIO:-0.30}" --decode_layer "${DECODE_LAYER:-2}" --model "${MODEL:-MDT_S_2}" \
-    --diffusion_steps "${DIFFUSION_STEPS:-1000}" --batch_size "${BATCH_SIZE:-32}" "$@"
+    scripts/image_train.py --data_dir "$DATA_PATH" "${model_flags[@]}" "${training_flags[@]}" \
+    --batch_size "${BATCH_SIZE:-32}" "$@"
   exit
 fi
 

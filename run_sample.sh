@@ -11,12 +11,15 @@ MODEL_PATH="${MODEL_PATH:-output_mdt_xl2/mdt_xl2_v1_ckpt.pt}"
 export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_xl2_eval}"
 NUM_GPUS="${NUM_GPUS:-8}"
 MODEL="${MODEL:-MDT_XL_2}"
-DECODE_LAYER="${DECODE_LAYER:-2}"
-IMAGE_SIZE="${IMAGE_SIZE:-256}"
+# shellcheck source=scripts/published.sh
+source scripts/published.sh
 NUM_SAMPLES="${NUM_SAMPLES:-50000}"
 NUM_SAMPLING_STEPS="${NUM_SAMPLING_STEPS:-250}"
 BATCH_SIZE="${BATCH_SIZE:-32}"
-CFG_SCALE="${CFG_SCALE:-3.8}"
+case "$MODEL" in
+  DiT_*) CFG_SCALE="${CFG_SCALE:-1.5}" ;;
+  *) CFG_SCALE="${CFG_SCALE:-3.8}" ;;
+esac
 REFERENCE="${REFERENCE:-../dataeval/VIRTUAL_imagenet256_labeled.npz}"
 GRAPH="${GRAPH:-}"
 
@@ -35,9 +38,8 @@ sample_and_score() {
   local report=$1 samples="$OPENAI_LOGDIR/samples_${NUM_SAMPLES}x${IMAGE_SIZE}x${IMAGE_SIZE}x3.npz"
   shift
   run python -m torch.distributed.launch --nproc_per_node="$NUM_GPUS" --master_port="${MASTER_PORT:-29500}" \
-    scripts/image_sample.py --model_path "$MODEL_PATH" --model "$MODEL" --image_size "$IMAGE_SIZE" \
-    --decode_layer "$DECODE_LAYER" --num_sampling_steps "$NUM_SAMPLING_STEPS" --num_samples "$NUM_SAMPLES" \
-    --batch_size "$BATCH_SIZE" "$@"
+    scripts/image_sample.py --model_path "$MODEL_PATH" "${model_flags[@]}" \
+    --num_sampling_steps "$NUM_SAMPLING_STEPS" --num_samples "$NUM_SAMPLES" --batch_size "$BATCH_SIZE" "$@"
   run python evaluations/evaluator.py "$REFERENCE" "$samples" --out "$OPENAI_LOGDIR/$report" \
     ${GRAPH:+--graph "$GRAPH"}
 }

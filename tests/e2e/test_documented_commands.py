@@ -109,7 +109,7 @@ TABLE = [
     Row(r"torch\.distributed\.launch .*image_train\.py", **trains("output_mdt_s2"), without="output_mdt_s2"),
     Row(
         r"bash run_ddp_master\.sh$",
-        **trains("output_mdt_xl2"),
+        **trains("output_mdt_ti2"),
         environment={**SMALL_SHELL, "MASTER_ADDR": "127.0.0.1"},
         beside=r"bash run_ddp_worker\.sh",
     ),

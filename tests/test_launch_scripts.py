@@ -1,0 +1,73 @@
+"""The commands that the shell scripts start, by a ``python`` that only says what it is asked for."""
+
+import re
+import stat
+
+import pytest
+from support import REPO, environment, run_command
+
+TRAINING = {
+    "MDT_S_2": "--model MDT_S_2 --image_size 256 --decode_layer 2 --diffusion_steps 1000 --mask_ratio 0.30",
+    "MDTv2_S_2": "--model MDTv2_S_2 --image_size 256 --decode_layer 6 --diffusion_steps 1000 --lr 5e-4 "
+    "--mask_ratio 0.30",
+    "MDTv2_XL_2": "--model MDTv2_XL_2 --image_size 256 --decode_layer 4 --diffusion_steps 1000 --mask_ratio 0.30",
+    "MDT_XL_2": "--model MDT_XL_2 --image_size 256 --decode_layer 2 --diffusion_steps 1000 --mask_ratio 0.30",
+    "DiT_XL_2": "--model DiT_XL_2 --image_size 256 --diffusion_steps 1000",
+}
+
+
+@pytest.fixture
+def asked_for(tmp_path):
+    """Run a script. Returns the command lines that it would start python with."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\nprintf "ASKED %s LOG %s\\n" "$*" "$OPENAI_LOGDIR"\n')
+    python.chmod(stat.S_IRWXU)
+
+    def run(script, **variables):
+        env = environment("", VIRTUAL_ENV="active", **variables)
+        env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        done = run_command(["bash", str(REPO / script)], env)
+        assert done.returncode == 0, done.stderr
+        return [line for line in re.findall(r"^ASKED (.*)$", done.stdout, re.MULTILINE) if "scripts/image_" in line]
+
+    return run
+
+
+@pytest.mark.parametrize("model, folder", [("MDT_S_2", "output_mdt_s2"), ("MDTv2_S_2", "output_mdtv2_s2")])
+def test_run_sh_trains_with_the_published_settings(asked_for, model, folder):
+    [line] = asked_for("run.sh", MODEL=model, DATA_PATH="bucket:images")
+    assert f"image_train.py --data_dir bucket:images {TRAINING[model]} --batch_size 32 LOG {folder}" in line
+    assert "--nproc_per_node=8" in line
+
+
+@pytest.mark.parametrize(
+    "model, nodes, batch, folder",
+    [
+        ("MDT_XL_2", 8, 4, "output_mdt_xl2"),
+        ("MDTv2_XL_2", 4, 8, "output_mdtv2_xl2"),
+        ("DiT_XL_2", 8, 4, "output_dit_xl2"),
+    ],
+)
+def test_the_scripts_for_many_machines_train_with_the_published_settings(asked_for, model, nodes, batch, folder):
+    for script, place in (("run_ddp_master.sh", {}), ("run_ddp_worker.sh", {"MASTER_ADDR": "first", "RANK": 1})):
+        [line] = asked_for(script, MODEL=model, **place)
+        assert f"/dataset/imagenet {TRAINING[model]} --batch_size {batch} LOG {folder}" in line
+        assert f"--nnodes={nodes} --nproc_per_node=8" in line
+
+
+@pytest.mark.parametrize(
+    "model, flags, cfg_scale",
+    [("MDT_XL_2", " --decode_layer 2", 3.8), ("MDTv2_XL_2", " --decode_layer 4", 3.8), ("DiT_XL_2", "", 1.5)],
+)
+def test_run_sample_sh_samples_with_the_published_settings(asked_for, tmp_path, model, flags, cfg_scale):
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    guided, plain = asked_for("run_sample.sh", MODEL=model, MODEL_PATH=weights, REFERENCE=weights)
+    for line in (guided, plain):
+        assert f"--model_path {weights} --model {model} --image_size 256{flags} --num_sampling_steps 250" in line
+    assert f"--cfg_cond True --cfg_scale {cfg_scale}" in guided and "--cfg" not in plain
+
+
+def test_what_the_environment_says_wins(asked_for):
+    [line] = asked_for("run.sh", MODEL="MDTv2_S_2", DATA_PATH="a:b", LR="1e-4", DECODE_LAYER=4, BATCH_SIZE=64)
+    assert "--lr 1e-4" in line and "--decode_layer 4" in line and "--batch_size 64" in line
