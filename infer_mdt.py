@@ -25,6 +25,7 @@ from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
     CHECKPOINT_HELPS,
     SAMPLER_HELPS,
+    WEIGHTS_HELPS,
     add_dict_to_argparser,
     args_to_dict,
     explicit_flags,
@@ -58,6 +59,7 @@ SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 HELPS = {
     **CHECKPOINT_HELPS,
     **SAMPLER_HELPS,
+    **WEIGHTS_HELPS,
     "seed": "determines the noise of each picture, with its number",
     "model_path": f"checkpoint; default: {V1_FILE} in the working directory, else the newest EMA under output_*",
     "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
@@ -80,6 +82,8 @@ def create_argparser() -> argparse.ArgumentParser:
         "model": PUBLISHED["model"],
         "image_size": PUBLISHED["image_size"],
         "decode_layer": None,
+        "interpolate_pos": False,
+        "drop_extra": False,
         "labels": None,
         "cfg_scale": None,
         "scale_pow": None,

@@ -6,6 +6,7 @@ A checkpoint of step s is ``model{s:06d}.pt``, ``ema_{rate}_{s:06d}.pt`` for eac
 model or EMA file is a plain state dict, and may be a ``.safetensors`` instead. Nothing here runs code from a file.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -31,6 +32,9 @@ RUN_FILES = (
     re.compile(r"preview_\d{6,}\.png"),
     re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|tb"),
 )
+# Where training files keep the weights; the averaged ones are those to use.
+WRAPPER_ENTRIES = ("ema", "model", "state_dict")
+WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 PATCH_EMBEDDING = "x_embedder.proj.weight"
 
@@ -331,7 +335,9 @@ def read_file(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(str(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # DiT's training files carry their command line in one. It is a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
         if "GLOBAL" in str(error):  # torch names the class or function that it does not call
             raise ValueError(f"{path}: refused, because reading it could run code that is pickled in it") from None
@@ -339,11 +345,22 @@ def read_file(path: Path) -> Any:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict. Raises ValueError, naming the file, when it holds something else."""
+    """Read a model's state dict, float32, whatever is around it: training files of which it is the entry ``ema`` (or
+    ``model`` or ``state_dict``), and prefixes that wrappers of a module leave.
+
+    Raises ValueError, naming the file, when it holds something else.
+    """
     state = read_file(path)
+    for entry in WRAPPER_ENTRIES:
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
+            break
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: not a model's state dict (a mapping of names to tensors)")
-    return state
+    return {
+        WRAPPER_PREFIXES.sub("", name): value.float() if value.is_floating_point() else value
+        for name, value in state.items()
+    }
 
 
 def read_state(start: Start) -> dict[str, Any] | None:
@@ -364,8 +381,14 @@ def sibling(start: Start, name: Callable[[int, str], str]) -> Path:
     raise FileNotFoundError(f"{paths[0]}: no such file; it belongs to the checkpoint of step {start.step}")
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict strictly. Raises ValueError, naming ``source``, when names or shapes are not the model's."""
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: Path, drop_extra: bool = False) -> None:
+    """Load a state dict strictly. Raises ValueError, naming ``source``, when names or shapes are not the model's.
+
+    drop_extra: leave out names that the model does not have.
+    """
+    if drop_extra:
+        expected = model.state_dict()
+        state = {name: value for name, value in state.items() if name in expected}
     check_names(model, state, source)
     model.load_state_dict(state)
 
@@ -377,22 +400,12 @@ def check_names(model: nn.Module, state: dict[str, Tensor], source: Path) -> Non
     if missing := sorted(set(expected) - set(state)):
         problems.append(f"{len(missing)} names are missing, such as {missing[0]}")
     if extra := sorted(set(state) - set(expected)):
-        problems.append(f"{len(extra)} names are not this model's, such as {extra[0]}")
+        problems.append(
+            f"{len(extra)} names are not this model's, such as {extra[0]} (--drop_extra True leaves them out)"
+        )
     common = [name for name in expected if name in state]
     if wrong := [name for name in common if state[name].shape != expected[name].shape]:
         shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(expected[wrong[0]].shape)}"
         problems.append(f"{len(wrong)} shapes differ, such as {wrong[0]} {shapes}")
     if problems:
         raise ValueError(f"{source}: the checkpoint is of another model or size: {'; '.join(problems)}")
-
-
-def load_weights_for_new_classes(
-    model: nn.Module, state: dict[str, Tensor], source: Path, warn: Callable[[str], None]
-) -> None:
-    """Load weights to start a new training from; where the number of classes differs, the label table stays fresh."""
-    table = model.state_dict()[LABEL_TABLE]
-    loaded = state.get(LABEL_TABLE)
-    if loaded is not None and loaded.shape[0] != table.shape[0]:
-        warn(f"{source} has {loaded.shape[0]} labels, the data {table.shape[0]}: the label table starts anew")
-        state = {**state, LABEL_TABLE: table}
-    load_weights(model, state, source)

@@ -47,6 +47,11 @@ class ClassNames:
             spellings = {item: spellings[item]}
         return {label: name for name, labels in spellings.items() for label in labels}
 
+    def row(self, name: str) -> int | None:
+        """The label of the one class that has this name; None where none or several have it."""
+        found = list(self._meant(name))
+        return found[0] if len(found) == 1 else None
+
     def label(self, item: str) -> int:
         """A label or a class name as a label. Where both could be meant it is the name.
 

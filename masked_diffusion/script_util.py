@@ -27,6 +27,11 @@ MODEL_AND_DIFFUSION_HELPS = {
     "sigma_small": "of the two fixed variances (--learn_sigma False), the posterior's",
     "rescale_learned_sigmas": "multiply the variational term by diffusion_steps / 1000",
 }
+# Help of what scripts that read weights can be told.
+WEIGHTS_HELPS = {
+    "interpolate_pos": "take weights of another resolution: resize their position and relative tables",
+    "drop_extra": "leave out weights that the model does not have, instead of refusing the file",
+}
 
 # Help of the flags that open a checkpoint, beside --model_path.
 CHECKPOINT_HELPS = {

@@ -19,7 +19,8 @@ from masked_diffusion.config import (
 )
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.models import LatentTransformer
+from masked_diffusion.models import MDT, LatentTransformer, can_mask
+from masked_diffusion.weights import Recognised, fit_positions, recognise
 
 HUB_DEFAULTS = [DEFAULT_VAE.format(decoder) for decoder in ("ema", "mse")]
 
@@ -53,22 +54,22 @@ def open_trained(
     device: torch.device | str,
     warn: Callable[[str], None],
 ) -> Trained:
-    """Read a checkpoint, by the configuration beside it, or by the flags where there is none.
+    """Read a checkpoint, by the configuration beside it, or by what its weights show and the flags where there is none.
 
-    flags: by name, the model and process flags (``FIXED_*_SETTINGS``), ``class_cond``, ``sigma_small``, ``vae_path``
-    and ``vae_decoder``. explicit: those given on the command line. warn: told of flags that have no effect.
+    flags: by name, the model and process flags (``FIXED_*_SETTINGS``), ``class_cond``, ``sigma_small``, ``vae_path``,
+    ``vae_decoder``, ``interpolate_pos`` (sample at another ``image_size``) and ``drop_extra`` (leave out weights that
+    the model does not have). explicit: those given on the command line. warn: told of flags that have no effect.
     Raises FileNotFoundError, and ValueError for weights of another model, or a flag that contradicts what is recorded.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--model_path {path}: no such file; {_what_there_is(path.parent)}")
     state = checkpoint.read_weights(path)
-    if not {checkpoint.LABEL_TABLE, checkpoint.PATCH_EMBEDDING} <= set(state):
-        raise ValueError(f"{path}: not an MDT checkpoint, it has no {checkpoint.LABEL_TABLE}")
-    channels = state[checkpoint.PATCH_EMBEDDING].shape[1]
+    shown = recognise(state, path)
     recorded = read_config(path.parent)
+    other_size = flags["interpolate_pos"] and "image_size" in explicit
     if recorded is not None:
-        _check_contradictions(recorded, flags, explicit, path)
-        first_stage = _recorded_first_stage(recorded, flags, explicit, channels, device, warn)
+        _check_contradictions(recorded, flags, explicit - {"image_size"} if other_size else explicit, path)
+        first_stage = _recorded_first_stage(recorded, flags, explicit, shown.in_channels, device, warn)
         config = recorded
         if "sigma_small" in explicit:
             process = dataclasses.replace(recorded.diffusion, sigma_small=flags["sigma_small"])
@@ -77,10 +78,14 @@ def open_trained(
         vae_path = flags["vae_path"] or DEFAULT_VAE.format(flags["vae_decoder"])
         if flags["vae_path"] and "vae_decoder" in explicit:
             warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
-        first_stage = load_first_stage(vae_path, device, channels)
-        config = _config_of_flags(flags, state[checkpoint.LABEL_TABLE].shape[0] - 1, channels, first_stage, path)
+        first_stage = load_first_stage(vae_path, device, shown.in_channels)
+        config = config_of_weights(shown, flags, explicit, first_stage, path, warn)
+    if other_size:
+        size = dataclasses.replace(config.model, image_size=flags["image_size"])
+        config = dataclasses.replace(config, model=size)
     model = config.model.build()
-    checkpoint.load_weights(model, state, path)
+    state = fit_positions(state, model, path, flags["interpolate_pos"], warn)
+    checkpoint.load_weights(model, state, path, flags["drop_extra"])
     return Trained(path, model.to(device).eval().requires_grad_(False), config, first_stage, recorded is not None)
 
 
@@ -136,23 +141,49 @@ def _recorded_first_stage(
     return first_stage
 
 
-def _config_of_flags(
-    flags: dict[str, Any], num_classes: int, channels: int, first_stage: FirstStage, path: Path
+def config_of_weights(
+    shown: Recognised,
+    flags: dict[str, Any],
+    explicit: set[str],
+    first_stage: FirstStage,
+    path: Path,
+    warn: Callable[[str], None],
 ) -> RunConfig:
-    if flags["num_classes"] not in (None, num_classes):
-        raise ValueError(f"--num_classes {flags['num_classes']}: {path} has {num_classes} classes and the null class")
+    """The configuration of a file that has none beside it: the model is what its weights show, the process the flags'.
+
+    Raises ValueError for a flag that the weights contradict.
+    """
+    model = ModelConfig(
+        model=shown.model,
+        image_size=shown.input_size * first_stage.downsample,
+        downsample=first_stage.downsample,
+        in_channels=shown.in_channels,
+        num_classes=shown.num_classes,
+        decode_layer=shown.decode_layer,
+        learn_sigma=shown.learn_sigma,
+    )
+    cannot_show = {"decode_layer"} if shown.decode_layer is None else set()
+    if flags["interpolate_pos"]:
+        cannot_show.add("image_size")
+    for name in sorted(explicit & set(FIXED_MODEL_SETTINGS) - cannot_show):
+        if flags[name] is not None and flags[name] != getattr(model, name):
+            raise ValueError(
+                f"--{name} {flags[name]}: the weights in {path} are of {getattr(model, name)}; leave the flag out"
+            )
+    if not can_mask(shown.model):
+        if flags["decode_layer"] is not None and "decode_layer" in explicit:
+            warn(f"--decode_layer {flags['decode_layer']} is ignored: {shown.model} has no decoder")
+    elif shown.decode_layer is None:
+        decode_layer = flags["decode_layer"]
+        if decode_layer is None:
+            decode_layer = MDT.DEFAULT_DECODE_LAYER
+            warn(f"--decode_layer is taken to be {decode_layer}: neither the weights of an MDT nor a config.json say")
+        model = dataclasses.replace(model, decode_layer=decode_layer)
     return RunConfig(
-        model=ModelConfig(
-            model=flags["model"],
-            image_size=flags["image_size"],
-            downsample=first_stage.downsample,
-            in_channels=channels,
-            num_classes=num_classes,
-            decode_layer=flags["decode_layer"],
-            learn_sigma=flags["learn_sigma"],
-        ),
+        model=model,
         diffusion=DiffusionConfig(
-            sigma_small=flags["sigma_small"], **{name: flags[name] for name in FIXED_PROCESS_SETTINGS}
+            sigma_small=flags["sigma_small"],
+            **{name: flags[name] for name in FIXED_PROCESS_SETTINGS} | {"learn_sigma": shown.learn_sigma},
         ),
         first_stage=first_stage.description,
     )

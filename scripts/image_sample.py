@@ -26,6 +26,7 @@ from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet,
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     SAMPLER_HELPS,
+    WEIGHTS_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
@@ -37,15 +38,16 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.trained import Trained, open_trained
 
-RECORDED = "; the checkpoint's config.json says, where there is one"
+RECORDED = "; the checkpoint's config.json or its weights say, where they can"
 HELPS = {
     **{name: text + RECORDED for name, text in MODEL_AND_DIFFUSION_HELPS.items()},
     "num_samples": "images in the .npz",
     **SAMPLER_HELPS,
     "use_ddim": "the published spelling of --sampler ddim (eta 0)",
     "seed": "with a sample's number, determines its noise and label",
-    "num_classes": "number of classes" + RECORDED + ", else the label table",
+    "num_classes": "number of classes" + RECORDED,
     "sigma_small": MODEL_AND_DIFFUSION_HELPS["sigma_small"],
+    **WEIGHTS_HELPS,
     "model_path": "checkpoint to sample, such as ema_0.9999_400000.pt",
     "num_sampling_steps": "steps of the sampler, whichever it is",
     "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
@@ -90,6 +92,8 @@ def create_argparser() -> argparse.ArgumentParser:
         "model": "MDT_S_2",
         **model_and_diffusion_defaults(),
         "num_classes": None,
+        "interpolate_pos": False,
+        "drop_extra": False,
         "vae_path": None,
         "vae_decoder": "ema",
         "tf32": True,
@@ -128,14 +132,18 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
-    say = stderr_line if place.rank == 0 else lambda message: None
+    say: Callable[[str], None] = stderr_line if place.rank == 0 else lambda message: None
     for message in warnings_of(args, explicit):
         say(f"warning: {message}")
     trained = open_trained(
         Path(args.model_path).expanduser(), vars(args), explicit, device, warn=lambda text: say(f"warning: {text}")
     )
     if not trained.recorded:
-        say(f"no config.json beside {trained.path}: its settings are taken from the flags")
+        model = trained.config.model
+        say(
+            f"no config.json beside {trained.path}: by its weights it is {model.model} for {model.image_size} x "
+            f"{model.image_size}; the process is taken from the flags"
+        )
     if args.cfg_cond and "cfg_channels" in explicit and trained.config.model.in_channels <= GUIDED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
     class_cond = args.class_cond and trained.config.class_cond

@@ -38,6 +38,7 @@ from masked_diffusion.recipes import TRAINING, apply_recipe
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
+    WEIGHTS_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
     args_to_dict,
@@ -48,6 +49,7 @@ from masked_diffusion.script_util import (
     run_script,
 )
 from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
+from masked_diffusion.weights import fit_labels, fit_positions, freeze, recognise
 
 HELPS = {
     **MODEL_AND_DIFFUSION_HELPS,
@@ -83,7 +85,10 @@ HELPS = {
     "resume_checkpoint": "auto, a model file, or empty for a fresh run",
     "overwrite": "move the checkpoints in the output folder aside and start anew",
     "dry_run": "check everything, train two steps, say what a run would take, and write nothing",
-    "init_from": "weights to start from at step 0",
+    "init_from": "weights to start from at step 0; label rows follow the class names",
+    "interpolate_pos": WEIGHTS_HELPS["interpolate_pos"] + ", with --init_from",
+    "drop_extra": WEIGHTS_HELPS["drop_extra"] + ", with --init_from",
+    "freeze": "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)",
     "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
     "class_from": "where class names come from: auto, folder or filename",
     "num_classes": "number of classes, if more than the data has",
@@ -123,6 +128,9 @@ def create_argparser() -> argparse.ArgumentParser:
         "overwrite": False,
         "dry_run": False,
         "init_from": None,
+        "interpolate_pos": False,
+        "drop_extra": False,
+        "freeze": "",
         "use_bf16": False,
         "fp16_scale_growth": 1e-3,
         "model": "MDT_S_2",
@@ -198,8 +206,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
     if start.init_from is not None:
-        weights = checkpoint.read_weights(start.init_from)
-        checkpoint.load_weights_for_new_classes(model, weights, start.init_from, messages.append)
+        load_initial_weights(model, start.init_from, args, dataset.class_names, messages.append)
+    if args.freeze:
+        messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
 
     state = ranks.from_main(lambda: checkpoint.read_state(start))
     config = config.on_ranks(ranks.world_size, state)
@@ -267,6 +276,19 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
 
+def load_initial_weights(
+    model: LatentTransformer, path: Path, args: argparse.Namespace, names: list[str], report: Callable[[str], None]
+) -> None:
+    """--init_from: weights of the same model, perhaps of other classes or another resolution. Raises ValueError."""
+    state = checkpoint.read_weights(path)
+    if (shown := recognise(state, path).model) != args.model:
+        raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown}")
+    former = read_config(path.parent)
+    state = fit_positions(state, model, path, args.interpolate_pos, report)
+    state = fit_labels(state, model, path, former.class_names if former else [], names, report)
+    checkpoint.load_weights(model, state, path, args.drop_extra)
+
+
 def make_run_config(
     args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, first_stage: FirstStage
 ) -> RunConfig:
@@ -300,6 +322,7 @@ def make_run_config(
             random_crop=args.random_crop,
             fast_decode=args.fast_decode,
             schedule_sampler=args.schedule_sampler,
+            freeze=args.freeze,
         ),
     )
 
@@ -384,6 +407,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
         "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")
         or (not args.learn_sigma and "with --learn_sigma False"),
+        **dict.fromkeys(("interpolate_pos", "drop_extra"), not args.init_from and "without --init_from"),
         "min_snr_gamma": args.use_kl and "with --use_kl True",
         **dict.fromkeys(("mask_ratio", "decode_layer"), not can_mask(args.model) and f"by {args.model}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",

@@ -197,9 +197,11 @@ def test_sampling_refuses_files_that_are_no_checkpoint_of_this_model(refused, tr
     assert "1 names are missing, such as mask_token" in damaged("missing.pt", missing)
     assert "1 names are not this model's, such as extra" in damaged("extra.pt", {**state, "extra": torch.zeros(1)})
     other = {**state, "pos_embed": torch.zeros(1, 4, 128)}
-    assert "pos_embed (1, 4, 128) instead of (1, 16, 128)" in damaged("other.pt", other)
+    assert "2 x 2 tokens, this model has 4 x 4; give the --image_size" in damaged("resolution.pt", other)
+    other = {**state, "mask_token": torch.zeros(1, 1, 64)}
+    assert "mask_token (1, 1, 64) instead of (1, 1, 128)" in damaged("other.pt", other)
     assert "not a model's state dict" in damaged("list.pt", [1, 2])
-    assert "run code" in damaged("pickled.pt", {"ema": state, "args": argparse.Namespace()})
+    assert "run code" in damaged("pickled.pt", {"ema": state, "args": argparse.Action(["--x"], "x")})
 
 
 class Malicious:

@@ -17,7 +17,6 @@ from masked_diffusion.checkpoint import (
     check_names,
     damage,
     load_weights,
-    load_weights_for_new_classes,
     newest_complete_step,
     plan_start,
     read_file,
@@ -163,10 +162,12 @@ def test_a_file_with_code_is_refused_in_one_sentence_and_its_code_does_not_run(t
         assert marker.exists()
 
 
-def test_a_training_file_with_an_argparse_namespace_is_refused_in_one_sentence(tmp_path):
+def test_other_classes_than_the_namespace_of_a_command_line_are_refused_in_one_sentence(tmp_path):
     path = tmp_path / "0400000.pt"
     weights = {"w": torch.zeros(2)}
-    torch.save({"model": weights, "ema": weights, "opt": {}, "args": argparse.Namespace(lr=1e-4)}, path)
+    torch.save({"ema": weights, "args": argparse.Namespace(lr=1e-4)}, path)
+    assert list(read_weights(path)) == ["w"]
+    torch.save({"ema": weights, "args": argparse.Namespace(parser=argparse.Action(["--x"], "x"))}, path)
     with pytest.raises(ValueError) as raised:
         read_weights(path)
     assert_one_sentence(raised, path, "refused")
@@ -219,7 +220,7 @@ def test_safetensors_files_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [torch.zeros(1)], torch.zeros(1), {"model": {"w": torch.zeros(1)}}, {"w": torch.zeros(1), "n": 1}]
+    "content", [{}, [torch.zeros(1)], torch.zeros(1), {"net": {"w": torch.zeros(1)}}, {"w": torch.zeros(1), "n": 1}]
 )
 def test_what_is_not_a_mapping_of_names_to_tensors_is_refused_as_weights(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
@@ -267,31 +268,6 @@ def test_weights_of_another_size_are_refused(tmp_path, other, complaint):
     with pytest.raises(ValueError) as raised:
         load_weights(tiny_model(), tiny_model(**other).state_dict(), tmp_path)
     assert_one_sentence(raised, "another model or size", complaint)
-
-
-def test_a_label_table_of_other_classes_starts_anew_with_a_warning(tmp_path):
-    model, warnings = tiny_model(num_classes=3), []
-    fresh_table = model.y_embedder.embedding_table.weight.clone()
-    model.pos_embed.data.zero_()
-    source = tiny_model(num_classes=5).state_dict()
-    load_weights_for_new_classes(model, source, tmp_path / "model.pt", warnings.append)
-    assert torch.equal(model.y_embedder.embedding_table.weight, fresh_table)
-    assert torch.equal(model.pos_embed, source["pos_embed"])
-    assert len(warnings) == 1 and all(part in warnings[0] for part in ("model.pt", "6 labels", "4", "anew"))
-    assert source[checkpoint.LABEL_TABLE].shape == (6, 16)  # the caller's dict is untouched
-
-
-def test_a_label_table_of_as_many_classes_is_kept_without_a_warning(tmp_path):
-    model = tiny_model()
-    state = {name: value + 1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    load_weights_for_new_classes(model, state, tmp_path, pytest.fail)
-    assert torch.equal(model.y_embedder.embedding_table.weight, state[checkpoint.LABEL_TABLE])
-
-
-def test_other_differences_than_the_classes_are_still_refused(tmp_path):
-    state = tiny_model(hidden_size=32, num_classes=3).state_dict()
-    with pytest.raises(ValueError, match="another model or size"):
-        load_weights_for_new_classes(tiny_model(), state, tmp_path, lambda message: None)
 
 
 # -- finding the newest complete one -----------------------------------------------------------------------------------

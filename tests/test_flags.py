@@ -21,6 +21,7 @@ CONTRACT = {
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
         "max_bad_share": 0.01, "opt": "adamw",
         "grad_clip": 0.0, "shard": "none", "use_zero": False, "min_snr_gamma": None,
+        "interpolate_pos": False, "drop_extra": False, "freeze": "",
     },
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
@@ -32,7 +33,7 @@ CONTRACT = {
         "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
-        "cfg_channels": 3,
+        "cfg_channels": 3, "interpolate_pos": False, "drop_extra": False,
     },
     "scripts/check_data.py": {
         "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",
@@ -42,6 +43,7 @@ CONTRACT = {
         "num_sampling_steps": None, "seed": 0, "out": None, "vae_path": None, "decode_layer": None, "device": "auto",
         "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
         "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
+        "interpolate_pos": False, "drop_extra": False,
     },
 }  # fmt: skip
 

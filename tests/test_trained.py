@@ -29,6 +29,8 @@ FLAGS = {
     "class_cond": True,
     "vae_path": None,
     "vae_decoder": "ema",
+    "interpolate_pos": False,
+    "drop_extra": False,
 }
 
 
@@ -162,7 +164,7 @@ def test_weights_of_another_size_than_recorded_are_refused(tmp_path):
 BY_FLAGS = {"model": "MDT_Ti_2", "image_size": 8, "vae_path": "none", "decode_layer": 2}
 
 
-def test_a_file_without_a_record_is_opened_by_the_flags_and_its_label_table(tmp_path):
+def test_a_file_without_a_record_is_opened_by_its_weights_and_the_flags_of_the_process(tmp_path):
     path = write_run(tmp_path, "mdt_xl2_v1_ckpt.pt", recorded=False)
     opened = open_with(path, **BY_FLAGS, diffusion_steps=50, noise_schedule="cosine", sigma_small=True)
     assert not opened.recorded
@@ -171,23 +173,74 @@ def test_a_file_without_a_record_is_opened_by_the_flags_and_its_label_table(tmp_
     assert opened.config.first_stage == PIXELS and opened.config.class_names == []
 
 
-def test_the_class_count_of_the_flags_must_be_that_of_the_label_table(tmp_path):
+UNRECORDED = {
+    "MDT": dataclasses.replace(MODEL, mask_ratio=None),
+    "MDTv2": dataclasses.replace(MODEL, model="MDTv2_Ti_2", mask_ratio=None),
+    "DiT": dataclasses.replace(MODEL, model="DiT_Ti_2", mask_ratio=None, decode_layer=None, learn_sigma=False),
+}
+
+
+@pytest.mark.parametrize("family", UNRECORDED)
+def test_weights_alone_say_which_model_they_are_of(tmp_path, family):
+    path, warnings = write_run(tmp_path, recorded=False, model=UNRECORDED[family]), []
+    opened = open_with(path, warn=warnings.append, vae_path="none")
+    assert opened.config.model == UNRECORDED[family]
+    assert opened.config.diffusion.learn_sigma == UNRECORDED[family].learn_sigma
+    # Only an MDT's weights do not say how many of its blocks are the decoder.
+    assert [text[:34] for text in warnings] == (["--decode_layer is taken to be 2: n"] if family == "MDT" else [])
+
+
+@pytest.mark.parametrize(
+    "flag, value, shown",
+    [("model", "MDT_S_2", "MDT_Ti_2"), ("image_size", 16, 8), ("learn_sigma", False, True), ("num_classes", 8, 7)],
+)
+def test_flags_that_the_weights_contradict_are_refused_with_both_values(tmp_path, flag, value, shown):
     path = write_run(tmp_path, recorded=False)
     assert open_with(path, **BY_FLAGS, num_classes=7).model.num_classes == 7
-    with pytest.raises(ValueError, match="--num_classes 8: .* has 7 classes and the null class"):
-        open_with(path, **BY_FLAGS, num_classes=8)
-
-
-@pytest.mark.parametrize("flag, value", [("model", "MDT_S_2"), ("image_size", 16), ("learn_sigma", False)])
-def test_flags_of_another_model_are_refused(tmp_path, flag, value):
-    path = write_run(tmp_path, recorded=False)
-    with pytest.raises(ValueError, match="another model or size"):
+    with pytest.raises(ValueError, match=f"--{flag} {value}: the weights in .* are of {shown}; leave the flag out"):
         open_with(path, **{**BY_FLAGS, flag: value})
+
+
+def test_the_decoder_of_version_2_is_contradicted_that_of_version_1_taken_and_of_dit_ignored(tmp_path):
+    for family in UNRECORDED:
+        (tmp_path / family).mkdir()
+    paths = {f: write_run(tmp_path / f, recorded=False, model=model) for f, model in UNRECORDED.items()}
+    flags = {"vae_path": "none", "decode_layer": 1}
+    assert open_with(paths["MDT"], **flags).model.decode_layer == 1
+    with pytest.raises(ValueError, match="--decode_layer 1: the weights in .* are of 2"):
+        open_with(paths["MDTv2"], **flags)
+    warnings = []
+    open_with(paths["DiT"], warn=warnings.append, **flags)
+    assert warnings == ["--decode_layer 1 is ignored: DiT_Ti_2 has no decoder"]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_resolution_is_sampled_only_if_asked_for_and_with_a_warning(tmp_path, recorded):
+    path, warnings = write_run(tmp_path, recorded=recorded), []
+    flags = {"image_size": 16} if recorded else {**BY_FLAGS, "image_size": 16}
+    with pytest.raises(ValueError, match="--image_size 16"):
+        open_with(path, **flags)
+    opened = open_with(path, warn=warnings.append, interpolate_pos=True, **flags)
+    assert opened.config.model.image_size == 16 and opened.model.num_tokens == 64
+    assert len(warnings) == 1 and "4 x 4 tokens, this model has 8 x 8: they are resized" in warnings[0]
+
+
+def test_extra_weights_are_refused_unless_they_are_to_be_dropped_and_missing_ones_always(tmp_path):
+    path = write_run(tmp_path)
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "classifier.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="such as classifier.weight .--drop_extra True leaves them out"):
+        open_with(path)
+    opened = open_with(path, drop_extra=True)
+    assert all(torch.equal(value, state[name]) for name, value in opened.model.state_dict().items())
+    torch.save({name: value for name, value in state.items() if name != "final_layer.linear.weight"}, path)
+    with pytest.raises(ValueError, match="names are missing, such as final_layer.linear.weight"):
+        open_with(path, drop_extra=True)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match="resnet.pt: not an MDT checkpoint"):
+    with pytest.raises(ValueError, match="resnet.pt: not a checkpoint of MDT, MDTv2 or DiT"):
         open_with(tmp_path / "resnet.pt", **BY_FLAGS)
 
 
@@ -217,7 +270,7 @@ def test_a_missing_file_is_named_with_the_newest_that_lie_beside_it(tmp_path):
 @pytest.mark.parametrize("recorded", [True, False])
 def test_where_the_first_stage_is_the_hubs_default_the_decoder_is_chosen(tmp_path, loaded_paths, decoder, recorded):
     path = write_run(tmp_path, first_stage=HUB, recorded=recorded)
-    flags = {} if recorded else {"model": "MDT_Ti_2", "image_size": 8, "decode_layer": 2}
+    flags = {} if recorded else {"decode_layer": 2}
     open_with(path, vae_decoder=decoder, **flags)
     assert loaded_paths == [f"stabilityai/sd-vae-ft-{decoder}"]
 
@@ -234,7 +287,7 @@ def test_a_first_stage_that_is_not_the_hubs_default_is_taken_as_recorded(tmp_pat
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_given_first_stage_wins(tmp_path, loaded_paths, recorded):
-    flags = {} if recorded else {"model": "MDT_Ti_2", "image_size": 8, "decode_layer": 2}
+    flags = {} if recorded else {"decode_layer": 2}
     open_with(write_run(tmp_path, first_stage=HUB, recorded=recorded), vae_path="my/vae", **flags)
     assert loaded_paths == ["my/vae"]
 
@@ -249,7 +302,7 @@ def test_a_decoder_that_is_not_chosen_from_warns_where_the_record_has_another_fi
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_decoder_that_is_not_chosen_from_warns_where_a_first_stage_is_given(tmp_path, loaded_paths, recorded):
     warnings = []
-    flags = {} if recorded else {"model": "MDT_Ti_2", "image_size": 8, "decode_layer": 2}
+    flags = {} if recorded else {"decode_layer": 2}
     path = write_run(tmp_path, first_stage=HUB, recorded=recorded)
     open_with(path, warn=warnings.append, vae_decoder="mse", vae_path="my/vae", **flags)
     assert len(warnings) == 1 and "--vae_decoder mse is ignored" in warnings[0] and "my/vae" in warnings[0]
