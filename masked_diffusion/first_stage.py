@@ -9,6 +9,9 @@ from torch import Tensor
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
 PIXEL_SPACE = "none"
+# Of the autoencoders under DEFAULT_VAE, known without loading one.
+DEFAULT_DOWNSAMPLE = 8
+DEFAULT_SCALE = {"scaling_factor": 0.18215, "shift_factor": 0.0}
 
 
 class FirstStage(Protocol):
@@ -53,7 +56,7 @@ class Autoencoder:
     stochastic = True
 
     def __init__(self, vae: Any, vae_path: str) -> None:
-        self._vae = vae.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
         config = vae.config
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
         self.latent_channels = config.latent_channels
@@ -76,7 +79,7 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """The posterior of images (N, 3, H, W): its mean, then its log-variance, (N, 2C, h, w)."""
-        posterior = self._vae.encode(images).latent_dist
+        posterior = self.vae.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -88,12 +91,12 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> images (N, 3, H, W), about in [-1, 1]."""
-        return self._vae.decode(latents / self._scale + self._shift).sample
+        return self.vae.decode(latents / self._scale + self._shift).sample
 
     def weights_sha256(self) -> str:
         """Hexadecimal hash of names and values of all weights, whatever file they came in."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._vae.state_dict().items()):
+        for name, tensor in sorted(self.vae.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()

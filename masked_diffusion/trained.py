@@ -68,7 +68,7 @@ def open_trained(
     recorded = read_config(path.parent)
     other_size = flags["interpolate_pos"] and "image_size" in explicit
     if recorded is not None:
-        _check_contradictions(recorded, flags, explicit - {"image_size"} if other_size else explicit, path)
+        check_contradictions(recorded, flags, explicit - {"image_size"} if other_size else explicit, path)
         first_stage = _recorded_first_stage(recorded, flags, explicit, shown.in_channels, device, warn)
         config = recorded
         if "sigma_small" in explicit:
@@ -79,7 +79,7 @@ def open_trained(
         if flags["vae_path"] and "vae_decoder" in explicit:
             warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
         first_stage = load_first_stage(vae_path, device, shown.in_channels)
-        config = config_of_weights(shown, flags, explicit, first_stage, path, warn)
+        config = config_of_weights(shown, flags, explicit, first_stage.description, first_stage.downsample, path, warn)
     if other_size:
         size = dataclasses.replace(config.model, image_size=flags["image_size"])
         config = dataclasses.replace(config, model=size)
@@ -99,7 +99,8 @@ def _what_there_is(folder: Path) -> str:
     return f"{folder} {there}; train a model, or get published weights as README.md says"
 
 
-def _check_contradictions(recorded: RunConfig, flags: dict[str, Any], explicit: set[str], path: Path) -> None:
+def check_contradictions(recorded: RunConfig, flags: dict[str, Any], explicit: set[str], path: Path) -> None:
+    """Raise ValueError for a flag on the command line that says something else than a configuration."""
     known = {name: getattr(recorded.diffusion, name) for name in FIXED_PROCESS_SETTINGS}
     known |= {name: getattr(recorded.model, name) for name in FIXED_MODEL_SETTINGS}
     if not recorded.class_cond:  # a model with classes can be sampled without them, but not the other way round
@@ -145,7 +146,8 @@ def config_of_weights(
     shown: Recognised,
     flags: dict[str, Any],
     explicit: set[str],
-    first_stage: FirstStage,
+    first_stage: dict[str, Any],
+    downsample: int,
     path: Path,
     warn: Callable[[str], None],
 ) -> RunConfig:
@@ -155,8 +157,8 @@ def config_of_weights(
     """
     model = ModelConfig(
         model=shown.model,
-        image_size=shown.input_size * first_stage.downsample,
-        downsample=first_stage.downsample,
+        image_size=shown.input_size * downsample,
+        downsample=downsample,
         in_channels=shown.in_channels,
         num_classes=shown.num_classes,
         decode_layer=shown.decode_layer,
@@ -185,5 +187,5 @@ def config_of_weights(
             sigma_small=flags["sigma_small"],
             **{name: flags[name] for name in FIXED_PROCESS_SETTINGS} | {"learn_sigma": shown.learn_sigma},
         ),
-        first_stage=first_stage.description,
+        first_stage=first_stage,
     )

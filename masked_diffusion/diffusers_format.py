@@ -1,0 +1,264 @@
+"""Our models for users of ``diffusers``: a pipeline of any of them, and DiT as diffusers' own transformer.
+
+    from masked_diffusion.diffusers_format import MaskedDiffusionPipeline
+    pipeline = MaskedDiffusionPipeline.from_pretrained("mdt_xl2_diffusers")
+    pipeline(["otter", "golden retriever"], guidance_scale=4.0).images[0].save("otter.png")
+
+``scripts/convert_checkpoint.py`` writes such folders.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from masked_diffusion.class_names import ClassNames
+from masked_diffusion.config import DiffusionConfig, RunConfig
+from masked_diffusion.guidance import guided, power_cosine_weight
+from masked_diffusion.layers import sincos_position_table
+from masked_diffusion.models import DiT, LatentTransformer, create_model, family_of
+from masked_diffusion.recipes import SAMPLING
+
+
+class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
+    """MDT, MDTv2 or DiT as a model of diffusers: arguments of :func:`masked_diffusion.models.create_model`."""
+
+    @register_to_config
+    def __init__(
+        self,
+        model: str = "MDT_XL_2",
+        input_size: int = 32,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        decode_layer: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = create_model(
+            model,
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            decode_layer=decode_layer,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """hidden_states: (N, C, H, W); timestep, class_labels: (N,). The sample is (N, C_out, H, W)."""
+        sample = self.network(hidden_states, timestep, class_labels)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class MaskedDiffusionPipeline(DiffusionPipeline):
+    """Class-conditional images from a :class:`MaskedDiffusionTransformer`.
+
+    vae: None for models of pixels. class_names: in the order of the labels; for ImageNet its words are known, too.
+    scheduler: DDPM as trained, or another one of diffusers for fewer steps.
+    """
+
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: MaskedDiffusionTransformer,
+        scheduler: Any,
+        vae: AutoencoderKL | None = None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(class_names=list(class_names))
+
+    def label(self, item: int | str) -> int:
+        """A label or the name of a class as a label. Raises ValueError for what the model does not have."""
+        num_classes = self.transformer.config.num_classes
+        row = item if isinstance(item, int) else ClassNames(num_classes, self.config.class_names).row(item)
+        if row is None or not 0 <= row < num_classes:
+            raise ValueError(f"{item!r}: not one class of this model; labels are 0 ... {num_classes - 1}")
+        return row
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        guidance_scale: float | None = None,
+        scale_pow: float | None = None,
+        num_inference_steps: int = 250,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one image per entry of class_labels: numbers or names of classes.
+
+        guidance_scale, scale_pow: see :func:`masked_diffusion.guidance.power_cosine_weight`; a scale of 1 draws without
+        guidance; None takes those the model is sampled with. output_type: ``pil``, ``np`` (N, H, W, 3) in [0, 1],
+        ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have.
+        """
+        config, device = self.transformer.config, self._execution_device
+        recipe = {"cfg_scale": 3.8, "scale_pow": 4.0, **SAMPLING[family_of(config.model)]}
+        guidance_scale = recipe["cfg_scale"] if guidance_scale is None else guidance_scale
+        y = torch.tensor([self.label(item) for item in class_labels], device=device)
+        predict = partial(self._predict, y=y)
+        if guidance_scale != 1:
+            weight = partial(
+                power_cosine_weight,
+                cfg_scale=guidance_scale,
+                diffusion_steps=self.scheduler.config.num_train_timesteps,
+                scale_pow=recipe["scale_pow"] if scale_pow is None else scale_pow,
+            )
+            denoise = guided(self._predict, config.num_classes, weight)
+            predict = partial(denoise, y=y)
+        shape = (len(y), config.in_channels, config.input_size, config.input_size)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents * self.scheduler.init_noise_sigma
+        takes_variance = self._takes_variance()
+        for t in self.progress_bar(self.scheduler.timesteps):
+            x = self.scheduler.scale_model_input(latents, t)
+            output = predict(x, t.to(device).expand(len(y)))
+            output = output if takes_variance else output[:, : config.in_channels]
+            latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _takes_variance(self) -> bool:
+        """Whether the scheduler uses the network's variance channels; the others get its first channels alone."""
+        if getattr(self.scheduler.config, "variance_type", None) not in ("learned", "learned_range"):
+            return False
+        if isinstance(self.scheduler, DDPMScheduler):
+            return True
+        # A solver made of our scheduler's configuration inherits this word, and would cut channels for it.
+        self.scheduler.register_to_config(variance_type=None)
+        return False
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.transformer(x, t, y, return_dict=False)[0]
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents = self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
+        images = (latents / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
+
+
+def scheduler_of(process: DiffusionConfig) -> DDPMScheduler:
+    """The process as diffusers' DDPM scheduler, on the timesteps that our respacing chooses."""
+    schedules = {"linear": "linear", "squaredcos_cap_v2": "squaredcos_cap_v2", "cosine": "squaredcos_cap_v2"}
+    fixed = "fixed_small" if process.sigma_small else "fixed_large"
+    scale = 1000 / process.diffusion_steps
+    return DDPMScheduler(
+        num_train_timesteps=process.diffusion_steps,
+        beta_start=scale * 1e-4,
+        beta_end=scale * 0.02,
+        beta_schedule=schedules[process.noise_schedule],
+        variance_type="learned_range" if process.learn_sigma else fixed,
+        prediction_type="sample" if process.predict_xstart else "epsilon",
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+
+
+def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL | None) -> MaskedDiffusionPipeline:
+    """A trained model with everything around it, to be called or saved with ``save_pretrained``."""
+    settings = config.model
+    transformer = MaskedDiffusionTransformer(
+        model=settings.model,
+        input_size=settings.latent_shape[-1],
+        in_channels=settings.in_channels,
+        num_classes=settings.num_classes,
+        learn_sigma=settings.learn_sigma,
+        decode_layer=model.decode_layer or None,
+    )
+    transformer.network.load_state_dict(model.state_dict())
+    return MaskedDiffusionPipeline(transformer.eval(), scheduler_of(config.diffusion), vae, config.class_names)
+
+
+# -- DiT as diffusers' own transformer ---------------------------------------------------------------------------------
+
+# Ours -> theirs. A block's attention and conditioning are below.
+_BLOCK_NAMES = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_OUTER_NAMES = {
+    "x_embedder.proj": "pos_embed.proj",
+    "final_layer.adaLN_modulation.1": "proj_out_1",
+    "final_layer.linear": "proj_out_2",
+}
+_CONDITIONING_NAMES = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+    "y_embedder.embedding_table": "class_embedder.embedding_table",
+}
+
+
+def diffusers_dit(model: DiT) -> DiTTransformer2DModel:
+    """A DiT as the class of diffusers, which has a copy of the conditioning in each block.
+
+    Raises ValueError where the positions are not those that diffusers computes.
+    """
+    table = sincos_position_table(model.pos_embed.shape[-1], model.grid_size)
+    if not torch.allclose(model.pos_embed[0], torch.from_numpy(table).float(), atol=1e-4):
+        raise ValueError("the positions of this DiT are not the sin-cos table, which diffusers computes by itself")
+    attention: Any = model.get_submodule("blocks.0.attn")
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=attention.num_heads,
+        attention_head_dim=attention.proj.in_features // attention.num_heads,
+        in_channels=model.in_channels,
+        out_channels=model.out_channels,
+        num_layers=len(model.blocks),
+        sample_size=model.grid_size * model.patch_size,
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=model.num_classes,
+        norm_eps=1e-6,
+    )
+    theirs.load_state_dict(_diffusers_state(model))
+    use_dit_frequencies(theirs)
+    return theirs.eval()
+
+
+def use_dit_frequencies(transformer: DiTTransformer2DModel) -> None:
+    """Let a transformer of diffusers embed timesteps as DiT does.
+
+    Of the 128 frequencies, 10000^(-k / 128) in DiT, diffusers makes 10000^(-k / 127), and no setting in its files says
+    otherwise: a transformer that ``from_pretrained`` has made needs this to give DiT's own numbers.
+    """
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+
+
+def _diffusers_state(model: DiT) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def put(prefix: str, name: str) -> None:
+        state.update({f"{prefix}.{kind}": value for kind, value in modules[name].state_dict().items()})
+
+    for ours, name in _OUTER_NAMES.items():
+        put(name, ours)
+    for i in range(len(model.blocks)):
+        prefix = f"transformer_blocks.{i}"
+        for ours, name in _BLOCK_NAMES.items():
+            put(f"{prefix}.{name}", f"blocks.{i}.{ours}")
+        for ours, name in _CONDITIONING_NAMES.items():
+            put(f"{prefix}.norm1.emb.{name}", ours)
+        for kind, value in modules[f"blocks.{i}.attn.qkv"].state_dict().items():
+            for part, name in zip(value.chunk(3), ("to_q", "to_k", "to_v"), strict=True):
+                state[f"{prefix}.attn1.{name}.{kind}"] = part
+    return state

@@ -1,0 +1,150 @@
+"""Write a checkpoint in another format, with the configuration that makes it usable.
+
+    python scripts/convert_checkpoint.py --model_path mdt_xl2_v1_ckpt.pt --out mdt_xl2/mdt_xl2_v1.safetensors
+
+Takes our files and the published ones of MDT, MDTv2 and DiT. The suffix of --out says what is written: .safetensors or
+.pt (the weights, with config.json beside them); a name without one is a folder for diffusers.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from masked_diffusion import checkpoint, diffusion_defaults
+from masked_diffusion.config import CONFIG_NAME, RunConfig, read_config
+from masked_diffusion.files import atomic_write, write_json
+from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, PIXEL_SPACE, load_first_stage
+from masked_diffusion.models import DiT
+from masked_diffusion.script_util import (
+    MODEL_AND_DIFFUSION_HELPS,
+    WEIGHTS_HELPS,
+    add_dict_to_argparser,
+    explicit_flags,
+    optional,
+    run_script,
+)
+from masked_diffusion.trained import check_contradictions, config_of_weights
+from masked_diffusion.weights import recognise
+
+UNRECORDED = "; for files without config.json"
+PROCESS_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small")
+HELPS = {
+    **{name: MODEL_AND_DIFFUSION_HELPS[name] + UNRECORDED for name in (*PROCESS_FLAGS, "decode_layer")},
+    "drop_extra": WEIGHTS_HELPS["drop_extra"],
+    "model_path": "checkpoint to read: ours or a published one, raw, EMA or a training file",
+    "out": "what to write: a file ending in .safetensors or .pt, or a folder for diffusers",
+    "vae_path": "hub name or folder of the autoencoder, or none for pixel space"
+    + UNRECORDED
+    + "; a folder for diffusers "
+    "gets a copy of it",
+    "diffusers_class": "of a DiT, in a folder for diffusers: ours (MaskedDiffusionPipeline), or dit "
+    "(DiTTransformer2DModel alone)",
+}
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    process = {name: diffusion_defaults()[name] for name in PROCESS_FLAGS}
+    defaults = {"model_path": "", "out": "", "decode_layer": None, **process, "drop_extra": False}
+    defaults |= {"vae_path": None, "diffusers_class": "ours"}
+    parser = argparse.ArgumentParser(description="Write a checkpoint in another format.")
+    add_dict_to_argparser(parser, defaults, {"decode_layer": optional(int)}, HELPS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = create_argparser()
+    args = parser.parse_args(argv)
+    explicit = explicit_flags(parser, argv)
+    return run_script(lambda stack: prepare(args, explicit))
+
+
+def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
+    """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+    for name in ("model_path", "out"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name}: give the file to {'read' if name == 'model_path' else 'write'}")
+    source, out = Path(args.model_path).expanduser(), Path(args.out).expanduser()
+    if out.suffix not in (".safetensors", ".pt", ""):
+        raise ValueError(f"--out {out}: end the name in .safetensors or .pt, or give a folder's name without a suffix")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists; give another name, or move it away")
+    if args.diffusers_class not in ("ours", "dit"):
+        raise ValueError(f"--diffusers_class {args.diffusers_class}: choose ours or dit")
+    if "diffusers_class" in explicit and out.suffix:
+        warn("--diffusers_class is ignored: a file is written")
+    state = checkpoint.read_weights(source)
+    config = config_of(args, explicit, source, state)
+    model = config.model.build()
+    checkpoint.load_weights(model, state, source, args.drop_extra)
+    if not out.suffix:
+        return diffusers_work(model.eval(), config, out, args)
+    former = read_config(out.parent) if out.parent.is_dir() else None
+    if former is not None and former != config:
+        raise ValueError(f"--out {out}: the {CONFIG_NAME} beside it is of other weights; give another folder")
+    return lambda: write_weights(model.state_dict(), config, out)
+
+
+def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state: dict[str, Tensor]) -> RunConfig:
+    """The configuration beside the source, or one by its weights and the flags."""
+    flags = {**diffusion_defaults(), "interpolate_pos": False, **vars(args)}
+    recorded = read_config(source.parent)
+    if recorded is not None:
+        check_contradictions(recorded, flags, explicit, source)
+        return recorded
+    shown = recognise(state, source)
+    vae_path = args.vae_path or DEFAULT_VAE.format("ema")
+    description: dict[str, Any] = {"vae_path": vae_path, **DEFAULT_SCALE}
+    downsample = DEFAULT_DOWNSAMPLE
+    if args.vae_path:
+        first_stage = load_first_stage(vae_path, "cpu", shown.in_channels)
+        description, downsample = first_stage.description, first_stage.downsample
+    return config_of_weights(shown, flags, explicit, description, downsample, source, warn)
+
+
+def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out.parent / CONFIG_NAME, config.as_json())
+    with atomic_write(out) as file:
+        if out.suffix == ".safetensors":
+            file.write(save({name: value.contiguous() for name, value in state.items()}))
+        else:
+            torch.save(state, file)
+    say(f"{out.absolute()}")
+
+
+def diffusers_work(model: Any, config: RunConfig, out: Path, args: argparse.Namespace) -> Callable[[], None]:
+    from masked_diffusion.diffusers_format import diffusers_dit, pipeline_of
+
+    if args.diffusers_class == "dit":
+        if not isinstance(model, DiT):
+            raise ValueError(f"--diffusers_class dit: {config.model.model} is no DiT; leave the flag out")
+        saved = diffusers_dit(model)
+    else:
+        vae_path, vae = args.vae_path or config.first_stage["vae_path"], None
+        if vae_path != PIXEL_SPACE:
+            vae = getattr(load_first_stage(vae_path, "cpu"), "vae", None)
+        saved = pipeline_of(model, config, vae)
+
+    def work() -> None:
+        saved.save_pretrained(out)
+        say(f"{out.absolute()}")
+
+    return work
+
+
+def say(message: str) -> None:
+    sys.stdout.write(message + "\n")
+
+
+def warn(message: str) -> None:
+    sys.stderr.write(f"warning: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Our models through the classes of diffusers: the same numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from golden_arrays import set_golden_weights
+from test_first_stage import save_tiny_autoencoder
+
+from masked_diffusion import create_diffusion
+from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
+from masked_diffusion.diffusers_format import (
+    MaskedDiffusionPipeline,
+    diffusers_dit,
+    pipeline_of,
+    scheduler_of,
+    use_dit_frequencies,
+)
+from masked_diffusion.guidance import guided, power_cosine_weight
+from masked_diffusion.layers import sincos_position_table
+
+NAMES = ["cat", "dog", "otter"]
+
+
+def trained(name="MDT_Ti_2", process=None, **kwargs):
+    """A model of random weights and its configuration."""
+    settings = {"image_size": 16, "downsample": 2, "in_channels": 4, "num_classes": 3, "decode_layer": 2, **kwargs}
+    config = RunConfig(ModelConfig(name, **settings), process or DiffusionConfig(), {}, class_names=NAMES)
+    model = set_golden_weights(config.model.build()).eval()
+    for parameter in model.parameters():
+        parameter.data *= 0.3  # of a size with which a long loop stays finite
+    if name.startswith("DiT"):
+        model.pos_embed.data.copy_(torch.from_numpy(sincos_position_table(128, 4)))
+    return model.requires_grad_(False), config
+
+
+def drawn_by_us(model, config, y, steps, cfg_scale=None, scale_pow=0.0):
+    diffusion = dataclasses.replace(config.diffusion, timestep_respacing=str(steps)).build()
+    total, denoise = config.diffusion.diffusion_steps, model
+    if cfg_scale is not None:
+        denoise = guided(model, 3, lambda t: power_cosine_weight(t, cfg_scale, total, scale_pow))
+    torch.manual_seed(0)
+    noise = torch.randn(len(y), *config.model.latent_shape)
+    return diffusion.p_sample_loop(denoise, noise.shape, noise, clip_denoised=False, model_kwargs={"y": y})
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+CASES = {
+    "MDT": ("MDT_Ti_2", DiffusionConfig()),
+    "MDTv2": ("MDTv2_Ti_2", DiffusionConfig()),
+    "DiT": ("DiT_Ti_2", DiffusionConfig()),
+    "cosine": ("MDT_Ti_2", DiffusionConfig(noise_schedule="cosine")),
+    "100 steps": ("MDT_Ti_2", DiffusionConfig(diffusion_steps=100)),
+    "x0": ("MDT_Ti_2", DiffusionConfig(learn_sigma=False, predict_xstart=True, sigma_small=True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_pipeline_draws_what_our_sampler_draws_with_class_names(case):
+    name, process = CASES[case]
+    model, config = trained(name, process, learn_sigma=process.learn_sigma)
+    scale_pow = 0.0 if name.startswith("DiT") else 4.0
+    expected = drawn_by_us(model, config, torch.tensor([2, 0]), 7, cfg_scale=2.5, scale_pow=scale_pow)
+    pipeline = quiet(pipeline_of(model, config, None))
+    torch.manual_seed(0)
+    images = pipeline(["Otter", 0], guidance_scale=2.5, num_inference_steps=7, output_type="latent").images
+    assert_close(images, expected)
+    torch.manual_seed(0)
+    plain = pipeline([2, "cat"], guidance_scale=1, num_inference_steps=7, output_type="latent").images
+    assert_close(plain, drawn_by_us(model, config, torch.tensor([2, 0]), 7))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 100, 250, 500, 1000])
+def test_the_scheduler_takes_the_timesteps_of_our_respacing(steps):
+    scheduler = scheduler_of(DiffusionConfig())
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == create_diffusion(str(steps)).timestep_map[::-1]
+
+
+def test_a_saved_pipeline_is_the_same_when_it_is_loaded_again(tmp_path):
+    vae = AutoencoderKL.from_pretrained(save_tiny_autoencoder(tmp_path / "vae"))
+    model, config = trained("MDTv2_Ti_2", mask_ratio=0.3)
+    saved = quiet(pipeline_of(model, config, vae))
+    saved.save_pretrained(tmp_path / "pipeline")
+    loaded = quiet(MaskedDiffusionPipeline.from_pretrained(tmp_path / "pipeline"))
+    images = []
+    for pipeline in (saved, loaded):
+        generator = torch.Generator().manual_seed(3)
+        images.append(pipeline(["dog"], num_inference_steps=3, generator=generator, output_type="np").images)
+    assert images[0].shape == (1, 16, 16, 3) and np.array_equal(*images) and images[0].std() > 0
+    [picture] = loaded(["dog"], num_inference_steps=1).images
+    assert picture.size == (16, 16)
+
+
+def test_another_scheduler_of_diffusers_takes_its_place():
+    model, config = trained()
+    pipeline = quiet(pipeline_of(model, config, None))
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    assert pipeline([1], num_inference_steps=4, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize("item", ["lion", 3, -1])
+def test_a_class_that_the_model_does_not_have_is_refused(item):
+    pipeline = pipeline_of(*trained(), None)
+    with pytest.raises(ValueError, match=f"{item}.*: not one class of this model; labels are 0 ... 2"):
+        pipeline([item])
+
+
+# -- DiT as diffusers' own class ---------------------------------------------------------------------------------------
+
+
+def test_diffusers_transformer_predicts_what_our_dit_predicts(tmp_path):
+    model, _ = trained("DiT_Ti_2")
+    theirs = diffusers_dit(model)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999]), torch.tensor([0, 2, 3])
+    torch.testing.assert_close(theirs(x, timestep=t, class_labels=y).sample, model(x, t, y), rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path)
+    loaded = DiTTransformer2DModel.from_pretrained(tmp_path)
+    # What a folder cannot say: see the docstring of use_dit_frequencies.
+    assert not torch.allclose(loaded(x, timestep=t, class_labels=y).sample, model(x, t, y), rtol=1e-2)
+    use_dit_frequencies(loaded)
+    torch.testing.assert_close(loaded(x, timestep=t, class_labels=y).sample, model(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_a_dit_whose_positions_are_not_the_table_is_refused():
+    model, _ = trained("DiT_Ti_2")
+    model.pos_embed.data += 0.1
+    with pytest.raises(ValueError, match="positions"):
+        diffusers_dit(model)
+
+
+def test_diffusers_own_pipeline_draws_what_our_sampler_draws_without_guidance(tmp_path):
+    vae = AutoencoderKL.from_pretrained(save_tiny_autoencoder(tmp_path / "vae", shift_factor=None))
+    model, config = trained("DiT_Ti_2", DiffusionConfig(learn_sigma=True))
+    scheduler = DDIMScheduler.from_config(scheduler_of(config.diffusion).config, set_alpha_to_one=True)
+    theirs = quiet(DiTPipeline(diffusers_dit(model), vae, scheduler))
+    ours = quiet(pipeline_of(model, config, vae))
+    ours.scheduler = scheduler
+    images = []
+    for pipeline in (theirs, ours):
+        generator = torch.Generator().manual_seed(3)
+        arguments = {"guidance_scale": 1, "num_inference_steps": 5, "generator": generator, "output_type": "np"}
+        images.append(pipeline([2, 0], **arguments).images)
+    np.testing.assert_allclose(*images, atol=1e-4)
