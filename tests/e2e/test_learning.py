@@ -109,6 +109,47 @@ def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eigh
     assert np.mean(found) > 0.8  # 1/8 by chance
 
 
+@pytest.fixture(scope="module")
+def digit_folders(tmp_path_factory):
+    """All embedded digits as pictures: 0 ... 7 in one folder, 8 and 9 in another. Also the pixels and labels of all."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    folders = [tmp_path_factory.mktemp(name) for name in ("zero_to_seven", "eight_and_nine")]
+    digits = load_digits()
+    for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        pixels = np.rint(image * 255 / 16).astype(np.uint8)
+        Image.fromarray(np.repeat(pixels[:, :, None], 3, axis=2)).save(folders[int(label >= 8)] / f"{label}_{i}.png")
+    return *folders, digits.data * 255 / 16, digits.target
+
+
+def test_a_model_of_eight_digits_learns_the_other_two_in_a_fraction_of_the_steps(monkeypatch, tmp_path, digit_folders):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    old, new, pixels, target = digit_folders
+    common = [
+        "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--decode_layer", "2", "--batch_size", "32",
+        "--ema_rate", "0.9", "--random_flip", "False", "--preview_samples", "0", "--lr", "2e-3", "--log_interval", "20",
+        "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
+    ]  # fmt: skip
+    runs = {
+        "old": ["--data_dir", old, "--lr_anneal_steps", "240"],
+        "scratch": ["--data_dir", new, "--lr_anneal_steps", "240"],
+        "tuned": ["--data_dir", new, "--lr_anneal_steps", "80", "--init_from", tmp_path / "old" / "ema_0.9_000240.pt"],
+    }
+    for name, flags in runs.items():
+        assert call(monkeypatch, TRAIN, tmp_path / name, *common, *flags) == 0
+    tuned, scratch = (rows(tmp_path / name)[-1] for name in ("tuned", "scratch"))
+    assert tuned["loss"] < scratch["loss"], (tuned, scratch)  # in a third of the steps
+    sample = ["--model_path", tmp_path / "tuned" / "ema_0.9_000080.pt", "--num_samples", "40", "--labels", "8,9"]
+    flags = ["--batch_size", "40", "--num_sampling_steps", "20", "--cfg_cond", "True", "--cfg_scale", "2"]
+    assert call(monkeypatch, SAMPLE, tmp_path, *sample, *flags) == 0
+    with np.load(tmp_path / "samples_40x8x8x3.npz") as file:
+        samples, labels = file["arr_0"][..., 0].reshape(40, -1), file["arr_1"]
+    read = KNeighborsClassifier(3).fit(pixels, target).predict(samples)
+    assert (read == labels + 8).mean() > 0.8, read
+
+
 @pytest.mark.e2e
 def test_run_sh_tells_its_story_in_the_active_environment(tmp_path):
     """The whole script, with a training so short that the digits are noise: the numbers are checked in the slow set."""
