@@ -20,7 +20,9 @@ from masked_diffusion.class_names import ClassNames
 from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.guidance import foreign_settings
 from masked_diffusion.inpainting import image_channels, open_photo
+from masked_diffusion.models import family_of
 from masked_diffusion.pictures import check_picture_path
+from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
     CHECKPOINT_HELPS,
@@ -35,7 +37,7 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.trained import Trained, open_trained
 
-V1_FILE = "mdt_xl2_v1_ckpt.pt"
+V1_FILE, V2_FILE = "mdt_xl2_v1_ckpt.pt", "mdt_xl2_v2_ckpt.pt"
 # What the published script draws with this file.
 PUBLISHED: dict[str, Any] = {
     "model": "MDT_XL_2",
@@ -49,6 +51,15 @@ PUBLISHED: dict[str, Any] = {
     "vae_decoder": "mse",
     "out": "sample.jpg",
 }
+PUBLISHED_V2: dict[str, Any] = {
+    **PUBLISHED,
+    "model": "MDTv2_XL_2",
+    "decode_layer": 4,
+    "seed": 1,
+    "num_sampling_steps": 250,
+    "cfg_scale": 4.0,
+    "labels": "19,23,106,108,278,282",
+}
 # For one's own models, of whatever classes; no labels: all classes in turn.
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
 OWN_IMAGES = 20
@@ -61,7 +72,8 @@ HELPS = {
     **SAMPLER_HELPS,
     **WEIGHTS_HELPS,
     "seed": "determines the noise of each picture, with its number",
-    "model_path": f"checkpoint; default: {V1_FILE} in the working directory, else the newest EMA under output_*",
+    "model_path": f"checkpoint; default: {V1_FILE} or {V2_FILE} in the working directory, else the newest EMA under "
+    "output_*",
     "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
     "out": "picture to write, .png, .jpg, or .gif for the denoising; default: sample.jpg for the published file, else "
     "sample.png",
@@ -123,7 +135,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
     path = Path(args.model_path).expanduser() if args.model_path else find_model(Path.cwd())
     say(f"model: {path}")
-    presets = PUBLISHED if path.name == V1_FILE else OWN
+    presets = {V1_FILE: PUBLISHED, V2_FILE: PUBLISHED_V2}.get(path.name, OWN)
     for name, value in presets.items():
         if name not in explicit:
             setattr(args, name, value)
@@ -137,6 +149,8 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     dist_util.allow_tf32(True)
     flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
     trained = open_trained(path, flags, explicit, device, warn=lambda text: say(f"warning: {text}"))
+    if "guidance" not in explicit:
+        args.guidance = SAMPLING[family_of(trained.config.model.model)].get("guidance", args.guidance)
     for name in sorted(explicit & ignored_flags(args, swept)):
         say(f"warning: --{name} is ignored here")
     if "num_sampling_steps" not in explicit:
@@ -187,14 +201,14 @@ def row_of(
 
 def find_model(folder: Path) -> Path:
     """The published checkpoint in a folder, else the newest EMA of the trainings below it."""
-    published = folder / V1_FILE
-    if published.is_file():
-        return published
+    for name in (V1_FILE, V2_FILE):
+        if (folder / name).is_file():
+            return folder / name
     averages = [path for path in folder.glob("output_*/ema_*.pt") if checkpoint.EMA_FILE.fullmatch(path.name)]
     if not averages:
         raise FileNotFoundError(
-            f"there is no {V1_FILE} and no output_*/ema_*.pt in {folder}: train a model with `bash run.sh`, or give "
-            "one with --model_path"
+            f"there is no {V1_FILE}, no {V2_FILE} and no output_*/ema_*.pt in {folder}: train a model with `bash "
+            "run.sh`, or give one with --model_path"
         )
     return max(averages, key=lambda path: path.stat().st_mtime)
 

@@ -9,25 +9,27 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.models import MDT
+from masked_diffusion.models import LatentTransformer
+from masked_diffusion.optimizers import GatedOptimizer
 from masked_diffusion.train_util import TrainLoop
 
 GIGA = 1e9
 
 
-def forward_gflops(model: MDT, latent_shape: tuple[int, int, int], enable_mask: bool) -> float:
-    """Of one image through the model; a multiply-add counts as one, as in the papers' tables."""
+def forward_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int], enable_mask: bool) -> float:
+    """Of one image through the model; a multiply-add counts as one, as in the papers' tables. Where the mask ratio is
+    drawn, it is the mean one."""
     on_paper = copy.deepcopy(model).to("meta").eval()
     x = torch.zeros(1, *latent_shape, device="meta")
     zero = torch.zeros(1, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_paper(x, zero, zero, enable_mask=enable_mask)
+        on_paper(x, zero, zero, **({"enable_mask": True, "ratio_noise": 0.5} if enable_mask else {}))
     return counter.get_total_flops() / 2 / GIGA
 
 
-def state_gigabytes(model: MDT, num_emas: int) -> float:
-    """Weights, gradients, AdamW's two moments and the EMAs, in float32."""
-    return 4 * (4 + num_emas) * sum(p.numel() for p in model.parameters()) / GIGA
+def state_gigabytes(model: LatentTransformer, optimizer: GatedOptimizer, num_emas: int) -> float:
+    """Weights, gradients, the optimizer's state and the EMAs, in float32."""
+    return 4 * (2 + optimizer.floats_per_parameter + num_emas) * sum(p.numel() for p in model.parameters()) / GIGA
 
 
 def peak_gigabytes(ranks: Ranks) -> float:
@@ -42,14 +44,16 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
-    gflops = [forward_gflops(model, loop.run_config.model.latent_shape, masked) for masked in (False, True)]
+    views = (False, True) if loop.masks else (False,)
+    gflops = [forward_gflops(model, loop.run_config.model.latent_shape, masked) for masked in views]
     passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
-    step = 3 * (sum(gflops) if loop.masks else gflops[0])  # backward takes twice the forward's
+    step = 3 * sum(gflops)  # backward takes twice the forward's
     where = "GPU" if loop.ranks.device.type == "cuda" else "host"
+    state = state_gigabytes(model, loop.optimizer, len(loop.emas))
     lines = [
         f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
         f"GFLOPs per image: forward {passes}, a training step {step:.4g} (a multiply-add counts as one)",
-        f"memory per process: {state_gigabytes(model, len(loop.emas)):.2f} GB for weights, gradients, optimizer, EMA; "
+        f"memory per process: {state:.2f} GB for weights, gradients, optimizer, EMA; "
         f"peak of a step {peak_gigabytes(loop.ranks):.2f} GB on the {where}",
         f"images per epoch: {num_images}, steps per epoch: {num_images / loop.global_batch:.1f} of {loop.global_batch}",
         f"seconds per step: {seconds:.3f} ({loop.global_batch / seconds:.1f} images/s)",

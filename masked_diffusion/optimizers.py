@@ -37,12 +37,18 @@ class GatedOptimizer:
         optimizer_class, settings = OPTIMIZERS[opt]
         settings = {**settings, "lr": lr, "weight_decay": weight_decay}
         self._opt = opt
+        self._ranks = ranks
         self.sharded = shard == "zero" and ranks.world_size > 1
         self.torch_optimizer: torch.optim.Optimizer
         if self.sharded:
             self.torch_optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class, **settings)
         else:
             self.torch_optimizer = optimizer_class(parameters, **settings)
+
+    @property
+    def floats_per_parameter(self) -> float:
+        """Size of this process's state, per parameter of the model."""
+        return len(_STATE_NAMES[self._opt] - {"step"}) / (self._ranks.world_size if self.sharded else 1)
 
     def step(self, lr: float, good: Tensor) -> None:
         """Update the parameters from their gradients; neither they nor the state move where ``good``, () bool, is not.
@@ -67,11 +73,11 @@ class GatedOptimizer:
         optimizer = self.torch_optimizer
         return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
-    def state_dict(self, ranks: Ranks) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any] | None:
         """The whole state on rank 0, None elsewhere. All ranks have to call it: with shards it is a collective."""
         if isinstance(self.torch_optimizer, ZeroRedundancyOptimizer):
             self.torch_optimizer.consolidate_state_dict(to=0)
-        return self.torch_optimizer.state_dict() if ranks.is_main else None
+        return self.torch_optimizer.state_dict() if self._ranks.is_main else None
 
     def load_state_dict(self, state: dict[str, Any]) -> float:
         """Take the moments of a whole state, with the settings of this run. Returns the learning rate it was saved at.

@@ -16,8 +16,7 @@ TRAINING: dict[str, Settings] = {
     "MDTv2": {"opt": "adan", "grad_clip": 1.0, "min_snr_gamma": 5.0, "shard": "zero"},
     "DiT": {"lr": 1e-4},
 }
-# Power 0 makes the power-cosine schedule constant, which is how DiT is guided.
-SAMPLING: dict[str, Settings] = {"MDT": {}, "MDTv2": {}, "DiT": {"cfg_scale": 1.5, "scale_pow": 0.0}}
+SAMPLING: dict[str, Settings] = {"MDT": {}, "MDTv2": {}, "DiT": {"cfg_scale": 1.5, "guidance": "constant"}}
 
 
 def apply_recipe(recipes: dict[str, Settings], model: str, args: argparse.Namespace, explicit: set[str]) -> None:

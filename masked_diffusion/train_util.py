@@ -497,7 +497,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Begin to write a checkpoint, and draw a preview, on rank 0; the others meet it again in the next step."""
-        optimizer_state = self.optimizer.state_dict(self.ranks)
+        optimizer_state = self.optimizer.state_dict()
         if not self.ranks.is_main:
             return
         self._report_save(wait=True)  # one at a time: a snapshot takes as much memory as the training's state

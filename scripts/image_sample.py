@@ -22,6 +22,8 @@ from masked_diffusion.config import library_versions
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.guidance import GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
+from masked_diffusion.models import can_mask
+from masked_diffusion.recipes import SAMPLING, apply_recipe
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -52,7 +54,7 @@ HELPS = {
     "num_sampling_steps": "steps of the sampler, whichever it is",
     "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
     "cfg_cond": "guide with the schedule --guidance up to --cfg_scale",
-    "cfg_scale": "largest weight of the guidance; needs --cfg_cond True",
+    "cfg_scale": "largest weight of the guidance; needs --cfg_cond True; DiT has 1.5 by default",
     "scale_pow": "power of --guidance power_cosine; needs --cfg_cond True",
     "class_cond": "False samples the null class and writes no labels",
     "labels": "random, balanced, or a comma list of labels or class names",
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
     args.sampler = sampler_name(args, explicit)
-    sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
+    SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))  # before the weights are read
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -146,6 +148,14 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         )
     if args.cfg_cond and "cfg_channels" in explicit and trained.config.model.in_channels <= GUIDED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
+    name = trained.config.model.model
+    apply_recipe(SAMPLING, name, args, explicit)
+    sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
+    if sampler.cfg_cond:
+        say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
+        if "guidance" not in explicit:  # else it was said above
+            for ignored in sorted(explicit & foreign_settings(args.guidance)):
+                say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
     class_cond = args.class_cond and trained.config.class_cond
     labels, null = labels_of(args, trained), trained.config.model.num_classes
     make = ImageSampler(

@@ -7,7 +7,9 @@ import torch
 from support import TINY_DIGITS, call
 
 from masked_diffusion.config import ModelConfig
+from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.dry_run import forward_gflops, state_gigabytes
+from masked_diffusion.optimizers import GatedOptimizer
 
 TRAIN = "scripts/image_train.py"
 
@@ -76,5 +78,14 @@ def test_flops_are_those_of_the_papers():
     assert masked / full == pytest.approx(0.75, abs=0.005)
 
 
-def test_the_state_is_weights_gradients_two_moments_and_the_averages():
-    assert state_gigabytes(torch.nn.Linear(1000, 250, bias=False), num_emas=2) == pytest.approx(0.006)
+@pytest.mark.parametrize("opt, gigabytes", [("adamw", 0.006), ("adan", 0.008)])
+def test_the_state_is_weights_gradients_moments_and_the_averages(opt, gigabytes):
+    model = torch.nn.Linear(1000, 250, bias=False)
+    optimizer = GatedOptimizer(model.parameters(), opt, 1e-3, 0.0, "none", Ranks(Place(), torch.device("cpu")))
+    assert state_gigabytes(model, optimizer, num_emas=2) == pytest.approx(gigabytes)
+
+
+@pytest.mark.parametrize("model, views", [("DiT_Ti_2", ""), ("MDTv2_Ti_2", " with all tokens, ")])
+def test_other_families_are_tried_out_with_their_views(dry, tmp_path, model, views):
+    [line] = [line for line in dry(tmp_path, "--model", model) if line.startswith("GFLOPs")]
+    assert (" with all tokens, " in line) == bool(views)

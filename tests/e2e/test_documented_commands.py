@@ -146,7 +146,7 @@ TABLE = [
     Row(
         r"--init_from mdt_xl2_v1_ckpt\.pt",
         **trains("output_flowers"),
-        says="has 1001 labels, the data 3: the label table starts anew",
+        says="label table: 1 of 2 classes are known to mdt_xl2_v1_ckpt.pt by name (daisy); the others start anew",
         without="output_flowers",
     ),
     Row(
@@ -181,6 +181,33 @@ TABLE = [
     Row(r"srun", **trains("output_mdt_xl2"), without="output_mdt_xl2"),
     Row(
         r"--resume_checkpoint \S+/model400000\.pt", **trains("output_longer", f"{TRAINING} --max_steps 400001", 400001)
+    ),
+    Row(
+        r"--freeze ",
+        **trains("output_flowers_frozen", f"{TRAINING} --init_from mdt_xl2_v1_ckpt.pt"),
+        says="frozen: ",
+    ),
+    Row(
+        r"--interpolate_pos True",
+        **trains("output_mdt_xl2_512", f"{TRAINING} --image_size {2 * SIDE} --vae_path $TINY_VAE"),
+        says="they are resized, and such a model has to be trained on",
+    ),
+    # docs/checkpoints.md
+    Row(
+        r"convert_checkpoint\.py .*--out mdt_xl2/",
+        flags="--vae_path $TINY_VAE",
+        makes="mdt_xl2/config.json",
+        says="mdt_xl2_v1.safetensors",
+    ),
+    Row(
+        r"convert_checkpoint\.py .*--out mdt_xl2_diffusers",
+        flags="--vae_path $TINY_VAE",
+        makes="mdt_xl2_diffusers/model_index.json",
+    ),
+    Row(
+        r"convert_checkpoint\.py .*--diffusers_class dit",
+        flags="--vae_path $TINY_VAE",
+        makes="dit_xl2_diffusers/config.json",
     ),
     # docs/sampling.md
     Row(
@@ -277,6 +304,8 @@ def models(tmp_path_factory, images_by_name, tiny_vae):
         assert call(patch, "scripts/encode_latents.py", root, *flags) == 0
     published = MODELS["MDT_Ti_2"](input_size=SIDE // 8, num_classes=1000, decode_layer=2, mask_ratio=0.3)
     torch.save(published.state_dict(), root / "mdt_xl2_v1_ckpt.pt")
+    baseline = MODELS["DiT_Ti_2"](input_size=SIDE // 8, num_classes=1000)
+    torch.save(baseline.state_dict(), root / "DiT-XL-2-256x256.pt")
     return root
 
 
@@ -430,7 +459,7 @@ def message(node):
 
 def sources():
     folders = [REPO / "masked_diffusion", REPO / "evaluations"]
-    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data", "visualize")
+    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data", "visualize", "convert_checkpoint")
     scripts = [REPO / f"scripts/{name}.py" for name in names]
     return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
