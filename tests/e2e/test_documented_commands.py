@@ -144,7 +144,7 @@ TABLE = [
     # docs/data.md
     Row(r"--class_from filename", **trains("output_flat"), says="12 images, 3 classes (n01440764, "),
     Row(
-        r"--init_from mdt_xl2_v1_ckpt\.pt",
+        r"--init_from mdt_xl2_v1_ckpt\.pt --max_steps 100000$",
         **trains("output_flowers"),
         says="label table: 1 of 2 classes are known to mdt_xl2_v1_ckpt.pt by name (daisy); the others start anew",
         without="output_flowers",
@@ -184,12 +184,12 @@ TABLE = [
     ),
     Row(
         r"--freeze ",
-        **trains("output_flowers_frozen", f"{TRAINING} --init_from mdt_xl2_v1_ckpt.pt"),
+        **trains("output_flowers_frozen", TRAINING),
         says="frozen: ",
     ),
     Row(
         r"--interpolate_pos True",
-        **trains("output_mdt_xl2_512", f"{TRAINING} --image_size {2 * SIDE} --vae_path $TINY_VAE"),
+        **trains("output_mdt_xl2_512", f"{TRAINING} --image_size {2 * SIDE}"),
         says="they are resized, and such a model has to be trained on",
     ),
     # docs/checkpoints.md

