@@ -1,4 +1,4 @@
-"""Optimizers, whole or sharded over the ranks, which a step that is not finite leaves untouched."""
+"""What a step moves and leaves untouched where it is not finite: optimizers, whole or sharded, and averages."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +22,7 @@ _STATE_NAMES = {
 }
 # zero: each rank keeps the moments of its share of the parameters (ZeRO stage 1, 1910.02054).
 SHARDINGS = ("none", "zero")
+EMA_GROUP = 64
 
 
 class GatedOptimizer:
@@ -96,3 +97,31 @@ class GatedOptimizer:
             if "step" in moments:
                 moments["step"] = moments["step"].to(parameter.device)
         return former_lr
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, float32 like them."""
+
+    def __init__(self, model: nn.Module, rate: str) -> None:
+        self.rate = rate
+        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # In the order of the model's own state dict, buffers among them, so that the files are alike.
+        self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, good: Tensor) -> None:
+        """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
+        weight = good * (1 - float(self.rate))
+        parameters = [p.detach() for p in model.parameters()]
+        for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
+            averaged = list(self._parameters.values())[start : start + EMA_GROUP]
+            change = torch._foreach_sub(parameters[start : start + EMA_GROUP], averaged)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averaged, change)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._parameters.items():
+            value.copy_(state[name])

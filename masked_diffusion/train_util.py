@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from masked_diffusion.dist_util import Ranks, no_sync
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
+from masked_diffusion.meter import LateFlag, Meter
 from masked_diffusion.models import LatentTransformer, MDTv2, family_of
-from masked_diffusion.optimizers import OPTIMIZERS, SHARDINGS, GatedOptimizer
+from masked_diffusion.optimizers import EMA, OPTIMIZERS, SHARDINGS, GatedOptimizer
 from masked_diffusion.pictures import grid, save_picture
 from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
@@ -33,8 +33,6 @@ from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 
 Batch = dict[str, Tensor]
-QUARTILES = 4
-EMA_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -141,102 +139,6 @@ class TrainConfig:
         if not self.lr_anneal_steps:
             return self.lr
         return self.lr * (1 - step / self.lr_anneal_steps)
-
-
-class Meter:
-    """Running means that stay on the device: losses of the full and the masked (``m_``) view, over all timesteps and
-    by quartile (``_q0`` ... ``_q3``), the gradient's norm, and how many updates were skipped.
-
-    The names are fixed from the start, so that a quartile nobody hit takes part in the reduction over ranks.
-    """
-
-    def __init__(self, loss_names: list[str], num_timesteps: int, ranks: Ranks) -> None:
-        self._losses = loss_names
-        self._num_timesteps = num_timesteps
-        self._ranks = ranks
-        self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
-        self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
-        self._updates = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # sum of norms, made, skipped
-
-    def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
-        """t: (n,) timesteps; losses: name -> (n,)."""
-        quartile = nn.functional.one_hot(t * QUARTILES // self._num_timesteps, QUARTILES).double()  # (n, 4)
-        self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
-        self._counts += quartile.sum(dim=0)
-
-    def add_update(self, norm: Tensor, good: Tensor) -> None:
-        """norm, good: (), alike on all ranks; a gradient norm that is not finite belongs to a skipped update."""
-        self._updates += torch.stack([torch.where(good, norm, 0), good, ~good]).double()
-
-    def flush(self) -> dict[str, float]:
-        """Means over all ranks since the last flush, NaN where there was nothing, and the ``skipped`` updates.
-
-        Reduces once, copies once.
-        """
-        numbers = torch.cat([self._sums.flatten(), self._counts, self._updates])
-        *values, norms, made, skipped = self._ranks.sum_(numbers).tolist()
-        for running in (self._sums, self._counts, self._updates):
-            running.zero_()
-        counts = values[-QUARTILES:]
-        row = {}
-        for i, name in enumerate(self._losses):
-            sums = values[QUARTILES * i : QUARTILES * (i + 1)]
-            row[name] = _mean(sum(sums), sum(counts))
-            row |= {f"{name}_q{q}": _mean(sums[q], counts[q]) for q in range(QUARTILES)}
-        return row | {"grad_norm": _mean(norms, made), "skipped": skipped / self._ranks.world_size}
-
-
-def _mean(total: float, count: float) -> float:
-    return total / count if count else math.nan
-
-
-class EMA:
-    """Exponential moving average of a model's parameters, float32 like them."""
-
-    def __init__(self, model: nn.Module, rate: str) -> None:
-        self.rate = rate
-        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-        # In the order of the model's own state dict, buffers among them, so that the files are alike.
-        self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, good: Tensor) -> None:
-        """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
-        weight = good * (1 - float(self.rate))
-        parameters = [p.detach() for p in model.parameters()]
-        for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
-            averaged = list(self._parameters.values())[start : start + EMA_GROUP]
-            change = torch._foreach_sub(parameters[start : start + EMA_GROUP], averaged)
-            torch._foreach_mul_(change, weight)
-            torch._foreach_add_(averaged, change)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._state
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, value in self._parameters.items():
-            value.copy_(state[name])
-
-
-class LateFlag:
-    """A flag set on the device and read on the host a step later, so that the host does not wait for the step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
-        self._arrived = torch.cuda.Event() if self._on_gpu else None
-
-    def put(self, flag: Tensor) -> None:
-        """flag: () bool on the device."""
-        self._host.copy_(flag, non_blocking=self._on_gpu)
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def get(self) -> bool:
-        """The flag that was put last."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return bool(self._host)
 
 
 class TrainLoop:

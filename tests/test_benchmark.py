@@ -8,7 +8,8 @@ import torch
 from support import call, script
 
 from masked_diffusion.models import MDT
-from masked_diffusion.train_util import EMA, TrainLoop
+from masked_diffusion.optimizers import EMA
+from masked_diffusion.train_util import TrainLoop
 
 BENCHMARK = "scripts/benchmark.py"
 TINY = [

@@ -9,7 +9,8 @@ import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
 from masked_diffusion.checkpoint import read_weights
-from masked_diffusion.train_util import Meter, TrainConfig
+from masked_diffusion.meter import Meter
+from masked_diffusion.train_util import TrainConfig
 
 TRAIN = "scripts/image_train.py"
 
