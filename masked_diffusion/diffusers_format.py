@@ -21,7 +21,7 @@ from torch import Tensor
 
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import DiffusionConfig, RunConfig
-from masked_diffusion.guidance import guided, power_cosine_weight
+from masked_diffusion.guidance import SCHEDULES, guided
 from masked_diffusion.layers import sincos_position_table
 from masked_diffusion.models import DiT, LatentTransformer, create_model, family_of
 from masked_diffusion.recipes import SAMPLING
@@ -91,7 +91,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self,
         class_labels: Sequence[int | str],
         guidance_scale: float | None = None,
-        scale_pow: float | None = None,
+        scale_pow: float = 4.0,
         num_inference_steps: int = 250,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -99,24 +99,25 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per entry of class_labels: numbers or names of classes.
 
-        guidance_scale, scale_pow: see :func:`masked_diffusion.guidance.power_cosine_weight`; a scale of 1 draws without
-        guidance; None takes those the model is sampled with. output_type: ``pil``, ``np`` (N, H, W, 3) in [0, 1],
-        ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have.
+        guidance_scale, scale_pow: see :func:`masked_diffusion.guidance.power_cosine_weight`; a DiT's scale is constant.
+        A scale of 1 draws without guidance; None takes the one the model is scored with. output_type: ``pil``, ``np``
+        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does
+        not have.
         """
         config, device = self.transformer.config, self._execution_device
-        recipe = {"cfg_scale": 3.8, "scale_pow": 4.0, **SAMPLING[family_of(config.model)]}
-        guidance_scale = recipe["cfg_scale"] if guidance_scale is None else guidance_scale
+        recipe = {"cfg_scale": 3.8, "guidance": "power_cosine", **SAMPLING[family_of(config.model)]}
+        settings = {"cfg_scale": recipe["cfg_scale"] if guidance_scale is None else guidance_scale}
+        if recipe["guidance"] == "power_cosine":
+            settings["scale_pow"] = scale_pow
         y = torch.tensor([self.label(item) for item in class_labels], device=device)
         predict = partial(self._predict, y=y)
-        if guidance_scale != 1:
+        if settings["cfg_scale"] != 1:
             weight = partial(
-                power_cosine_weight,
-                cfg_scale=guidance_scale,
+                SCHEDULES[recipe["guidance"]].weight,
                 diffusion_steps=self.scheduler.config.num_train_timesteps,
-                scale_pow=recipe["scale_pow"] if scale_pow is None else scale_pow,
+                **settings,
             )
-            denoise = guided(self._predict, config.num_classes, weight)
-            predict = partial(denoise, y=y)
+            predict = partial(guided(self._predict, config.num_classes, weight), y=y)
         shape = (len(y), config.in_channels, config.input_size, config.input_size)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)

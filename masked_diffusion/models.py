@@ -15,7 +15,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from masked_diffusion.guidance import combine, power_cosine_weight
+from masked_diffusion.guidance import combine, constant_weight, power_cosine_weight
 from masked_diffusion.layers import (
     Block,
     FinalLayer,
@@ -169,7 +169,7 @@ class DiT(LatentTransformer):
         """
         if cfg_scale is None:
             return self(x, t, y)
-        return self._guided(x, t, y, lambda t: torch.full_like(t, cfg_scale, dtype=torch.float32))
+        return self._guided(x, t, y, partial(constant_weight, cfg_scale=cfg_scale))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

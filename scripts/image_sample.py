@@ -22,7 +22,6 @@ from masked_diffusion.config import library_versions
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.guidance import GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
-from masked_diffusion.models import can_mask
 from masked_diffusion.recipes import SAMPLING, apply_recipe
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 from masked_diffusion.script_util import (

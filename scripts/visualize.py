@@ -108,6 +108,7 @@ def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Call
     device = dist_util.choose_device(args.device)
     dist_util.allow_tf32(True)
     flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
+    flags |= {"interpolate_pos": False, "drop_extra": False}
     trained = open_trained(Path(args.model_path).expanduser(), flags, explicit, device, warn)
     config = trained.config
     dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond)

@@ -152,7 +152,7 @@ def test_a_token_is_masked_when_any_pixel_of_it_is_to_be_filled(photo, model):
 def test_masking_chosen_tokens_equals_the_training_pass_that_masks_them(model):
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])
     token_noise = torch.rand(2, 16)
-    dropped = token_noise.argsort(1).argsort(1) >= model.num_keep
+    dropped = token_noise.argsort(1).argsort(1) >= model.num_keep(None)
     expected = model(x, t, y, enable_mask=True, token_noise=token_noise)
     torch.testing.assert_close(model(x, t, y, kept=KeptTokens.all_but(dropped)), expected, rtol=1e-4, atol=1e-5)
 

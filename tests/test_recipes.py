@@ -23,17 +23,22 @@ def weights_of(path, name, num_classes=4):
 
 @pytest.mark.parametrize(
     "flags, guidance",
-    [([], (1.5, 0.0)), (["--cfg_scale", "4"], (4.0, 0.0)), (["--scale_pow", "2"], (1.5, 0.0))],
-    ids=["default", "scale", "power"],
+    [
+        ([], ("constant", 1.5)),
+        (["--cfg_scale", "4"], ("constant", 4.0)),
+        (["--scale_pow", "2"], ("constant", 1.5)),
+        (["--guidance", "power_cosine"], ("power_cosine", 1.5)),
+    ],
+    ids=["default", "scale", "power", "schedule"],
 )
-def test_dit_is_guided_by_a_constant_scale(monkeypatch, tmp_path, capsys, flags, guidance):
+def test_dit_is_guided_by_a_constant_scale_unless_flags_say_otherwise(monkeypatch, tmp_path, capsys, flags, guidance):
     path = weights_of(tmp_path / "dit.pt", "DiT_Ti_2")
     folder = tmp_path / "samples"
     assert call(monkeypatch, SAMPLE, folder, "--model_path", path, *SMALL, "--cfg_cond", "True", *flags) == 0
     settings = json.loads((folder / "manifest.json").read_text())["settings"]
-    assert (settings["guidance"]["cfg_scale"], settings["guidance"]["scale_pow"]) == guidance
+    assert (settings["guidance"]["schedule"], settings["guidance"]["cfg_scale"]) == guidance
     err = capsys.readouterr().err
-    assert f"guidance of DiT_Ti_2: cfg_scale {guidance[0]}, scale_pow 0.0" in err
+    assert f"guidance of DiT_Ti_2: {guidance[0]}, cfg_scale {guidance[1]}" in err
     assert ("warning: --scale_pow is ignored by DiT_Ti_2" in err) == ("--scale_pow" in flags)
     assert "by its weights it is DiT_Ti_2 for 8 x 8" in err
 

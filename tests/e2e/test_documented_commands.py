@@ -459,7 +459,15 @@ def message(node):
 
 def sources():
     folders = [REPO / "masked_diffusion", REPO / "evaluations"]
-    names = ("image_train", "image_sample", "encode_latents", "read_digits", "check_data", "visualize", "convert_checkpoint")
+    names = (
+        "image_train",
+        "image_sample",
+        "encode_latents",
+        "read_digits",
+        "check_data",
+        "visualize",
+        "convert_checkpoint",
+    )
     scripts = [REPO / f"scripts/{name}.py" for name in names]
     return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
