@@ -204,7 +204,7 @@ def find_model(folder: Path) -> Path:
     for name in (V1_FILE, V2_FILE):
         if (folder / name).is_file():
             return folder / name
-    averages = [path for path in folder.glob("output_*/ema_*.pt") if checkpoint.EMA_FILE.fullmatch(path.name)]
+    averages = [path for path in folder.glob("output_*/ema_*") if checkpoint.EMA_FILE.fullmatch(path.name)]
     if not averages:
         raise FileNotFoundError(
             f"there is no {V1_FILE}, no {V2_FILE} and no output_*/ema_*.pt in {folder}: train a model with `bash "

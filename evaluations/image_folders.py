@@ -40,7 +40,7 @@ class ImageFolder:
 
     def _read(self, file: Path) -> np.ndarray:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=["PNG"]) as image:
                 mode, pixels = image.mode, np.asarray(image.convert("RGB"))
         except Exception as error:  # damaged files raise almost anything in Pillow's decoders
             raise ValueError(f"{file}: cannot be read as an image ({error}); remove it or replace it") from error
@@ -94,7 +94,7 @@ def open_image_folder(path: Path) -> ImageFolder:
         raise ValueError(f"{path}: a folder with 1 image, at least 2 are needed for a covariance")
     files.sort(key=lambda file: _natural(file.relative_to(path).as_posix()))
     try:
-        with Image.open(files[0]) as image:
+        with Image.open(files[0], formats=["PNG"]) as image:
             width, height = image.size
     except OSError as error:
         raise ValueError(f"{files[0]}: cannot be read as an image ({error}); remove it or replace it") from error

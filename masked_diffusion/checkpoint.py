@@ -7,6 +7,7 @@ model or EMA file is a plain state dict, and may be a ``.safetensors`` instead. 
 """
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ RUN_FILES = (
     MANIFEST_FILE,
     re.compile(r"(opt|state)\d{6,}\.pt"),
     re.compile(r"preview_\d{6,}\.png"),
-    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|tb"),
+    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb"),
 )
 # Where training files keep the weights; the averaged ones are those to use.
 WRAPPER_ENTRIES = ("ema", "model", "state_dict")
@@ -137,7 +138,8 @@ class CheckpointWriter:
 
     def _write(self, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
         save_checkpoint(self._folder, step, parts, config)
-        prune(self._folder, *self._keep)
+        with contextlib.suppress(OSError):  # the checkpoint is there; old ones can go after the next
+            prune(self._folder, *self._keep)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
@@ -160,6 +162,12 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
             path.unlink()
         removed.append(step)
     return removed
+
+
+def _step_of(path: Path) -> int:
+    """Of a model or EMA file."""
+    match = MODEL_FILE.fullmatch(path.name)
+    return int(match[1] if match else EMA_FILE.fullmatch(path.name)[2])  # type: ignore[index]
 
 
 def is_run_file(name: str) -> bool:
@@ -218,13 +226,23 @@ def newest_complete_step(folder: Path, report: Callable[[str], None], dry_run: b
         problem = damage(folder, step)
         if problem is None:
             return step
-        report(f"the checkpoint of step {step} in {folder} is damaged: {problem}; renamed to .corrupt")
+        damaged = f"the checkpoint of step {step} in {folder} is damaged: {problem}"
         if dry_run:
+            report(damaged)
             continue
+        report(f"{damaged}; renamed to .corrupt")
         # The manifest goes last: a crash in between leaves a checkpoint that is still found to be damaged.
         for path in [*_files_of_step(folder, step), folder / manifest_file(step)]:
-            path.rename(path.with_name(path.name + ".corrupt"))
+            _set_aside(path)
     return None
+
+
+def _set_aside(path: Path) -> None:
+    target, number = path.with_name(f"{path.name}.corrupt"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt{number}")
+    path.rename(target)
 
 
 def _files_of_step(folder: Path, step: int) -> list[Path]:
@@ -272,6 +290,13 @@ def plan_start(
             f"{foreign[-1]} was not written by this code (it has no manifest and no config.json): to go on from it, "
             "give the path of its model file as --resume_checkpoint, else give another OPENAI_LOGDIR"
         )
+    if asked.step and asked.folder == folder and not (folder / "config.json").exists():
+        later = [path for path in weights_in(folder) if _step_of(path) > asked.step]
+        if later and not overwrite:
+            raise ValueError(
+                f"--resume_checkpoint of step {asked.step}: the run would write over {later[-1].name}, which another "
+                f"code left in {folder}; give another OPENAI_LOGDIR"
+            )
     return Start(asked.step, asked.folder, asked.init_from, (*messages, *asked.messages))
 
 
@@ -292,6 +317,11 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
             step = int(match[1])
             if (path.parent / manifest_file(step)).exists() and (problem := damage(path.parent, step)):
                 raise ValueError(f"--resume_checkpoint {path}: this checkpoint is damaged: {problem}; give another one")
+            if not (path.parent / manifest_file(step)).exists() and (path.parent / "config.json").exists():
+                raise ValueError(
+                    f"--resume_checkpoint {path}: this checkpoint is incomplete, it has no {manifest_file(step)}; give "
+                    "an earlier one, or take its weights alone with --init_from"
+                )
             source_folder = folder if path.parent.resolve() == folder.resolve() else path.parent
             return Start(step, source_folder, messages=(f"resuming from {path}",))
         init_from = resume_checkpoint

@@ -82,6 +82,11 @@ def local_world_size(environ: Mapping[str, str]) -> int:
     return 1
 
 
+def was_restarted(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun or SLURM started this command again by itself."""
+    return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def allow_tf32(allowed: bool) -> None:
     """Let CUDA matrix products round their inputs to TF32; no effect elsewhere."""
     torch.backends.cuda.matmul.allow_tf32 = allowed

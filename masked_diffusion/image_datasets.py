@@ -29,6 +29,7 @@ from masked_diffusion.image_files import (
     read_image,
 )
 from masked_diffusion.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.preemption import ignore_signals
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -476,6 +477,7 @@ def load_data(
         batch_sampler=RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size),
         num_workers=num_workers,
         generator=torch.Generator(),  # the loader seeds its workers: from its own generator, not from the global one
+        worker_init_fn=ignore_signals,
         pin_memory=pin_memory,
     )
     return _batches(loader)

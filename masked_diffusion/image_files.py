@@ -214,6 +214,10 @@ class PathTable:
         return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
+# Of the extensions. Pillow knows others, and some can be more than pictures: EPS is a program.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+
+
 class UnreadableImageError(ValueError):
     """A file that is no image to train on, however often it is read. reason: why, in a few words."""
 
@@ -235,7 +239,7 @@ def read_image(path: str, before_decoding: Callable[[Image.Image], None] | None 
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UnreadableImageError(path, error.strerror or str(error)) from error
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(*image.size)  # before anything of this size is allocated
         if before_decoding is not None:
             before_decoding(image)

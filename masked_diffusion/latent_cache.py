@@ -166,7 +166,7 @@ class ShardFiles(Parts):
                     f"--out {self.parts_folder}: it holds latents with {difference}; give another folder, or the "
                     "settings and images of before to go on"
                 )
-        if complete.is_file() and not any(self.missing(0, 1)) and self.has_part(0):
+        if complete.is_file() and not self.missing(0, 1):
             return False
         self.parts_folder.mkdir(parents=True, exist_ok=True)
         write_json(unfinished, dataclasses.asdict(self.record))
@@ -227,7 +227,7 @@ class LatentCache:
     def __init__(self, data_dir: str) -> None:
         self.data_dir = data_dir
         self.record = read_record(data_dir)
-        index = SourceIndex.from_bytes(self._local(INDEX_NAME).read_bytes())
+        index = self._read_index()
         self.paths, self.labels, self._sizes = PathTable(index.paths), index.labels, index.sizes
         self._opened: dict[int, Any] = {}
         self._check_files()
@@ -240,6 +240,14 @@ class LatentCache:
         if not is_remote(self.data_dir):
             return Path(self.data_dir) / name
         return local_copy(join(self.data_dir, name), cache_folder() / "latents" / self.record.digest)
+
+    def _read_index(self) -> SourceIndex:
+        content = self._local(INDEX_NAME).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.record.source_sha256:
+            raise ValueError(
+                f"--data_dir {self.data_dir}: {INDEX_NAME} is damaged; copy it again, or encode into another folder"
+            )
+        return SourceIndex.from_bytes(content)
 
     def _check_files(self) -> None:
         """See that no file is missing or cut off. Remote ones show it when they are read."""

@@ -13,6 +13,7 @@ from masked_diffusion.image_datasets import ImageDataset
 from masked_diffusion.image_files import UnreadableImageError
 from masked_diffusion.latent_cache import ShardFiles
 from masked_diffusion.parts import make_parts
+from masked_diffusion.preemption import ignore_signals
 
 
 class _Images(Dataset[np.ndarray]):
@@ -53,6 +54,7 @@ def encode_shards(
         batch_sampler=[batch for shard in missing for batch in of_shard[shard]],
         num_workers=num_workers,
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
     loaded: Iterator[Tensor] = iter(loader)
@@ -69,7 +71,7 @@ def encode_shards(
             tell(len(images))
         shards.write_part(shard, {name: torch.cat(parts) for name, parts in moments.items() if parts})
 
-    make_parts(shards, encode_shard, rank, world_size)
+    make_parts(shards, encode_shard, rank, world_size, missing)
 
 
 def _batches(indices: range, batch_size: int) -> list[list[int]]:

@@ -52,15 +52,21 @@ class Parts(ABC):
             marker.unlink()
 
 
-def make_parts(parts: Parts, make: Callable[[int, Callable[[int], object]], None], rank: int, world_size: int) -> None:
+def make_parts(
+    parts: Parts,
+    make: Callable[[int, Callable[[int], object]], None],
+    rank: int,
+    world_size: int,
+    missing: list[int] | None = None,
+) -> None:
     """Make this rank's batches and, on rank 0, wait until the others' are there too.
 
-    make: writes the part of one batch, and tells its second argument of every few items that are done. Raises
-    RuntimeError when torchrun has ended, and on rank 0 when another one failed or nothing has come for
-    ``STALL_SECONDS``; all parts stay.
+    make: writes the part of one batch, and tells its second argument of every few items that are done. missing: what
+    ``parts.missing`` said, where ``make`` is prepared for just these batches in this order. Raises RuntimeError when
+    torchrun has ended, and on rank 0 when another one failed or nothing has come for ``STALL_SECONDS``; all parts stay.
     """
     launcher = Launcher()
-    missing = parts.missing(rank, world_size)
+    missing = parts.missing(rank, world_size) if missing is None else missing
     present = set(range(rank, parts.num_batches, world_size)).difference(missing)
     with tqdm(total=parts.num_items, unit="image", disable=rank != 0) as bar:
         bar.update(_num_items(parts, present))
@@ -70,7 +76,8 @@ def make_parts(parts: Parts, make: Callable[[int, Callable[[int], object]], None
                     raise RuntimeError("torchrun has ended; start the same command again to continue")
                 make(batch, bar.update)
         except BaseException:
-            parts.mark_failed(rank)
+            if not launcher.has_ended():  # else a run that was started again would take it for its own rank's
+                parts.mark_failed(rank)
             raise
         if rank == 0:
             _wait_for_others(parts, world_size, bar)

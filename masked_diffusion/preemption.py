@@ -13,12 +13,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 1.0
 
 
+# Read early: after the launcher's end it would be another one's.
+_PARENT = os.getppid()
+
+
+def ignore_signals(_: int = 0) -> None:
+    """In a loader process: signals to the whole process group, such as torchrun sends, are the run's to follow. Its
+    loaders end with it; without them it could not finish its step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Launcher:
     """torchrun, if it started this process. Its ranks are in sessions of their own and survive when it is killed: left
     to themselves, they would write into the folder in which the same command already runs again."""
 
     def __init__(self) -> None:
-        self._pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._pid = _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def has_ended(self) -> bool:
         """Whether there was one, and it is gone."""
@@ -47,9 +58,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a loader process, forked with these handlers
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return  # the run itself decides when its loaders end
+            return
         if self.received is None:
             self.received, self._when = number, time.monotonic()
         elif time.monotonic() - self._when > SAME_REQUEST_SECONDS:

@@ -224,9 +224,9 @@ class SampleSet(Parts):
                 self._move_aside()
                 if samples.with_suffix(".png").is_file():
                     samples.with_suffix(".png").rename(self.path.with_suffix(".png"))
-                samples.rename(self.path)
-                manifest.unlink()
                 write_json(self.folder / MANIFEST_NAME, {**record, "samples": self.path.name})
+                samples.rename(self.path)  # a kill before this leaves the numbered manifest, to be restored again
+                manifest.unlink()
                 return True
         return False
 

@@ -243,6 +243,8 @@ class TrainLoop:
                 failure = self._failure()
                 asked = signals.received is not None or launcher.has_ended() or self.data.failure is not None
                 stopping = self.ranks.any(asked)
+            self._check_last_step()
+            failure = failure or self._failure()
             self._tell_bad_images()
             self.save_and_wait()
         return self._leave(failure, self.step == end, launcher.has_ended())
@@ -461,7 +463,8 @@ class TrainLoop:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not this model's optimizer state ({error})") from None
         if (state := checkpoint.read_state(start)) is not None:
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty without --use_fp16
+                self.scaler.load_state_dict(state["scaler"])
             self.schedule_sampler.load_state_dict(state["schedule_sampler"])
         now = self.config.lr_at(self.step)
         if not self.config.lr_anneal_steps and former != now:

@@ -87,7 +87,18 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     former = read_config(out.parent) if out.parent.is_dir() else None
     if former is not None and former != config:
         raise ValueError(f"--out {out}: the {CONFIG_NAME} beside it is of other weights; give another folder")
+    if former is None and out.parent.is_dir() and (others := weight_files(out.parent, source)):
+        raise ValueError(
+            f"--out {out}: a new {CONFIG_NAME} in {out.parent} would speak of {others[0].name}, too; give another "
+            "folder"
+        )
     return lambda: write_weights(model.state_dict(), config, out)
+
+
+def weight_files(folder: Path, source: Path) -> list[Path]:
+    """Weights in a folder other than those that are converted."""
+    files = (path for form in checkpoint.WEIGHTS_FORMATS for path in sorted(folder.glob(f"*.{form}")))
+    return [path for path in files if path.resolve() != source.resolve()]
 
 
 def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state: dict[str, Tensor]) -> RunConfig:
@@ -96,6 +107,8 @@ def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state:
     recorded = read_config(source.parent)
     if recorded is not None:
         check_contradictions(recorded, flags, explicit, source)
+        for name in sorted(explicit & {"vae_path", "sigma_small"}):
+            warn(f"--{name} is ignored: {source.parent / CONFIG_NAME} says it")
         return recorded
     shown = recognise(state, source)
     vae_path = args.vae_path or DEFAULT_VAE.format("ema")

@@ -8,6 +8,7 @@ Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDI
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     run_config = dataclasses.replace(run_config, model=built)
 
     folder = ranks.from_main(output_folder)
+    if dist_util.was_restarted(os.environ):  # what was asked of the first start must not undo its work
+        args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
+        if not os.environ.get("OPENAI_LOGDIR"):
+            raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
     start = ranks.from_main(
         lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite, args.dry_run)
     )

@@ -658,3 +658,37 @@ def test_saved_bytes_hold_no_object_that_needs_code(tmp_path):
     write_checkpoint(tmp_path, 1, **{"model000001.pt": tiny_model().state_dict()})
     for name in ("model000001.pt", "ema_0.9999_000001.pt", "opt000001.pt", "state000001.pt"):
         torch.load(io.BytesIO((tmp_path / name).read_bytes()), weights_only=True)
+
+
+def test_an_incomplete_checkpoint_of_ours_is_not_taken_for_a_published_one(tmp_path):
+    write_checkpoint(tmp_path, 10)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoint000010.json").unlink()
+    with pytest.raises(ValueError, match=r"incomplete, it has no checkpoint000010\.json.*--init_from"):
+        plan(tmp_path, str(tmp_path / "model000010.pt"))
+
+
+def test_published_weights_of_a_later_step_are_not_written_over(tmp_path):
+    for step in (50, 100):
+        torch.save({"w": torch.zeros(1)}, tmp_path / checkpoint.model_file(step))
+    with pytest.raises(ValueError, match=r"write over model000100\.pt"):
+        plan(tmp_path, str(tmp_path / "model000050.pt"))
+    assert plan(tmp_path, str(tmp_path / "model000100.pt")).step == 100
+
+
+def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(tmp_path):
+    for _ in range(2):
+        write_checkpoint(tmp_path, 1)
+        tear(tmp_path / "model000001.pt")
+        assert newest_complete_step(tmp_path, lambda _: None) is None
+    assert {"model000001.pt.corrupt", "model000001.pt.corrupt2"} <= set(names(tmp_path))
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    writer = checkpoint.CheckpointWriter(tmp_path, keep_last=2)
+    writer.start(1, {"model000001.pt": {"w": torch.zeros(1)}}, {})
+    assert writer.outcome(wait=True) == (1, None)

@@ -427,3 +427,11 @@ def test_a_file_that_is_missing_or_forbidden_is_unreadable_at_once(monkeypatch, 
     with pytest.raises(UnreadableImageError, match=error.strerror):
         read_image("gs://bucket/a.png")
     assert storage.calls == 1
+
+
+def test_a_program_called_a_picture_is_refused_and_not_run(tmp_path):
+    """Pillow would hand an EPS to Ghostscript, whatever its name."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(UnreadableImageError, match="cannot identify"):
+        read_image(str(path))

@@ -351,7 +351,7 @@ def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(
     path = folder / "opt000002.pt"
     state = torch.load(path, weights_only=True)
     state["param_groups"][0].update(fused=None, foreach=True, weight_decay=0.7, lr=1.0)
-    for name in ("checkpoint000002.json", "state000002.pt"):  # as the published code leaves them
+    for name in ("checkpoint000002.json", "state000002.pt", "config.json"):  # as the published code leaves them
         (folder / name).unlink()
     torch.save(state, path)
     resumed = train("--max_steps", "4", "--lr", "1e-3", "--resume_checkpoint", folder / "model000002.pt")
@@ -490,3 +490,34 @@ def test_the_state_of_another_optimizer_is_refused(train, monkeypatch, capsys):
     flags = [*TINY_DIGITS, "--max_steps", "2", "--opt", "adan"]
     assert call(monkeypatch, TRAIN, folder, *flags) == 2
     assert "it holds exp_avg, exp_avg_sq, step, which is not what --opt adan keeps" in capsys.readouterr().err
+
+
+def test_a_command_that_is_started_again_goes_on_whatever_the_first_start_was_asked(train, monkeypatch, tmp_path):
+    whole = train("--lr", "1e-3", "--max_steps", "4")
+    for flags in (["--overwrite", "True"], ["--resume_checkpoint", ""]):
+        folder = train("--lr", "1e-3", "--max_steps", "2")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        train("--lr", "1e-3", "--max_steps", "4", *flags, folder=folder)
+        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+        assert_same_weights(weights(whole, 4), weights(folder, 4))
+        assert not list(folder.glob("former_*"))
+
+
+def test_a_restarted_command_without_a_folder_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, TRAIN, "", *TINY_DIGITS) == 2
+    assert "OPENAI_LOGDIR is not set" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_in_another_precision(train):
+    folder = train("--max_steps", "1")
+    train("--max_steps", "2", "--use_fp16", "True", folder=folder)
+    train("--max_steps", "3", folder=folder)
+    assert weights(folder, 3)
+
+
+def test_the_last_bad_step_counts(train, poisoned):
+    poisoned(lambda call: call >= 4)  # of two steps of four images the second
+    with pytest.raises(FloatingPointError, match="1 steps in a row"):
+        train("--max_steps", "2", "--max_bad_steps", "1")

@@ -22,6 +22,7 @@ from golden_arrays import GOLDENS
 from PIL import Image
 from support import COLOURS, REPO, TIMEOUT, call, environment, free_port, make_colour_folder, run_command
 
+from masked_diffusion.files import write_json
 from masked_diffusion.models import MODELS
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "evaluations" / "README.md"]
@@ -295,10 +296,12 @@ def models(tmp_path_factory, images_by_name, tiny_vae):
             flags = TRAINING.replace("$TINY_VAE", str(tiny_vae)).split()
             flags += ["--mask_ratio", "0.3", "--decode_layer", "2", "--data_dir", images_by_name / data]
             assert call(patch, "scripts/image_train.py", root / name, *flags) == 0
-            for path in root.glob(f"{name}/*000001.pt"):
+            manifest = json.loads((root / name / "checkpoint000001.json").read_text())
+            for path in root.glob(f"{name}/*000001.*"):
                 path.rename(path.with_name(path.name.replace("000001", str(step))))
-            (root / name / "checkpoint000001.json").unlink()
-            [(root / name / f"state{step}.pt").unlink(), (root / name / "progress.csv").unlink()]
+            files = {file.replace("000001", str(step)): facts for file, facts in manifest["files"].items()}
+            write_json(root / name / f"checkpoint{step}.json", {**manifest, "step": step, "files": files})
+            (root / name / "progress.csv").unlink()
         flags = ["--data_dir", images_by_name / "imagenet", "--vae_path", tiny_vae]
         flags += ["--out", root / "latents_imagenet256", *ENCODING.split()]
         assert call(patch, "scripts/encode_latents.py", root, *flags) == 0

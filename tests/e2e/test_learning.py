@@ -91,7 +91,7 @@ def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pi
 @pytest.mark.parametrize("mode", ["side", "plain"])
 def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eight_digits, overfitted, mode):
     folder, pixels = eight_digits
-    flags = {"vae_path": None, "vae_decoder": "ema"}
+    flags = {"vae_path": None, "vae_decoder": "ema", "interpolate_pos": False, "drop_extra": False}
     trained = open_trained(overfitted / "ema_0.98_000400.pt", flags, set(), "cpu", warn=pytest.fail)
     sampler = SamplerConfig(20, "ddim", cfg_cond=True, cfg_scale=1.5)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, "cpu")

@@ -90,6 +90,20 @@ def test_a_signal_lets_the_run_save_and_the_same_command_goes_on(undisturbed, tm
     assert_ends_as(tmp_path, reference)
 
 
+@pytest.mark.parametrize("undisturbed, launched", [(None, False), (2, True)], indirect=["undisturbed"], ids=str)
+def test_loader_processes_do_not_die_of_a_signal_to_the_whole_group(undisturbed, tmp_path, launched):
+    """torchrun and many schedulers send it so. Without its loaders a training could not finish its step."""
+    reference, processes = undisturbed
+    process = start(tmp_path, "--num_workers", 2, processes=processes)
+    wait_for_step(process, tmp_path, 12)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == STOPPED if not launched else process.returncode != 0, out
+    assert "stopped by a signal after step" in out and "DataLoader worker" not in out, out
+    step = int(rows(tmp_path)[-1]["step"])
+    assert (tmp_path / f"checkpoint{step:06d}.json").exists()
+
+
 @pytest.mark.parametrize("undisturbed", [2], indirect=True)
 def test_torchrun_passes_on_the_signal_of_a_slurm_preemption_where_it_is_told_to(undisturbed, tmp_path):
     from torch.distributed.run import get_args_parser
