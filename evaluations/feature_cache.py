@@ -13,7 +13,7 @@ from atomic_file import atomic_file
 from feature_extraction import Features
 from fidelity_metrics import Statistics
 
-FORMAT = 2  # raise when the features of the same images and graph change
+FORMAT = 3  # raise when the features of the same images and graph change, or their radii
 _ENTRIES = ("pool", "mu", "sigma", "root", "mu_s", "sigma_s", "root_s")
 _RADII = "radii_"
 

@@ -5,20 +5,18 @@ Nothing here knows files or networks: features go in, numbers come out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from distances import slices, squared_distances
 
 NEIGHBOURS = 3  # k of the manifolds' radii (ADM suite)
 BLOCK = 10_000  # rows and columns of a distance block: ADM decides per such block whether float16 is enough
 SPLIT_SIZE = 5_000  # samples in a split of the Inception Score
 TOLERANCE = 1e-8  # of a Fréchet distance, relative to the covariances' traces
-_TILE = 1_000  # rows of a block computed at once; bounds memory, changes no result
-_ROWS_IN_CACHE = 32  # rows that are rounded while the processor's cache holds them
-_DROPPED_BITS = 13  # float32 has 24 bits of precision, float16 has 11
-_HALF_OVERFLOW = 65520.0  # the smallest number that float16 rounds to infinity
+_TILE = 1_000  # samples of a split computed at once; bounds memory, changes no result
 
 
 @dataclass(frozen=True)
@@ -49,44 +47,52 @@ class RunningMoments:
 
     def __init__(self) -> None:
         self.count = 0  # of the vectors in mean and scatter
-        self._pending = np.empty((0, 0), dtype=np.float32)  # vectors that are not yet a chunk of D
+        self._chunk = np.empty((0, 0), dtype=np.float32)  # (D, D): room for vectors that wait
+        self._waiting = 0
         self._mean: np.ndarray = np.zeros(0)
         self._scatter: np.ndarray = np.zeros((0, 0))
 
     def add(self, batch: np.ndarray) -> None:
         """Take in a batch of feature vectors, (n, D) with n >= 1."""
-        rows = np.concatenate([self._pending, batch]) if len(self._pending) else batch
-        width = rows.shape[1]
-        whole = max(0, (len(rows) - 1) // width * width)  # at least one vector waits, so that D vectors do
-        for chunk in _slices(whole, width):
-            self._merge(rows[chunk])
-        self._pending = rows[whole:].copy()  # not a view that keeps all of the rows
+        width = batch.shape[1]
+        if not len(self._chunk):
+            self._chunk = np.empty((width, width), dtype=batch.dtype)
+        taken = 0
+        while taken < len(batch):
+            if self._waiting == width:  # only now, so that D vectors wait for what comes
+                self._merge(self._chunk)
+                self._waiting = 0
+            rows = batch[taken : taken + width - self._waiting]
+            self._chunk[self._waiting : self._waiting + len(rows)] = rows
+            self._waiting += len(rows)
+            taken += len(rows)
 
     def _merge(self, chunk: np.ndarray) -> None:
-        rows = chunk.astype(np.float64)
+        count, width = chunk.shape
         if not self.count:
-            self._mean, self._scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
-        mean = rows.mean(axis=0)
+            self._mean, self._scatter = np.zeros(width), np.zeros((width, width))
+        mean = chunk.mean(axis=0, dtype=np.float64)
         delta = mean - self._mean
-        total = self.count + len(rows)
-        shift = delta * np.sqrt(self.count * len(rows) / total)
-        spread = np.vstack([rows - mean, shift])  # (n + 1, D): the shift of the mean counts as one more row
+        total = self.count + count
+        spread = np.empty((count + 1, width))
+        np.subtract(chunk, mean, out=spread[:-1])
+        spread[-1] = delta * np.sqrt(self.count * count / total)  # the shift of the mean counts as one more row
         self._scatter += spread.T @ spread
-        self._mean += delta * (len(rows) / total)
+        self._mean += delta * (count / total)
         self.count = total
 
     def statistics(self) -> Statistics:
         """Mean and covariance (divisor count - 1). Raises ValueError when fewer than 2 vectors came in."""
-        count = self.count + len(self._pending)
+        count, waiting = self.count + self._waiting, self._chunk[: self._waiting]
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {count}")
         if not self.count:
-            rows = self._pending.astype(np.float64)
+            rows = waiting.astype(np.float64)
             root = np.ascontiguousarray((rows - rows.mean(axis=0)).T) / np.sqrt(count - 1)  # (D, n)
             return Statistics(rows.mean(axis=0), root @ root.T, root)
-        if len(self._pending):
-            self._merge(self._pending)
-            self._pending = self._pending[:0]
+        if len(waiting):
+            self._merge(waiting)
+            self._waiting = 0
         return Statistics(self._mean.copy(), self._scatter / (count - 1))
 
 
@@ -118,15 +124,31 @@ def _trace_of_root(a: Statistics, b: Statistics, tolerance: float) -> float:
     if any(root is not None and root.shape[1] <= len(root) // 2 for root in (a.root, b.known_root)):
         return _overlap(a, b)
     product = a.root.T @ b.sigma @ a.root
-    values = np.linalg.eigvalsh((product + product.T) / 2.0)
+    with _one_thread():
+        values = np.linalg.eigvalsh(product)
     noise = np.sqrt(len(values)) * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
     certain = values[values > noise]  # the others count as 0
     error = (noise / (2.0 * np.sqrt(certain))).sum() + (len(values) - len(certain)) * np.sqrt(noise)
     return float(np.sqrt(certain).sum()) if error <= tolerance else _overlap(a, b)
 
 
+def _one_thread() -> AbstractContextManager[object]:
+    """Linear algebra on one thread inside the block, where threadpoolctl is installed.
+
+    Half of the work for eigenvalues is products of a matrix with a vector, and OpenBLAS's threads wait, busily, for
+    each other at every one of them: where the machine has other work, two take five times as long as one.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # slower, the same numbers
+        return nullcontext()
+    return threadpool_limits(1, user_api="blas")
+
+
 def _overlap(a: Statistics, b: Statistics) -> float:
-    return float(np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum())
+    product = a.root.T @ b.root
+    with _one_thread():
+        return float(np.linalg.svd(product, compute_uv=False).sum())
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
@@ -138,7 +160,8 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.cholesky(symmetric)
     except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(symmetric)
+        with _one_thread():
+            values, vectors = np.linalg.eigh(symmetric)
         positive = values > 0.0
         return np.ascontiguousarray(vectors[:, positive] * np.sqrt(values[positive]))  # as it is read back from a file
 
@@ -154,7 +177,7 @@ def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLI
     for start in range(0, len(pool), split_size):
         split = pool[start : start + split_size]
         negative_entropy, marginal = 0.0, np.zeros(weight.shape[1])
-        for rows in _slices(len(split), _TILE):
+        for rows in slices(len(split), _TILE):
             logits = (split[rows] @ weight).astype(np.float64)  # (n, classes)
             logits -= logits.max(axis=1, keepdims=True)
             log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))  # finite where p itself underflows
@@ -204,8 +227,8 @@ def inside_manifolds(
     sample_radii = manifold_radii(samples, half, block=block)
     sample_inside = np.zeros(len(samples), dtype=bool)
     reference_inside = np.zeros(len(reference), dtype=bool)
-    for rows in _slices(len(reference), block):
-        for columns in _slices(len(samples), block):
+    for rows in slices(len(reference), block):
+        for columns in slices(len(samples), block):
             distances = squared_distances(reference[rows], samples[columns], half)
             sample_inside[columns] |= (distances <= reference_radii[rows, None]).any(axis=0)
             reference_inside[rows] |= (distances <= sample_radii[None, columns]).any(axis=1)
@@ -219,87 +242,14 @@ def manifold_radii(features: np.ndarray, half: bool = True, k: int = NEIGHBOURS,
     """
     rank = min(k, len(features) - 1)  # the vector itself, at distance 0, is rank 0
     radii = np.empty(len(features), dtype=np.float32)
-    for rows in _slices(len(features), block):
+    for rows in slices(len(features), block):
         nearest = np.empty((rows.stop - rows.start, 0), dtype=np.float32)
-        for columns in _slices(len(features), block):
-            distances = squared_distances(features[rows], features[columns], half)
+        for columns in slices(len(features), block):
+            own = features[rows]
+            distances = squared_distances(own, own if columns == rows else features[columns], half)
             last = min(rank, distances.shape[1] - 1)
             distances.partition(last, axis=1)  # in place: the block is ours, and large
             nearest = np.concatenate([nearest, distances[:, : last + 1]], axis=1, dtype=np.float32)
             nearest = np.sort(nearest, axis=1)[:, : rank + 1]
         radii[rows] = nearest[:, rank]
     return radii
-
-
-def squared_distances(u: np.ndarray, v: np.ndarray, half: bool = True) -> np.ndarray:
-    """Squared Euclidean distances |u|² - 2 u·v + |v|², at least 0, between the rows of u (n, D) and v (m, D).
-
-    half: every step is rounded to float16, unless that makes any entry infinite: then all of the block is computed in
-    float32. Returns (n, m) float32, in the first case values of float16: comparing those is what takes long.
-    Raises ValueError when float32 overflows, too.
-    """
-    if half:
-        distances = _half_distances(u, v)
-        if distances is not None:
-            return distances
-    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32) for x in (u, v))
-        distances = u @ v.T
-        distances *= np.float32(-2)
-        distances += norm_u[:, None]
-        distances += norm_v
-    if not np.isfinite(distances).all():
-        raise ValueError("squared distances between features overflow float32: the features are not usable")
-    return np.maximum(distances, 0, out=distances)
-
-
-def _half_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray | None:
-    """squared_distances with every step rounded to float16; sums and products are accumulated in float32.
-
-    None as soon as an entry overflows float16.
-    """
-    with np.errstate(over="ignore"):  # looked for below
-        u, v = u.astype(np.float16), v.astype(np.float16)
-        norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(np.float16) for x in (u, v))
-    if not (np.isfinite(norm_u).all() and np.isfinite(norm_v).all()):
-        return None
-    norm_u, norm_v = norm_u.astype(np.float32)[:, None], norm_v.astype(np.float32)  # (n, 1), (m,)
-    twice_u, v = 2 * u.astype(np.float32), v.astype(np.float32)  # twice a product is rounded as the product is
-    distances = np.empty((len(u), len(v)), dtype=np.float32)
-    for rows in _slices(len(u), _TILE):
-        product = twice_u[rows] @ v.T
-        for part in _slices(len(product), _ROWS_IN_CACHE):
-            tile, norms = product[part], norm_u[rows][part]
-            if not _round_to_half(tile):
-                return None
-            np.subtract(norms, tile, out=tile)
-            if not _round_to_half(tile):
-                return None
-            np.add(tile, norm_v, out=tile)
-            if not _round_to_half(tile):
-                return None
-            np.maximum(tile, 0, out=distances[rows][part])
-    return distances
-
-
-def _round_to_half(values: np.ndarray) -> bool:
-    """Round contiguous float32 values to 11 bits in place, ties to even, as float16 is; False if any overflows it.
-
-    The integer behind a float grows with its value, so that rounding it rounds the float. That is ten times as fast as
-    numpy's own float16 arithmetic. Values below 2^-14, float16's smallest normal number, stay finer than there.
-    """
-    if max(values.max(), -values.min()) >= _HALF_OVERFLOW:
-        return False
-    bits = values.view(np.int32)
-    odd = np.right_shift(bits, _DROPPED_BITS)
-    odd &= 1
-    odd += 2 ** (_DROPPED_BITS - 1) - 1
-    bits += odd
-    bits &= -(2**_DROPPED_BITS)
-    return True
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    """Consecutive slices that cover range(length)."""
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))

@@ -87,8 +87,9 @@ def open_image_folder(path: Path) -> ImageFolder:
     files = [entry for entry in visible if entry.suffix.lower() == ".png" and entry.is_file()]
     if not files:
         raise ValueError(f"{path}: a folder without PNG images in it or below it")
+    filled = {folder for file in files for folder in file.parents}
     for folder in sorted(entry for entry in visible if entry.is_dir()):
-        if not any(folder in file.parents for file in files):
+        if folder not in filled:
             raise ValueError(f"{folder}: a folder without PNG images below {path}; fill it or remove it")
     if len(files) < 2:
         raise ValueError(f"{path}: a folder with 1 image, at least 2 are needed for a covariance")

@@ -21,6 +21,8 @@ from command_line import Parser, add_backend_options, check_backend_options, loa
 from feature_extraction import FeatureBackend, Features, features_of_batches
 from sample_sets import open_images
 
+LATENTS = ("latents.json", "latents_unfinished.json")  # by which a folder of scripts/encode_latents.py is known
+
 
 class RealImages(Protocol):
     """At least 2 images of one size."""
@@ -37,8 +39,8 @@ class RealImages(Protocol):
 
 
 @dataclass(frozen=True)
-class CroppedFolder:
-    """Images of any format and size, read and cropped to squares as for a training; needs the package."""
+class CroppedImages:
+    """Image files of any format and size, read and cropped to squares as for a training; needs the package."""
 
     path: Path
     files: list[str]
@@ -57,35 +59,60 @@ class CroppedFolder:
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield uint8 (n, side, side, 3) in order. Raises ValueError for a file that is no image."""
         from masked_diffusion.image_datasets import center_crop_arr
-        from masked_diffusion.image_files import join, read_image
+        from masked_diffusion.image_files import read_image
 
         for start in range(0, self.count, batch_size):
             files = self.files[start : start + batch_size]
-            yield np.stack([center_crop_arr(read_image(join(str(self.path), file)), self.side) for file in files])
+            yield np.stack([center_crop_arr(read_image(file), self.side) for file in files])
 
 
-def open_cropped(path: Path, side: int) -> CroppedFolder:
-    """List the images of a training's data folder. Raises ValueError, FileNotFoundError or ImportError."""
-    if side < 1:
+def open_cropped(path: Path, side: int | None) -> CroppedImages:
+    """List the images of a training's data folder, or those behind a folder of latents, whose size they know.
+
+    Raises ValueError, FileNotFoundError or ImportError.
+    """
+    if side is not None and side < 1:
         raise ValueError(f"--image_size {side}: must be at least 1 pixel")
     if not path.is_dir():
         raise ValueError(f"{path}: --image_size crops the images of a folder; an .npz holds images of one size")
     try:
-        from masked_diffusion.image_files import list_image_files
+        from masked_diffusion.image_files import join, list_image_files
     except ImportError as error:
         raise ImportError(
-            f"--image_size crops as a training does, with the package masked_diffusion, which cannot be imported "
-            f"({error}); install it, or give a folder of PNG files of one size"
+            f"{path}: its images are cropped as for a training, with the package masked_diffusion, which cannot be "
+            f"imported ({error}); install it, or give a folder of PNG files of one size"
         ) from error
-    files = list_image_files(str(path))
+    if side is None:
+        files, side = images_behind_latents(path)
+    else:
+        files = [join(str(path), file) for file in list_image_files(str(path))]
     if len(files) < 2:
         raise ValueError(f"{path}: a folder with 1 image, at least 2 are needed for a covariance")
-    return CroppedFolder(path, files, side)
+    return CroppedImages(path, files, side)
+
+
+def images_behind_latents(path: Path) -> tuple[list[str], int]:
+    """The files that were encoded, in the order of their latents, and the side they were cropped to.
+
+    Raises ValueError when the latents are unfinished or damaged, and when the images are gone or have changed.
+    """
+    from masked_diffusion.image_files import is_remote
+    from masked_diffusion.latent_cache import LatentCache
+
+    cache = LatentCache(str(path))
+    source = cache.record.data_dir
+    if not is_remote(source) and not Path(source).is_dir():
+        raise ValueError(f"{path}: latents of the images in {source}, which is not there; give the images themselves")
+    cache.check_source()
+    return [cache.name_of(index) for index in range(cache.record.num_images)], cache.record.image_size
 
 
 def open_source(path: Path, side: int | None) -> RealImages:
     """The checked images; side: crop them to squares of it. Raises ValueError, OSError or ImportError."""
-    if side is not None:
+    latents = any((path / name).is_file() for name in LATENTS)
+    if latents and side is not None:
+        raise ValueError(f"--image_size {side}: has no effect for the latents in {path}, which know their images' size")
+    if latents or side is not None:
         return open_cropped(path, side)
     source = open_images(path)
     source.verify()
@@ -95,7 +122,9 @@ def open_source(path: Path, side: int | None) -> RealImages:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line to options. Raises ValueError for a wrong one."""
     parser = Parser(prog="make_reference.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images, or an .npz with arr_0")
+    parser.add_argument(
+        "images", type=Path, metavar="IMAGES", help="folder of images or of latents, or an .npz with arr_0"
+    )
     parser.add_argument("out", type=Path, metavar="REF.npz", help="the reference batch to write")
     parser.add_argument("--image_size", type=int, help="crop images of any size and format to this side")
     parser.add_argument("--num_images", type=int, default=10_000, help="images to put into arr_0 (default 10000)")

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from distances import slices, squared_distances
 from feature_extraction import Features
-from fidelity_metrics import RunningMoments, Statistics, frechet_distance, inception_score, squared_distances
+from fidelity_metrics import RunningMoments, Statistics, frechet_distance, inception_score
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 NORMAL_95 = 1.96  # standard deviations around the mean that hold 95 % of a normal distribution
@@ -99,11 +100,11 @@ def nearest_neighbours(reference: np.ndarray, samples: np.ndarray, k: int) -> tu
     k = min(k, len(reference))
     indices = np.empty((len(samples), k), dtype=np.int64)
     squares = np.empty((len(samples), k), dtype=np.float32)
-    for start in range(0, len(samples), _ROWS):
-        block = squared_distances(samples[start : start + _ROWS], reference, half=False)
+    for rows in slices(len(samples), _ROWS):
+        block = squared_distances(samples[rows], reference, half=False)
         nearest = np.argsort(block, axis=1, kind="stable")[:, :k]
-        indices[start : start + _ROWS] = nearest
-        squares[start : start + _ROWS] = np.take_along_axis(block, nearest, axis=1)
+        indices[rows] = nearest
+        squares[rows] = np.take_along_axis(block, nearest, axis=1)
     return indices, np.sqrt(squares)
 
 

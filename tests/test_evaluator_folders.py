@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import evaluator  # noqa: E402
 import make_reference  # noqa: E402
 from image_folders import open_image_folder  # noqa: E402
 from sample_sets import open_image_set  # noqa: E402
-from support import make_colour_folder  # noqa: E402
+from support import make_colour_folder, script  # noqa: E402
 
 
 class MeanColours:
@@ -192,6 +193,32 @@ def test_images_of_any_size_are_cropped_as_for_a_training(tmp_path, capsys):
     status, _, err = run(capsys, make_reference, folder, tmp_path / "ref.npz", "--image_size", 16)
     assert status == 0, err
     assert read(tmp_path / "ref.npz")["arr_0"].shape == (9, 16, 16, 3)
+
+
+def test_latents_stand_for_the_images_they_were_made_of(colour_folder, tiny_vae, tmp_path, capsys):
+    source, latents = shutil.copytree(colour_folder, tmp_path / "colours"), tmp_path / "latents"
+    flags = ["--image_size", 16, "--num_workers", 0, "--device", "cpu", "--vae_path", tiny_vae]
+    encode = script("scripts/encode_latents.py").main
+    assert encode([str(part) for part in ("--data_dir", source, "--out", latents, *flags)]) == 0
+    for images_or_latents, out, options in ((source, "a.npz", ["--image_size", 16]), (latents, "b.npz", [])):
+        status, _, err = run(capsys, make_reference, images_or_latents, tmp_path / out, *options)
+        assert status == 0, err
+    of_images, of_latents = read(tmp_path / "a.npz"), read(tmp_path / "b.npz")
+    assert of_images.keys() == of_latents.keys()
+    assert all(np.array_equal(of_images[name], of_latents[name]) for name in of_images)
+
+    def refusal(*options):
+        status, out, err = run(capsys, make_reference, latents, tmp_path / "c.npz", *options)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        return err
+
+    assert "--image_size 8: has no effect for the latents in" in refusal("--image_size", 8)
+    next(source.rglob("*.png")).unlink()
+    assert "have changed since they were encoded (1 gone" in refusal()
+    shutil.rmtree(source)
+    assert f"latents of the images in {source}, which is not there" in refusal()
+    (latents / "latents.json").rename(latents / "latents_unfinished.json")
+    assert "its latents are unfinished" in refusal()
 
 
 def test_what_cannot_become_a_reference_is_refused(tmp_path, capsys):

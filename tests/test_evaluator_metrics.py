@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluations"))
 
+import distances  # noqa: E402
 import fidelity_metrics as metrics  # noqa: E402
 from fidelity_metrics import RunningMoments, Statistics, frechet_distance, inception_score  # noqa: E402
 
@@ -59,7 +60,8 @@ def test_moments_keep_no_more_than_one_chunk_of_vectors():
     moments = RunningMoments()
     for _ in range(100):
         moments.add(features(7, 20))
-        assert len(moments._pending) <= 20 and moments._pending.base is None
+        kept = [value for value in vars(moments).values() if isinstance(value, np.ndarray)]
+        assert sum(value.size for value in kept) <= 2 * 20 * 20 + 20  # a chunk, the scatter and the mean
 
 
 def test_one_vector_has_no_covariance():
@@ -199,14 +201,14 @@ def test_blocks_and_tiles_do_not_change_precision_and_recall(half, block, monkey
     reference, samples = features(17, 5), features(16, 5, seed=1) * 1.2
     whole = metrics.precision_recall(reference, samples, half)
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
-    monkeypatch.setattr(metrics, "_TILE", 2)
+    monkeypatch.setattr(distances, "_ROWS_IN_CACHE", 2)
     assert metrics.precision_recall(reference, samples, half, block=block) == whole
 
 
 def test_float16_distances_are_rounded_and_float32_ones_are_not():
     u, v = features(20, 8) * 10, features(30, 8, seed=1) * 10
     exact = ((u[:, None].astype(np.float64) - v[None]) ** 2).sum(axis=2)
-    half, single = metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False)
+    half, single = distances.squared_distances(u, v), distances.squared_distances(u, v, half=False)
     assert half.dtype == single.dtype == np.float32
     np.testing.assert_array_equal(half, half.astype(np.float16))
     assert (single != single.astype(np.float16)).any()
@@ -215,33 +217,50 @@ def test_float16_distances_are_rounded_and_float32_ones_are_not():
     assert half.min() >= 0
 
 
-@pytest.mark.parametrize("where", ["norm of u", "norm of v", "distance"])
+@pytest.mark.parametrize("half", [True, False])
+def test_distances_within_a_set_are_those_between_it_and_its_copy(half):
+    u = features(70, 48) * 3
+    np.testing.assert_allclose(
+        distances.squared_distances(u, u, half), distances.squared_distances(u, u.copy(), half), rtol=2e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("where", ["norm of u", "norm of v", "product", "distance"])
 def test_one_overflow_puts_a_whole_block_into_float32(where):
     u, v = features(20, 8), features(30, 8, seed=1)
     if where == "norm of u":
         u[-1] *= 1000
     elif where == "norm of v":
         v[-1] *= 1000
+    elif where == "product":  # norms and distance of 36,100 and 0 fit, twice the product does not
+        u[-1], v[-1] = 0, 0
+        u[-1, 0], v[-1, 0] = 190, 190
     else:  # norms of 22,500 fit, the distance of 90,000 does not
         u[-1], v[-1] = 0, 0
         u[-1, 0], v[-1, 0] = 150, -150
-    np.testing.assert_array_equal(metrics.squared_distances(u, v), metrics.squared_distances(u, v, half=False))
-    rest = metrics.squared_distances(u[:-1], v[:-1])
+    np.testing.assert_array_equal(distances.squared_distances(u, v), distances.squared_distances(u, v, half=False))
+    rest = distances.squared_distances(u[:-1], v[:-1])
     np.testing.assert_array_equal(rest, rest.astype(np.float16))
 
 
-def in_numpys_float16(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The same steps in numpy's own half precision."""
-    u, v = u.astype(np.float16), v.astype(np.float16)
-    norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32).astype(np.float16) for x in (u, v))
-    inner = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
-    return np.maximum(norm_u[:, None] - np.float16(2) * inner + norm_v, np.float16(0))
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1, 10])
+@pytest.mark.parametrize("width", [1, 7, 8, 21, 32, 75, 1600, 1608, 2023, 2048, 3300])
+def test_sums_of_squares_are_tensorflows_to_the_bit(tf, width, scale):
+    x = (features(20, width) * np.float32(scale)).astype(np.float16)
+    expected = tf.reduce_sum(tf.square(tf.constant(x)), 1).numpy()
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(distances._half_norms(x.astype(np.float32)).astype(np.float16), expected)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1, 10, 15])
-def test_rounding_integers_gives_numpys_float16(scale):
-    u, v = features(70, 48) * np.float32(scale), features(90, 48, seed=1) * np.float32(scale)
-    np.testing.assert_array_equal(metrics.squared_distances(u, v), in_numpys_float16(u, v))
+@pytest.mark.parametrize("scale", [0.3, 1, 10, 12])
+def test_distances_in_float16_are_tensorflows_but_for_the_order_of_its_products_sums(tf, scale):
+    u, v = (features(count, 64, seed=count) * np.float32(scale) for count in (70, 90))
+    half_u, half_v = (tf.cast(tf.constant(x), tf.float16) for x in (u, v))
+    norm_u, norm_v = (tf.reduce_sum(tf.square(x), 1) for x in (half_u, half_v))
+    inner = tf.matmul(half_u, half_v, transpose_b=True)
+    expected = tf.maximum(norm_u[:, None] - 2 * inner + norm_v[None], 0).numpy()
+    assert np.isfinite(expected).all()
+    assert (distances.squared_distances(u, v) != expected).mean() < 2e-3
 
 
 def test_rounding_is_to_even_and_stops_at_the_largest_half():
@@ -249,12 +268,13 @@ def test_rounding_is_to_even_and_stops_at_the_largest_half():
     ties = (rng.integers(1024, 2048, 500) + 0.5) * 2.0 ** rng.integers(-23, 6, 500)
     values = np.concatenate([ties, -ties, rng.standard_normal(500), [65519.0, -65519.0, 0.0]]).astype(np.float32)
     rounded = values.copy()
-    assert metrics._round_to_half(rounded)
+    distances._round_to_half(rounded)
     np.testing.assert_array_equal(rounded, values.astype(np.float16))
-    assert not metrics._round_to_half(np.float32([1, 65520]))
-    assert not metrics._round_to_half(np.float32([1, -65520]))
+    beyond = np.float32([65520, -65520])
+    distances._round_to_half(beyond)
+    assert (np.abs(beyond) > distances._LARGEST_HALF).all()
 
 
 def test_features_beyond_float32_are_refused():
     with pytest.raises(ValueError, match="overflow float32"):
-        metrics.squared_distances(np.full((2, 2), 1e30, np.float32), np.zeros((2, 2), np.float32))
+        distances.squared_distances(np.full((2, 2), 1e30, np.float32), np.zeros((2, 2), np.float32))
