@@ -56,6 +56,8 @@ def test_a_run_with_and_without_evaluation_ends_bit_for_bit_the_same(train):
 def test_columns_stand_in_every_row_and_are_empty_where_nothing_was_evaluated(train):
     folder = train("run", "--max_steps", "3", "--eval_interval", "2")
     assert all(set(row) >= COLUMNS for row in rows(folder))
+    before = train("before", "--max_steps", "1", "--eval_interval", "2")
+    assert set(rows(before)[0]) >= COLUMNS  # from the start, before there is a score
     assert [row["eval_num_samples"] for row in rows(folder)] == [None, 5, None]
     assert [row["eval_sfid"] for row in rows(folder)] == [None, 2, None]
     assert [row["eval_precision"] for row in rows(folder)] == [None, None, None]
