@@ -164,7 +164,8 @@ def compare(run: Progress, card: dict[str, Any]) -> list[Comparison]:
     for name, column in card["columns"].items():
         for step, mean, tolerance in zip(column["steps"], column["mean"], column["tolerance"], strict=True):
             value = run.at(name, step, card["every"])
-            reached = run.steps[-1] >= step and name not in METRICS  # a loss that is not finite then, is nowhere
-            if math.isfinite(value) or reached:
+            if run.steps[-1] < step:
+                continue
+            if math.isfinite(value) or name not in METRICS:  # a loss that is not finite is outside
                 found.append(Comparison(name, step, value, mean, tolerance))
     return sorted(found, key=lambda comparison: comparison.step)
