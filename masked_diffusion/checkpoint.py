@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from masked_diffusion.files import atomic_write, sha256_of, write_json
 
+BEST_NAME = "best.json"
 WEIGHTS_FORMATS = ("pt", "safetensors")
 MODEL_FILE = re.compile(r"model(\d{6,})\.(?:pt|safetensors)")
 EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.(?:pt|safetensors)")
@@ -31,7 +32,7 @@ RUN_FILES = (
     MANIFEST_FILE,
     re.compile(r"(opt|state)\d{6,}\.pt"),
     re.compile(r"preview_\d{6,}\.png"),
-    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb"),
+    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb|best\.json|evaluation"),
 )
 # Where training files keep the weights; the averaged ones are those to use.
 WRAPPER_ENTRIES = ("ema", "model", "state_dict")
@@ -142,19 +143,34 @@ class CheckpointWriter:
             prune(self._folder, *self._keep)
 
 
+def record_best(folder: Path, record: dict[str, Any]) -> None:
+    """Name the best checkpoint of a run: ``step`` and how it was judged."""
+    write_json(folder / BEST_NAME, record)
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """What :func:`record_best` wrote, None where there is nothing of the kind."""
+    try:
+        record = json.loads((folder / BEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[int]:
     """Remove old complete checkpoints. Returns the steps removed.
 
     keep_last: how many of the newest stay, never fewer than two; 0 removes nothing. keep_every: steps divisible by it
-    stay as well; 0 for none. Files that belong to no complete checkpoint are left alone.
+    stay as well; 0 for none. So does the best one. Files that belong to no complete checkpoint are left alone.
     """
     if not keep_last:
         return []
     matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir())
     steps = sorted(int(match[1]) for match in matches if match)
     removed = []
+    best = (read_best(folder) or {}).get("step")
     for step in steps[: -max(2, keep_last)]:
-        if keep_every and step % keep_every == 0:
+        if step == best or (keep_every and step % keep_every == 0):
             continue
         # The manifest goes first: a crash in between leaves no checkpoint that would be found to be damaged.
         (folder / manifest_file(step)).unlink()

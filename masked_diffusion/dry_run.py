@@ -27,6 +27,17 @@ def forward_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int],
     return counter.get_total_flops() / 2 / GIGA
 
 
+def views_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> list[float]:
+    """Forward of one image: with all tokens and, where the model masks, masked."""
+    views = (False, True) if model.mask_ratio is not None else (False,)
+    return [forward_gflops(model, latent_shape, masked) for masked in views]
+
+
+def training_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> float:
+    """Forward and backward of one image in a training step; backward takes twice the forward's."""
+    return 3 * sum(views_gflops(model, latent_shape))
+
+
 def state_gigabytes(model: LatentTransformer, optimizer: GatedOptimizer, num_emas: int) -> float:
     """Weights, gradients, the optimizer's state and the EMAs, in float32."""
     return 4 * (2 + optimizer.floats_per_parameter + num_emas) * sum(p.numel() for p in model.parameters()) / GIGA
@@ -44,10 +55,9 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
-    views = (False, True) if loop.masks else (False,)
-    gflops = [forward_gflops(model, loop.run_config.model.latent_shape, masked) for masked in views]
+    gflops = views_gflops(model, loop.run_config.model.latent_shape)
     passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
-    step = 3 * sum(gflops)  # backward takes twice the forward's
+    step = training_gflops(model, loop.run_config.model.latent_shape)
     where = "GPU" if loop.ranks.device.type == "cuda" else "host"
     state = state_gigabytes(model, loop.optimizer, len(loop.emas))
     lines = [

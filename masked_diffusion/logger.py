@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 from masked_diffusion.files import atomic_write, move_aside
 
 Row = Mapping[str, float]
-WHOLE_NUMBERS = ("step", "samples", "skipped")
+WHOLE_NUMBERS = ("step", "samples", "skipped", "eval_num_samples")
 
 
 class Sink(Protocol):

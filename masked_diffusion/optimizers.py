@@ -1,6 +1,7 @@
 """What a step moves and leaves untouched where it is not finite: optimizers, whole or sharded, and averages."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,6 +117,20 @@ class EMA:
             change = torch._foreach_sub(parameters[start : start + EMA_GROUP], averaged)
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(averaged, change)
+
+    @contextlib.contextmanager
+    def standing_in(self, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
+        """The model with these weights, to be called without gradients; it is in eval mode while in here."""
+
+        def averaged(*args: Any, **kwargs: Any) -> Tensor:
+            return torch.func.functional_call(model, self._state, args, kwargs)
+
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield averaged
+        finally:
+            model.train()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._state

@@ -34,6 +34,8 @@ from masked_diffusion.randomness import SampleNoise, numpy_generator
 
 MANIFEST_NAME = "manifest.json"
 GRID_IMAGES = 64
+# Images (N, H, W, 3) uint8 of sample numbers and labels: an ImageSampler.
+MakeImages = Callable[[Sequence[int], Sequence[int]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,11 @@ class SampleSet(Parts):
         with atomic_write(self._part(batch)) as file:
             np.save(file, images)
 
+    def make_part(self, batch: int, make: MakeImages, labels: np.ndarray) -> None:
+        """Make a batch's images and keep them. labels: those of all samples, (num_samples,)."""
+        indices = self.indices(batch)
+        self.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
+
     def has_part(self, batch: int) -> bool:
         """Whether a batch is there, from this run or one before."""
         path = self._part(batch)
@@ -329,7 +336,7 @@ def _rename_in_manifest(moved: Sequence[Path]) -> None:
 
 def generate(
     samples: SampleSet,
-    make: Callable[[Sequence[int], Sequence[int]], np.ndarray],
+    make: MakeImages,
     labels: np.ndarray,
     rank: int,
     world_size: int,
@@ -340,8 +347,7 @@ def generate(
     """
 
     def make_part(batch: int, tell: Callable[[int], object]) -> None:
-        indices = samples.indices(batch)
-        samples.write_part(batch, make(indices, labels[indices.start : indices.stop].tolist()))
-        tell(len(indices))
+        samples.make_part(batch, make, labels)
+        tell(len(samples.indices(batch)))
 
     make_parts(samples, make_part, rank, world_size)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.training_eval import Evaluation, EvaluationError, EvaluationStoppedError, Scores, describe_scores
 
 Batch = dict[str, Tensor]
 
@@ -146,7 +147,7 @@ class TrainLoop:
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
-    begin; its checkpoint is read here.
+    begin; its checkpoint is read here. evaluation: None for none.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class TrainLoop:
         folder: Path,
         start: checkpoint.Start,
         position: int,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.config = config
         self.run_config = run_config
@@ -176,6 +178,7 @@ class TrainLoop:
         self.ranks = ranks
         self.logger = logger
         self.folder = folder
+        self.evaluation = evaluation
 
         self.model = model.to(ranks.device).train()
         self.optimizer = GatedOptimizer(
@@ -190,6 +193,9 @@ class TrainLoop:
             enabled=config.use_fp16,
         )
         self.step = self.start_step = start.step
+        self._goes_on_here = start.folder == folder
+        # Alike on all ranks. The next start evaluates this step, so no other one may follow.
+        self._stopped_evaluating = False
         self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
         self.position = position
         self.writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
@@ -222,32 +228,43 @@ class TrainLoop:
         Returns the exit status: 0, or ``preemption.STOPPED`` when there is more to do. Raises FloatingPointError after
         too many bad steps, RuntimeError for too many bad images, and what reading the data raised, all after saving.
         """
-        end = self.config.last_step
-        if end is not None and self.step >= end:
+        end, lacks_evaluation = self.config.last_step, self._lacks_evaluation()
+        if end is not None and self.step >= end and not lacks_evaluation:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
         stopping, failure, launcher = False, None, Launcher()
         self.ddp_model.train()
         with StopSignals() as signals, self._progress_bar(end) as bar:
+
+            def asked() -> bool:
+                return signals.received is not None or launcher.has_ended()
+
+            if lacks_evaluation:
+                self.log(bar, self._evaluate(asked))
+                stopping = self._stopped_evaluating
             while not (stopping or failure) and (end is None or self.step < end):
                 images, extras = next(self.data)
                 self.bad_images.note(extras)
                 self.train_step(images, extras)
                 bar.update(1)
-                if self.step % self.config.log_interval == 0 or self.step == end:
+                evaluates = self.evaluation is not None and self.evaluation.is_due(self.step)
+                if evaluates:  # what is judged is kept, and not lost if judging it is interrupted
+                    self._tell_bad_images()
+                    self.save()
+                    self.log(bar, self._evaluate(asked))
+                elif self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar)
-                if self.step % self.config.save_interval == 0 and self.step != end:
+                if self.step % self.config.save_interval == 0 and self.step != end and not evaluates:
                     self._tell_bad_images()  # a run that goes on from here does not come across them again
                     self.save()
                 self._report_save()
                 failure = self._failure()
-                asked = signals.received is not None or launcher.has_ended() or self.data.failure is not None
-                stopping = self.ranks.any(asked)
+                stopping = self.ranks.any(asked() or self.data.failure is not None) or self._stopped_evaluating
             self._check_last_step()
             failure = failure or self._failure()
             self._tell_bad_images()
             self.save_and_wait()
-        return self._leave(failure, self.step == end, launcher.has_ended())
+        return self._leave(failure, self.step == end and not self._stopped_evaluating, launcher.has_ended())
 
     def _failure(self) -> Exception | None:
         """A reason to stop that all ranks see alike."""
@@ -380,8 +397,8 @@ class TrainLoop:
             total=end, initial=self.step, unit="step", mininterval=interval, disable=not self.ranks.is_main, leave=False
         )
 
-    def log(self, bar: tqdm) -> None:
-        """One row of means over all ranks since the last one."""
+    def log(self, bar: tqdm, scores: Scores | None = None) -> None:
+        """One row of means over all ranks since the last one, with the scores of an evaluation."""
         self._tell_bad_images()
         row = self.meter.flush()
         row["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]).item()
@@ -390,12 +407,43 @@ class TrainLoop:
         self._last_log = (now, self.step)
         row |= {"lr": self.config.lr_at(self.step - 1), "images_per_second": rate * self.global_batch}
         row["bad_images"] = len(self.bad_images.found)
+        if self.evaluation is not None:  # the same columns in all rows
+            row |= scores or self.evaluation.no_scores
         bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{rate * self.global_batch:.1f}")
         self.logger.row({"step": self.step, "samples": self.position, **row})
 
     def _tell_bad_images(self) -> None:
         for message in self.bad_images.gather():
             self.logger.text(message)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the run was stopped after it had saved the step it goes on from, and before that was judged."""
+        if self.evaluation is None or not (self._goes_on_here and self.evaluation.is_due(self.step)):
+            return False
+        return not self.evaluation.is_done(self.step)
+
+    def _evaluate(self, asked_to_stop: Callable[[], bool]) -> Scores:
+        """Scores of the first EMA; none, and a line in the log, where there is no way to them."""
+        assert self.evaluation is not None
+        began = time.monotonic()
+        try:
+            with self.emas[0].standing_in(self.model) as averaged:
+                scores = self.evaluation.run(self.step, averaged, asked_to_stop)
+        except EvaluationError as error:
+            self._stopped_evaluating = isinstance(error, EvaluationStoppedError)
+            self.logger.text(f"no score of step {self.step}: {error}")
+            return {}
+        finally:
+            self._last_log = (self._last_log[0] + time.monotonic() - began, self._last_log[1])  # trained images count
+        best = ""
+        if self.ranks.is_main:
+            self._report_save(wait=True)
+            if self.saved_step == self.step:
+                best = self.evaluation.note_best(self.step, scores)
+        self.logger.text(f"step {self.step}: {describe_scores(scores)}{best}")
+        return scores
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -422,8 +470,6 @@ class TrainLoop:
             self._preview()
         except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
             self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
-        finally:
-            self.model.train()
 
     def save_and_wait(self) -> None:
         """Have the present state on disk. Raises OSError when it cannot be written."""
@@ -480,14 +526,9 @@ class TrainLoop:
         steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
         guidance = SAMPLING[family_of(self.run_config.model.model)]
         sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond, **guidance)
-        averaged = self.emas[0].state_dict()
-
-        def ema_model(*args: Any, **kwargs: Any) -> Tensor:
-            return torch.func.functional_call(self.model, averaged, args, kwargs)
-
-        self.model.eval()
-        make = ImageSampler(ema_model, self.run_config, sampler, self.first_stage, self.ranks.device)
-        images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
+        with self.emas[0].standing_in(self.model) as averaged:
+            make = ImageSampler(averaged, self.run_config, sampler, self.first_stage, self.ranks.device)
+            images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
         save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")
 
 

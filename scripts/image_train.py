@@ -39,6 +39,7 @@ from masked_diffusion.recipes import TRAINING, apply_recipe
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
+    SAMPLER_HELPS,
     WEIGHTS_HELPS,
     add_dict_to_argparser,
     add_launcher_flags,
@@ -50,6 +51,7 @@ from masked_diffusion.script_util import (
     run_script,
 )
 from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
+from masked_diffusion.training_eval import EvalConfig, Evaluation
 from masked_diffusion.weights import fit_labels, fit_positions, freeze, recognise
 
 HELPS = {
@@ -100,7 +102,18 @@ HELPS = {
     "tf32": "allow TF32 matrix products on CUDA",
     "preview_samples": "images in the grid drawn at every save; 0 = none",
     "preview_steps": "sampling steps of that grid",
+    "eval_interval": "steps between evaluations of the EMA, each of which saves a checkpoint; 0 = never",
+    "eval_num_samples": "images to sample for an evaluation",
+    "eval_ref": "reference batch or folder to compare them with, see evaluations/README.md",
+    "eval_graph": "the evaluator's network; default: where the evaluator looks for it",
+    "eval_backend": "what runs that network: torch, or tensorflow for other graphs than Inception",
+    "eval_sampler": SAMPLER_HELPS["sampler"],
+    "eval_sampling_steps": "steps of that sampler",
+    "eval_cfg_scale": "largest weight of the guidance; 0 = none",
+    "eval_batch_size": "images per process that are sampled at a time",
 }
+EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
+EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -149,6 +162,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "tf32": False,
         "preview_samples": 16,
         "preview_steps": 25,
+        **dataclasses.asdict(EvalConfig()),
     }
     types = {name: optional(float) for name in ("mask_ratio", "min_snr_gamma")}
     types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
@@ -171,6 +185,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
     config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
+    eval_config = EvalConfig(**args_to_dict(args, EvalConfig.__dataclass_fields__))
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
@@ -243,6 +258,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         pin_memory=device.type == "cuda",
     )
     stack.callback(data.close)
+    evaluation = None
+    if eval_config.eval_interval:
+        evaluation = Evaluation(eval_config, EVALUATOR, run_config, first_stage, ranks, folder)
+        evaluation.try_out(leave_no_trace=args.dry_run)
     messages += ranks.from_main(
         lambda: check_folder(folder, run_config, args.overwrite) if args.dry_run else claim_folder(folder, run_config)
     )
@@ -266,6 +285,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         folder=folder,
         start=start,
         position=position,
+        evaluation=evaluation,
     )
     where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
     for message in [
@@ -416,6 +436,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "min_snr_gamma": args.use_kl and "with --use_kl True",
         **dict.fromkeys(("mask_ratio", "decode_layer"), not can_mask(args.model) and f"by {args.model}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
+        **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
         "random_flip": args.data_dir.startswith("builtin:") and "for the embedded digits",
         "max_bad_share": args.data_dir.startswith("builtin:") and "for the embedded digits",
         "tf32": args.device == "cpu" and "on a CPU",

@@ -4,7 +4,8 @@
         --reference output_digits/digits_test.npz
 
 ``--graph`` also writes the classifier as a TensorFlow graph with the node names of the ADM evaluator's, and
-``--reference`` the held-back digits as a reference batch, so that the evaluator itself scores the samples.
+``--reference`` the held-back digits as a reference batch, so that the evaluator itself scores the samples. Both can be
+had without samples, for a training that is to be evaluated.
 """
 
 import argparse
@@ -128,7 +129,7 @@ def export_graph(classifier: DigitClassifier, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Count how many sampled digits are read as asked for.")
-    parser.add_argument("samples", type=Path, help="samples_Nx8x8x3.npz, class-conditional")
+    parser.add_argument("samples", type=Path, nargs="?", help="samples_Nx8x8x3.npz, class-conditional")
     parser.add_argument("--graph", type=Path, help="write the classifier as a TensorFlow graph for the evaluator")
     parser.add_argument("--reference", type=Path, help="write the held-back digits as a reference batch (.npz)")
     args = parser.parse_args(argv)
@@ -136,20 +137,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
-    pixels, labels = read_samples(args.samples)
-    return lambda: judge(pixels, labels, args.graph, args.reference)
+    if args.samples is None and args.graph is None and args.reference is None:
+        raise ValueError("nothing to do: give samples to read, or --graph and --reference to write")
+    samples = None if args.samples is None else read_samples(args.samples)
+    return lambda: judge(samples, args.graph, args.reference)
 
 
-def judge(pixels: Tensor, labels: Tensor, graph: Path | None, reference: Path | None) -> None:
+def judge(samples: tuple[Tensor, Tensor] | None, graph: Path | None, reference: Path | None) -> None:
     classifier = train_classifier(*digits("digits"))
     test_pixels, test_labels = digits("digits-test")
     accuracy = (predict(classifier, test_pixels) == test_labels).float().mean()
-    right = predict(classifier, pixels) == labels
-    by_digit = ", ".join(f"{digit}: {right[labels == digit].float().mean():.0%}" for digit in labels.unique().tolist())
-    sys.stdout.write(
-        f"digit classifier: {accuracy:.1%} of {len(test_labels)} held-back real digits read right\n"
-        f"samples: {right.float().mean():.1%} of {len(right)} read as the digit asked for ({by_digit})\n"
-    )
+    sys.stdout.write(f"digit classifier: {accuracy:.1%} of {len(test_labels)} held-back real digits read right\n")
+    if samples is not None:
+        pixels, labels = samples
+        right = predict(classifier, pixels) == labels
+        by_digit = [f"{digit}: {right[labels == digit].float().mean():.0%}" for digit in labels.unique().tolist()]
+        share = f"{right.float().mean():.1%} of {len(right)}"
+        sys.stdout.write(f"samples: {share} read as the digit asked for ({', '.join(by_digit)})\n")
     if graph is not None:
         export_graph(classifier, graph)
     if reference is not None:

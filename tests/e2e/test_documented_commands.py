@@ -171,7 +171,28 @@ TABLE = [
         environment=SMALL_SHELL,
         without="output_mdt_s2",
     ),
-    Row(r"torchrun --standalone .*image_train\.py", **trains("output_mdt_s2"), without="output_mdt_s2"),
+    Row(
+        r"--eval_interval 50000",
+        flags=f"{TRAINING} --eval_interval 1 --eval_num_samples 4 --eval_sampling_steps 2 --eval_backend tensorflow",
+        makes="output_mdt_s2/evaluation/000001/report.json",
+        says="the best so far",
+        without="output_mdt_s2",
+    ),
+    Row(r"^python scripts/read_digits\.py --graph", makes="digits.pb", says="held-back real digits read right"),
+    Row(
+        r"--eval_graph digits\.pb",
+        flags="--lr_anneal_steps 2 --eval_interval 2 --eval_num_samples 4 --eval_sampling_steps 2 --num_workers 0",
+        makes="output_digits/best.json",
+        without="output_digits",
+    ),
+    Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),
+    Row(r"^python scripts/on_track\.py", says="are in the band of"),
+    Row(r"^python scripts/make_card\.py", makes="my_recipe.json"),
+    Row(
+        r"torchrun --standalone .*image_train\.py .*--batch_size 32$",
+        **trains("output_mdt_s2"),
+        without="output_mdt_s2",
+    ),
     Row(
         r"--microbatch 32",
         **trains("output_mdt_s2", TRAINING + " --batch_size 4 --microbatch 2"),
@@ -312,13 +333,23 @@ def models(tmp_path_factory, images_by_name, tiny_vae):
     return root
 
 
+def log_of_card():
+    """The log of a run whose losses are the means of the digits' card."""
+    card = json.loads((REPO / "docs" / "recipes" / "digits.json").read_text(encoding="utf-8"))
+    losses = {name: column["mean"] for name, column in card["columns"].items() if "loss" in name}
+    lines = [",".join(["step", "samples", "images_per_second", *losses])]
+    for i, step in enumerate(card["columns"]["loss"]["steps"]):
+        lines.append(",".join(map(str, [step, 64 * step, 100, *(means[i] for means in losses.values())])))
+    return "\n".join(lines) + "\n"
+
+
 @pytest.fixture
 def workspace(tmp_path, images_by_name, stub_graph, models):
     """A folder like the repository's, with everything in it and beside it that the documents speak of."""
     folder = tmp_path / "repository"
     folder.mkdir()
     for path in REPO.iterdir():
-        if path.name in ("scripts", "evaluations", "infer_mdt.py") or path.suffix == ".sh":
+        if path.name in ("scripts", "evaluations", "docs", "infer_mdt.py") or path.suffix == ".sh":
             (folder / path.name).symlink_to(path)
     (folder / stub_graph.name).symlink_to(stub_graph)
     for path in models.iterdir():
@@ -333,6 +364,12 @@ def workspace(tmp_path, images_by_name, stub_graph, models):
         (folder / name).mkdir()
         np.savez(folder / name / f"samples_12x{SIDE}x{SIDE}x3.npz", arr_0=pixels[:12])
     np.savez(folder / "SAMPLE.npz", arr_0=pixels[:12])
+    (folder / "digits.pb").symlink_to(stub_graph)
+    np.savez(folder / "digits_test.npz", arr_0=pixels[:, :8, :8])
+    for name in ("output_digits", "output_seed0", "output_seed1", "output_seed2"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "output_mdt_s2" / "config.json", folder / name)
+        (folder / name / "progress.csv").write_text(log_of_card())
     Image.fromarray(pixels[0]).save(folder / "photo.png")
     Image.fromarray(np.where(np.arange(SIDE) < 20, 255, 0).astype(np.uint8)[None].repeat(SIDE, axis=0)).save(
         folder / "mask.png"
@@ -467,6 +504,9 @@ def sources():
         "image_sample",
         "encode_latents",
         "read_digits",
+        "fid_curve",
+        "on_track",
+        "make_card",
         "check_data",
         "visualize",
         "convert_checkpoint",

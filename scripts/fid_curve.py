@@ -1,0 +1,82 @@
+"""Plot scores and losses of one or several runs against steps, images and compute.
+
+python scripts/fid_curve.py output_mdt_s2 output_mdt_b2 --out fid_curve.svg
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masked_diffusion.dry_run import training_gflops
+from masked_diffusion.files import atomic_write
+from masked_diffusion.progress import Progress, read_progress
+from masked_diffusion.script_util import run_script
+
+PANELS = {"eval_fid": "FID", "eval_is": "Inception Score", "loss": "loss, all tokens", "m_loss": "loss, masked"}
+FORMATS = (".png", ".svg")
+PANEL_SIZE = (4.5, 3.0)  # inches
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Plot scores and losses of runs against steps, images and compute.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of trainings")
+    parser.add_argument("--out", type=Path, default=Path("fid_curve.png"), help="picture, .png or .svg (%(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = create_argparser().parse_args(argv)
+    return run_script(lambda stack: prepare(args))
+
+
+def prepare(args: argparse.Namespace) -> Callable[[], None]:
+    """Raises ValueError or OSError for what cannot be plotted."""
+    if args.out.suffix not in FORMATS:
+        raise ValueError(f"--out {args.out}: expected a name that ends in {' or '.join(FORMATS)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("plotting needs matplotlib: pip install 'masked-diffusion[plot]'") from error
+    runs = [read_progress(folder.expanduser()) for folder in args.runs]
+    axes = [scales(run) for run in runs]
+
+    def work() -> None:
+        figure = draw(Figure, runs, axes)
+        with atomic_write(args.out) as file:
+            figure.savefig(file, format=args.out.suffix[1:])
+        sys.stdout.write(f"{args.out.absolute()}\n")
+
+    return work
+
+
+def scales(run: Progress) -> dict[str, np.ndarray]:
+    """What a run is plotted against: title -> (rows,). A multiply-add counts as one, as in the papers."""
+    config, images = run.config(), run.columns["samples"]
+    gflops = training_gflops(config.model.build(), config.model.latent_shape)
+    return {"steps": run.steps, "images": images, "training compute, TFLOPs": images * gflops / 1000}
+
+
+def draw(new_figure: Callable[..., Any], runs: list[Progress], axes: list[dict[str, np.ndarray]]) -> Any:
+    """A row of panels for each number that some run has, a column for each scale, a line for each run."""
+    names = [name for name in PANELS if any(len(run.points(name)[0]) for run in runs)]
+    width, height = PANEL_SIZE
+    figure = new_figure(figsize=(width * len(axes[0]), height * len(names)), layout="constrained")
+    panels = figure.subplots(len(names), len(axes[0]), squeeze=False)
+    for name, row in zip(names, panels, strict=True):
+        for scale, panel in zip(axes[0], row, strict=True):
+            for run, positions in zip(runs, axes, strict=True):
+                rows, values = run.points(name)
+                panel.plot(positions[scale][rows], values, marker=".", label=run.folder.name)
+            panel.set_xlabel(scale)
+            panel.set_ylabel(PANELS[name])
+            panel.grid(alpha=0.3)
+    panels[0][0].legend()
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

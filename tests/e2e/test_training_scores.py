@@ -1,0 +1,63 @@
+"""Evaluating a training while it runs, with the evaluator itself, on one process and on two."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from support import TIMEOUT, TINY_DIGITS, begin, command, environment, rows, run, weights
+
+from masked_diffusion.training_eval import METRICS
+
+pytestmark = pytest.mark.e2e
+
+TRAIN = "scripts/image_train.py"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Flags of a training of the digits that is evaluated after two steps."""
+    folder = tmp_path_factory.mktemp("digits")
+    graph, reference = folder / "digits.pb", folder / "digits_test.npz"
+    run("scripts/read_digits.py", folder, "--graph", graph, "--reference", reference)
+    flags = ["--eval_interval", 2, "--eval_ref", reference, "--eval_graph", graph, "--eval_backend", "tensorflow"]
+    return [*TINY_DIGITS, *flags, "--eval_num_samples", 7, "--eval_sampling_steps", 3, "--eval_batch_size", 2]
+
+
+def test_the_score_does_not_depend_on_the_number_of_processes(evaluated, tmp_path):
+    run(TRAIN, tmp_path / "start", *TINY_DIGITS)
+    state = weights(tmp_path / "start", 2)
+    generator = torch.Generator().manual_seed(0)
+    for value in state.values():
+        if value.is_floating_point():
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    torch.save(state, tmp_path / "model.pt")
+    # Updates that are lost in rounding: both trainings end with the weights that they begin with.
+    flags = [*evaluated, "--init_from", tmp_path / "model.pt", "--lr", "1e-30", "--ema_rate", "0.5"]
+    scores = []
+    for processes, batch_size in ((None, 4), (2, 2)):
+        folder = tmp_path / f"on_{processes}"
+        done = run(TRAIN, folder, *flags, "--batch_size", batch_size, processes=processes, OPENAI_LOG_FORMAT="csv,log")
+        report = json.loads((folder / "evaluation" / "000002" / "report.json").read_text())
+        assert report["sample"]["N"] == 7, done.stderr
+        scores.append({name: rows(folder)[-1][name] for name in METRICS})
+        assert scores[-1] == {name: report["metrics"][METRICS[name]] for name in METRICS}
+        assert json.loads((folder / "best.json").read_text())["step"] == 2
+    assert scores[0] == scores[1] and scores[0]["eval_fid"] > 0
+
+
+def test_a_signal_ends_an_evaluation_after_its_batches_and_the_run_with_it(evaluated, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*evaluated, "--max_steps", 9, "--eval_num_samples", 100000, "--eval_batch_size", 1]
+    process = begin(command(TRAIN, *flags, processes=2), environment(folder))
+    parts = folder / "evaluation" / "000002"
+    deadline = time.monotonic() + TIMEOUT
+    while not list(parts.glob("parts_*/*.npy")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert "stopped by a signal after step 2" in output, output  # not 3: the next start evaluates step 2
+    assert "no score of step 2: the run is asked to stop" in (folder / "log.txt").read_text()
+    assert (folder / "checkpoint000002.json").is_file() and list(parts.glob("parts_*/*.npy"))
