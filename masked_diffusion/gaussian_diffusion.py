@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from masked_diffusion import samplers
-from masked_diffusion.samplers import Prediction
+from masked_diffusion.samplers import Prediction, on_device_of
 
 Model = Callable[..., Tensor]
 Terms = dict[str, Tensor]
@@ -150,11 +150,14 @@ class GaussianDiffusion:
         self._tables_on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """``self.table[t]`` as float32, (N, 1, ..., 1) with like's number of dimensions. The copy is made once."""
+        """``self.table[t]`` as float32, (N, 1, ..., 1) with like's number of dimensions, where like is.
+
+        t may be there or on the CPU. The copy of the table is made once.
+        """
         key = (table, t.device)
         if key not in self._tables_on_device:
             self._tables_on_device[key] = torch.from_numpy(getattr(self, table)).to(t.device)
-        values = self._tables_on_device[key][t].float()
+        values = on_device_of(like, self._tables_on_device[key][t].float())
         return values.view(-1, *(1,) * (like.dim() - 1))
 
     def alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
@@ -327,11 +330,11 @@ class GaussianDiffusion:
     ) -> dict[str, Any]:
         """p(x_{t-1} | x_t) and the estimate of x_0.
 
-        x: (N, C, H, W), t: (N,) int64. clip_denoised: clamp the estimate to [-1, 1]. denoised_fn: applied to the
-        estimate before that. Returns ``mean, variance, log_variance, pred_xstart``, each of x's shape, and ``extra``,
-        the second entry of models that return a pair (else None).
+        x: (N, C, H, W), t: (N,) int64, where x is or on the CPU. clip_denoised: clamp the estimate to [-1, 1].
+        denoised_fn: applied to the estimate before that. Returns ``mean, variance, log_variance, pred_xstart``, each of
+        x's shape, and ``extra``, the second entry of models that return a pair (else None).
         """
-        output = model(x, self.original_timesteps(t), **(model_kwargs or {}))
+        output = model(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         output, extra = output if isinstance(output, tuple) else (output, None)
         return {**self._p_mean_variance_of(output.float(), x, t, denoised_fn, clip_denoised), "extra": extra}
 
@@ -344,7 +347,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
         """The mean shifted along ``cond_fn(x, t) = grad log p(y | x)`` (classifier guidance, 2105.05233, Alg. 1)."""
-        gradient = cond_fn(x, self.original_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
     def condition_score(
@@ -357,7 +360,7 @@ class GaussianDiffusion:
     ) -> dict[str, Any]:
         """The prediction with its score shifted by ``cond_fn``, for DDIM (2105.05233, Alg. 2)."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
-        gradient = cond_fn(x, self.original_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         eps = eps - (1 - self.alpha_bar(t, x)).sqrt() * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
         mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]

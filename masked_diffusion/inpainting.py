@@ -58,14 +58,19 @@ class Inpainting:
         return torch.where(self.hole, x_t, diffusion.q_sample(self.known.expand_as(noise), t, noise))
 
     def predictor(
-        self, diffusion: GaussianDiffusion, denoiser: Denoiser, noise: Tensor, clip: bool, model_kwargs: dict[str, Any]
+        self,
+        diffusion: GaussianDiffusion,
+        denoiser: Denoiser,
+        noise: Tensor,
+        clip_denoised: bool,
+        model_kwargs: dict[str, Any],
     ) -> Predict:
         """``diffusion.predictor`` with the known region held. noise: as of :meth:`hold`."""
 
         def fill(pred_xstart: Tensor) -> Tensor:
             return torch.where(self.hole, pred_xstart, self.known)
 
-        predict = diffusion.predictor(denoiser, clip, denoised_fn=fill, model_kwargs=model_kwargs)
+        predict = diffusion.predictor(denoiser, clip_denoised, denoised_fn=fill, model_kwargs=model_kwargs)
         return lambda x_t, t: predict(self.hold(diffusion, x_t, t, noise), t)
 
 

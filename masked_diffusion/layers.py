@@ -97,13 +97,28 @@ class RelativePositionBias(nn.Module):
     kept because published checkpoints have them.
     """
 
+    relative_position_index: Tensor
+    expanded: Tensor | None
+
     def __init__(self, grid_size: int, num_heads: int) -> None:
         super().__init__()
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid_size - 1) ** 2 + 3, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(grid_size))
+        self.register_buffer("expanded", None, persistent=False)
+
+    @torch.no_grad()
+    def expand(self) -> None:
+        """Look the bias of all tokens up now, for all passes to come: a table that changes later has no effect."""
+        self.expanded = None
+        self.expanded = self(self.relative_position_index)
 
     def forward(self, index: Tensor) -> Tensor:
-        """index: (L, L), or (N, L, L) where each sample has tokens of its own. Returns (1 or N, heads, L, L)."""
+        """index: (L, L) of all tokens, or (N, L, L) where each sample has tokens of its own.
+
+        Returns (1 or N, heads, L, L).
+        """
+        if self.expanded is not None and index.dim() == 2:
+            return self.expanded
         bias = F.embedding(index, self.relative_position_bias_table)  # (..., L, L, heads)
         # Fused attention kernels take a mask only if its last dimension is contiguous.
         return bias.movedim(-1, -3).contiguous().view(-1, bias.shape[-1], *index.shape[-2:])

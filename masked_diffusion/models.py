@@ -103,6 +103,15 @@ class LatentTransformer(nn.Module):
         """Whether the label table has a row for the null class; without it there is no guidance."""
         return self.y_embedder.embedding_table.num_embeddings > self.num_classes
 
+    def expand_bias(self) -> None:
+        """Look every block's relative-position bias up now instead of in every pass, for weights that will not change.
+
+        It takes 4 heads L^2 bytes per block in float32: 0.1 GB for MDT-XL/2 at 256 x 256, 1.9 GB at 512 x 512.
+        """
+        for module in self.modules():
+            if isinstance(module, RelativePositionBias):
+                module.expand()
+
     def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (N, C, H, W) -> tokens (N, L, D); timesteps and labels (N,) -> conditioning c (N, D)."""
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, label_noise)

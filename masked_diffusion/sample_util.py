@@ -44,7 +44,8 @@ class SamplerConfig:
 
     num_sampling_steps: steps of the respaced process. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
     the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. cfg_interval: first and last original
-    timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. Raises ValueError for others.
+    timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. cfg_skip_tol: where the
+    weight is within this of 1, no unconditional half is computed. Raises ValueError for other values.
     """
 
     num_sampling_steps: int = 250
@@ -56,6 +57,7 @@ class SamplerConfig:
     scale_pow: float = 4.0
     cfg_interval: list[int] | None = None
     cfg_channels: int = GUIDED_CHANNELS
+    cfg_skip_tol: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class SamplerConfig:
             raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
         if self.cfg_channels not in (3, 4):
             raise ValueError(f"--cfg_channels {self.cfg_channels}: choose 3 (as published) or 4")
+        if not self.cfg_skip_tol >= 0:  # NaN is not
+            raise ValueError(f"--cfg_skip_tol {self.cfg_skip_tol}: must be 0 or more, such as 0.01")
 
     @property
     def guidance_settings(self) -> dict[str, Any]:
@@ -80,25 +84,34 @@ class SamplerConfig:
         if not self.cfg_cond:
             return None
         record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
-        return {**record, "cfg_channels": self.cfg_channels}
+        return {**record, "cfg_channels": self.cfg_channels, "cfg_skip_tol": self.cfg_skip_tol}
 
     def build_guidance(self, model: Denoiser, config: RunConfig) -> Denoiser:
-        """The model guided as these settings say; the model itself without guidance.
+        """The model guided at every timestep as these settings say; the model itself without guidance.
 
         Raises ValueError for an interval outside the trained process.
         """
         if not self.cfg_cond:
             return model
+        return guided(model, config.model.num_classes, self._weight(config), self.cfg_channels)
+
+    def guided_steps(self, config: RunConfig, diffusion: GaussianDiffusion) -> list[bool]:
+        """For each step of a process, whether its guidance weight differs from 1 by more than ``cfg_skip_tol``."""
+        if not self.cfg_cond:
+            return [False] * diffusion.num_timesteps
+        weights = self._weight(config)(diffusion.original_timesteps(torch.arange(diffusion.num_timesteps)))
+        return ((weights - 1).abs() > self.cfg_skip_tol).tolist()
+
+    def _weight(self, config: RunConfig) -> Callable[[Tensor], Tensor]:
         steps = config.diffusion.diffusion_steps
         if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= steps:
             raise ValueError(f"--cfg_interval {'-'.join(map(str, self.cfg_interval))}: timesteps are 0 ... {steps - 1}")
-        weight = partial(
+        return partial(
             SCHEDULES[self.guidance].weight,
             cfg_scale=self.cfg_scale,
             diffusion_steps=steps,
             **self.guidance_settings,
         )
-        return guided(model, config.model.num_classes, weight, self.cfg_channels)
 
     def build_diffusion(self, config: RunConfig) -> GaussianDiffusion:
         """The trained process on ``num_sampling_steps`` of its steps. Raises ValueError when it has fewer."""
@@ -134,7 +147,8 @@ class ImageSampler:
         self._new_step = partial(samplers.SAMPLERS[sampler.sampler], self._diffusion)
         self._model = model
         self._guide = partial(sampler.build_guidance, config=config)
-        self._guide(model)  # what it refuses is refused here
+        # Decided here, before any step. What the guidance refuses is refused here, too.
+        self._guided_steps = sampler.guided_steps(config, self._diffusion)
 
     def states(
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
@@ -143,13 +157,21 @@ class ImageSampler:
         noise = SampleNoise(self._seed, indices)
         y = torch.tensor(list(labels), device=self._device)
         x_T = noise.randn(self._latent_shape, self._device)
-        if inpainting is None:
-            predict = self._diffusion.predictor(self._guide(self._model), self._clip, model_kwargs={"y": y})
-        else:
-            denoiser = self._guide(inpainting.denoiser(self._model, self._seed, indices))
-            predict = inpainting.predictor(self._diffusion, denoiser, x_T, self._clip, model_kwargs={"y": y})
+        denoiser: Denoiser = self._model
+        predictor: Callable[..., samplers.Predict] = self._diffusion.predictor
+        if inpainting is not None:
+            denoiser = inpainting.denoiser(denoiser, self._seed, indices)
+            predictor = partial(inpainting.predictor, self._diffusion, noise=x_T)
             last_timestep = torch.full_like(y, self._diffusion.num_timesteps - 1)
             x_T = inpainting.hold(self._diffusion, x_T, last_timestep, noise=x_T)
+        plain, guided = (
+            predictor(model, clip_denoised=self._clip, model_kwargs={"y": y})
+            for model in (denoiser, self._guide(denoiser))
+        )
+
+        def predict(x_t: Tensor, t: Tensor) -> samplers.Prediction:
+            return (guided if self._guided_steps[int(t[0])] else plain)(x_t, t)
+
         timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
         return samplers.loop(self._new_step(), predict, x_T, timesteps, noise.randn_like)
 

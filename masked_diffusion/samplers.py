@@ -2,7 +2,8 @@
 
 A sampler knows no network, no guidance and no labels. It is given ``predict(x_t, t)``, with t an (N,) int64 tensor of
 the process's own timesteps, which returns a :class:`Prediction`; and a noise source. The loops are generators, so
-that every step can be looked at; :func:`last` keeps only the end.
+that every step can be looked at; :func:`last` keeps only the end. Their t are on the CPU, wherever x_t is: what
+depends on the timestep alone is decided without waiting for the device.
 """
 
 import math
@@ -51,13 +52,22 @@ RandnLike = Callable[[Tensor], Tensor]
 StepFunction = Callable[[Predict, Tensor, Tensor, RandnLike], Step]
 
 
+def on_device_of(like: Tensor, values: Tensor) -> Tensor:
+    """Values where ``like`` is. The CPU does not wait for the copy of its own."""
+    return values.to(like.device, non_blocking=values.device.type == "cpu")
+
+
 def ddpm_step(predict: Predict, x_t: Tensor, t: Tensor, randn_like: RandnLike = torch.randn_like) -> Step:
     """Ancestral sampling of x_{t-1} (DDPM, 2006.11239, Algorithm 2). x_t: (N, C, H, W); t: (N,)."""
     prediction = predict(x_t, t)
     noise = randn_like(x_t)  # drawn even where it is multiplied by zero: the number of draws is part of the contract
-    nonzero = (t != 0).to(x_t.dtype).view(-1, 1, 1, 1)
-    sample = prediction.mean + nonzero * (0.5 * prediction.log_variance).exp() * noise
+    sample = prediction.mean + _not_last(t, x_t) * (0.5 * prediction.log_variance).exp() * noise
     return Step(sample, prediction.pred_xstart)
+
+
+def _not_last(t: Tensor, x_t: Tensor) -> Tensor:
+    """1 where a step ends in noise, 0 where it ends in x_0: (N, 1, 1, 1)."""
+    return on_device_of(x_t, (t != 0).to(x_t.dtype)).view(-1, 1, 1, 1)
 
 
 def ddim_step(
@@ -69,8 +79,7 @@ def ddim_step(
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / alpha_bar_prev).sqrt()
     noise = randn_like(x_t)
     mean = prediction.pred_xstart * alpha_bar_prev.sqrt() + (1 - alpha_bar_prev - sigma**2).sqrt() * prediction.eps
-    nonzero = (t != 0).to(x_t.dtype).view(-1, 1, 1, 1)
-    return Step(mean + nonzero * sigma * noise, prediction.pred_xstart)
+    return Step(mean + _not_last(t, x_t) * sigma * noise, prediction.pred_xstart)
 
 
 def ddim_reverse_step(schedule: Schedule, predict: Predict, x_t: Tensor, t: Tensor) -> Step:
@@ -182,7 +191,7 @@ def loop(
     x_t: (N, C, H, W), the starting noise. timesteps: indices of the process, e.g. ``range(num - 1, -1, -1)``.
     """
     for i in timesteps:
-        state = step(predict, x_t, torch.full((len(x_t),), i, device=x_t.device, dtype=torch.long), randn_like)
+        state = step(predict, x_t, torch.full((len(x_t),), i, dtype=torch.long), randn_like)
         yield state
         x_t = state.sample
 

@@ -48,6 +48,7 @@ SAMPLER_HELPS = {
     "guidance": "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
     "cfg_interval": "first and last timestep that --guidance interval guides at, such as 80-470",
     "cfg_channels": "latent channels that are guided: 3, as published, or 4",
+    "cfg_skip_tol": "do not compute the unconditional half where the weight is within this of 1, such as 0.01: faster",
 }
 
 

@@ -86,7 +86,9 @@ def open_trained(
     model = config.model.build()
     state = fit_positions(state, model, path, flags["interpolate_pos"], warn)
     checkpoint.load_weights(model, state, path, flags["drop_extra"])
-    return Trained(path, model.to(device).eval().requires_grad_(False), config, first_stage, recorded is not None)
+    model.to(device).eval().requires_grad_(False)
+    model.expand_bias()
+    return Trained(path, model, config, first_stage, recorded is not None)
 
 
 def _what_there_is(folder: Path) -> str:

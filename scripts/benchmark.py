@@ -51,6 +51,8 @@ from masked_diffusion.train_util import Batch, TrainConfig, TrainLoop
 
 # A published sampling run: figures of a few steps are extrapolated to it.
 FULL_SAMPLING_STEPS = 250
+# Guidance weights of 1 are as frequent among 10 steps as among 250: a tenth of them, or four tenths within a hundredth.
+SKIP_TOLERANCES, LEAST_STEPS_TO_SKIP = (0.0, 0.01), 10
 SD_DOWNSAMPLE, SD_CHANNELS = 8, 4
 JPEG_SIZE, JPEG_COUNT = (500, 375), 64  # the most frequent size in ImageNet
 
@@ -127,7 +129,8 @@ class Settings:
 
     @property
     def sampler_config(self) -> SamplerConfig:
-        return SamplerConfig(num_sampling_steps=self.num_sampling_steps, cfg_cond=True)
+        """A sampler that guides at every step."""
+        return SamplerConfig(num_sampling_steps=self.num_sampling_steps, cfg_cond=True, guidance="constant")
 
     @property
     def draw_spec(self) -> DrawSpec:
@@ -220,6 +223,10 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def over(self, other: "Timing") -> float:
+        """The median over the rounds of this one's seconds divided by the other's."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def fields(self, prefix: str = "") -> dict[str, float]:
         values = {"median": self.median, "min": min(self.seconds), "max": max(self.seconds)}
@@ -324,9 +331,13 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 
 
 def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Guided steps of the sampler, extrapolated to a published run; with an autoencoder, decoding beside them."""
+    """Guided steps of the sampler, extrapolated to a published run; with an autoencoder, decoding beside them.
+
+    In turn with them, where there are steps enough to leave some out, the published schedule with ``cfg_skip_tol``.
+    """
     precision = choose_precision(settings, ranks.device, tf32=True)
-    model = fresh_model(settings).to(ranks.device).eval()
+    model = fresh_model(settings).to(ranks.device).eval().requires_grad_(False)
+    model.expand_bias()  # as the scripts do
 
     def network(*args: Any, **kwargs: Any) -> Tensor:
         enabled = settings.dtype != torch.float32
@@ -334,11 +345,26 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
             return model(*args, **kwargs).float()
 
     undecoded = UndecodedLatents(settings.in_channels)
-    make = ImageSampler(network, settings.run_config, settings.sampler_config, undecoded, ranks.device)
     indices = range(settings.batch_size)
     labels = [i % settings.num_classes for i in indices]
-    steps = timed(lambda: make(indices, labels), settings, ranks.device)
+
+    def sampling(sampler: SamplerConfig) -> Callable[[], Any]:
+        make = ImageSampler(network, settings.run_config, sampler, undecoded, ranks.device)
+        return lambda: make(indices, labels)
+
+    tolerances = SKIP_TOLERANCES if settings.num_sampling_steps >= LEAST_STEPS_TO_SKIP else ()
+    skipping = [
+        dataclasses.replace(settings.sampler_config, guidance="power_cosine", cfg_skip_tol=tolerance)
+        for tolerance in tolerances
+    ]
+    samplers = [settings.sampler_config, *skipping]
+    steps, *skipped = timed_in_turn([sampling(sampler) for sampler in samplers], settings, ranks.device)
     fields = {**common(steps, ranks.device), "num_sampling_steps": settings.num_sampling_steps}
+    for tolerance, timing in zip(tolerances, skipped, strict=True):
+        fields |= {
+            **timing.fields(f"cfg_skip_tol_{tolerance}_"),
+            f"cfg_skip_tol_{tolerance}_speedup": steps.over(timing),
+        }
     seconds = FULL_SAMPLING_STEPS * steps.median / settings.num_sampling_steps
     if settings.with_vae:
         first_stage = make_first_stage(settings, ranks.device)
@@ -386,8 +412,7 @@ def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     exact = Timing([seconds / in_a_round for seconds in measured[0].seconds], measured[0].peak_memory_bytes)
     fast_decode = {}
     for fast in measured[1:]:
-        ratios = [one / other for one, other in zip(exact.seconds, fast.seconds, strict=True)]
-        fast_decode = {**fast.fields("fast_decode_"), "fast_decode_speedup": statistics.median(ratios)}
+        fast_decode = {**fast.fields("fast_decode_"), "fast_decode_speedup": exact.over(fast)}
     return {
         **common(exact, torch.device("cpu")),
         "images_per_second": settings.batch_size / exact.median,

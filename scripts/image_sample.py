@@ -69,7 +69,7 @@ HELPS = {
     "use_kl": "accepted for compatibility: a training loss",
     "rescale_learned_sigmas": "accepted for compatibility: a training loss",
 }
-GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels")
+GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
 IGNORED = ("mask_ratio", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
 
 
@@ -88,6 +88,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "scale_pow": 4.0,
         "cfg_interval": None,
         "cfg_channels": 3,
+        "cfg_skip_tol": 0.0,
         "labels": "random",
         "seed": 0,
         "model": "MDT_S_2",

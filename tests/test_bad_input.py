@@ -177,6 +177,7 @@ def sample_flags(path, *flags):
         (["--guidance", "cosine"], "--guidance cosine: unknown"),
         (["--guidance", "interval"], "--guidance interval: give the timesteps"),
         (["--cfg_channels", "5"], "--cfg_channels 5: choose 3"),
+        (["--cfg_skip_tol", "-1"], "--cfg_skip_tol -1.0: must be 0 or more"),
         (["--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "0-1000"], "timesteps are 0 ... 999"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -242,6 +243,7 @@ def test_an_lfs_pointer_and_a_torn_file_are_told_apart(refused, trained):
         (["--class_cond", "False", "--labels", "3"], "--labels is ignored"),
         (["--device", "cpu", "--tf32", "False"], "--tf32 is ignored on a CPU"),
         (["--guidance", "constant"], "--guidance is ignored without --cfg_cond True"),
+        (["--cfg_skip_tol", "0.01"], "--cfg_skip_tol is ignored without --cfg_cond True"),
         (
             ["--cfg_cond", "True", "--guidance", "constant", "--scale_pow", "2"],
             "--scale_pow is ignored with --guidance",

@@ -100,6 +100,18 @@ def test_sample_is_guided_steps_extrapolated_to_250(measure, passes):
     assert record["images_per_second"] == pytest.approx(1 / record["seconds_per_image"])
 
 
+def test_ten_sampling_steps_are_measured_with_unconditional_halves_left_out(measure, passes):
+    (record,) = measure("sample", "--num_sampling_steps", "10")
+    calls = [batch for batch, *_ in passes]
+    every, exact, near = [6] * 10, [3] + [6] * 9, [3] * 4 + [6] * 6
+    # The warm-up runs each way in turn as the rounds do.
+    assert calls == (every + exact + near) * ROUNDS
+    for tolerance in ("0.0", "0.01"):
+        assert (
+            record[f"cfg_skip_tol_{tolerance}_median_seconds"] > 0 and record[f"cfg_skip_tol_{tolerance}_speedup"] > 0
+        )
+
+
 @pytest.mark.parametrize(("flag", "dtype"), [("--use_bf16", "bfloat16"), ("--use_fp16", "float16")])
 def test_half_precision_reaches_the_network(measure, passes, flag, dtype):
     for case in ("train_step", "sample"):

@@ -35,7 +35,7 @@ CONTRACT = {
         "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
-        "cfg_channels": 3, "interpolate_pos": False, "drop_extra": False,
+        "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False,
     },
     "scripts/check_data.py": {
         "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",
@@ -44,7 +44,7 @@ CONTRACT = {
         "model_path": "", "model": "MDT_XL_2", "image_size": 256, "labels": None, "cfg_scale": None, "scale_pow": None,
         "num_sampling_steps": None, "seed": 0, "out": None, "vae_path": None, "decode_layer": None, "device": "auto",
         "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
-        "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
+        "cfg_skip_tol": 0.0, "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
         "interpolate_pos": False, "drop_extra": False,
     },
 }  # fmt: skip

@@ -95,7 +95,14 @@ def test_a_sweep_over_labels_has_the_same_noise_in_every_row(draw):
 
 @pytest.mark.parametrize(
     "sweep",
-    ["scale_pow=1,9", "guidance=power_cosine,constant", "sampler=ddpm,unipc", "seed=0,1", "num_sampling_steps=2,4"],
+    [
+        "scale_pow=1,9",
+        "cfg_skip_tol=0,99",
+        "guidance=power_cosine,constant",
+        "sampler=ddpm,unipc",
+        "seed=0,1",
+        "num_sampling_steps=2,4",
+    ],
 )
 def test_settings_can_be_swept_over_and_change_the_samples(draw, sweep):
     first, second = tiles(draw("--sweep", sweep, "--labels", "1,2", "--cfg_scale", "8"), 2, 2)

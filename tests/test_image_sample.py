@@ -48,11 +48,13 @@ def test_use_ddim_is_the_published_spelling_of_the_sampler(sample):
 
 def test_the_manifest_records_sampler_and_guidance(sample):
     _, settings = sample(
-        "a", "--sampler", "unipc", "--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "100-900"
-    )
+        "a", "--sampler", "unipc", "--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "100-900",
+        "--cfg_skip_tol", "0.01",
+    )  # fmt: skip
     assert settings["sampler"] == "unipc"
     assert settings["guidance"] == {
         "schedule": "interval", "cfg_scale": 3.8, "cfg_interval": [100, 900], "cfg_channels": 3,
+        "cfg_skip_tol": 0.01,
     }  # fmt: skip
 
 

@@ -362,6 +362,23 @@ def test_a_model_without_a_null_class_refuses_guidance():
         model.forward_with_cfg(tensor("x"), tensor("t"), tensor("y"), cfg_scale=2.0)
 
 
+def test_an_expanded_bias_gives_equal_numbers_and_is_no_part_of_the_weights(golden):
+    model, inputs = golden.model().requires_grad_(False), golden.inputs()
+    masked = [{}, {"enable_mask": True, "token_noise": torch.rand(4, 16), "ratio_noise": 0.5}][: 1 + golden.masks]
+    before, names = [model(*inputs, **kwargs) for kwargs in masked], list(model.state_dict())
+    model.expand_bias()
+    assert all(torch.equal(model(*inputs, **kwargs), out) for kwargs, out in zip(masked, before, strict=True))
+    assert list(model.state_dict()) == names
+
+
+def test_an_expanded_bias_is_looked_up_once(model, monkeypatch):
+    model.expand_bias()
+    monkeypatch.setattr(torch.nn.functional, "embedding", None)
+    index = model.rel_index
+    first = model.blocks[0].attn.rel_pos_bias
+    assert first(index) is first(index)
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (3, 11, 11)])
 def test_the_attention_bias_has_the_layout_that_fused_kernels_ask_for(model, shape):
     index = torch.randint(0, 49, shape, dtype=torch.int32)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion import parts
+from masked_diffusion import parts, samplers
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.first_stage import PixelSpace
@@ -124,6 +124,7 @@ def test_samples_depend_on_the_label(model, mode):
         {"num_sampling_steps": 5},
         {"cfg_cond": True, "cfg_scale": 6.0},
         {"cfg_cond": True, "scale_pow": 0.01},
+        {"cfg_cond": True, "cfg_skip_tol": 1.0},
         {"cfg_cond": True, "guidance": "constant"},
         {"cfg_cond": True, "guidance": "interval", "cfg_interval": [300, 700]},
         {"sampler": "dpmsolver++"},
@@ -158,6 +159,8 @@ def test_four_channels_are_guided_where_there_are_four():
         ({"guidance": "cosine"}, "--guidance cosine: unknown; choose one of power_cosine, constant, interval"),
         ({"guidance": "interval"}, "--guidance interval: give the timesteps"),
         ({"cfg_channels": 2}, "--cfg_channels 2: choose 3"),
+        ({"cfg_skip_tol": -0.1}, "--cfg_skip_tol -0.1: must be 0 or more"),
+        ({"cfg_skip_tol": float("nan")}, "--cfg_skip_tol nan: must be 0 or more"),
     ],
 )
 def test_unknown_samplers_and_guidance_are_refused(settings, sentence):
@@ -176,8 +179,10 @@ def test_the_record_of_the_guidance_has_the_schedules_own_settings():
         return SamplerConfig(cfg_cond=True, cfg_scale=2.0, **settings).guidance_record()
 
     assert SamplerConfig().guidance_record() is None
-    assert record() == {"schedule": "power_cosine", "cfg_scale": 2.0, "scale_pow": 4.0, "cfg_channels": 3}
-    assert record(guidance="constant", cfg_channels=4) == {"schedule": "constant", "cfg_scale": 2.0, "cfg_channels": 4}
+    shared = {"cfg_scale": 2.0, "cfg_channels": 3, "cfg_skip_tol": 0.0}
+    assert record() == {"schedule": "power_cosine", "scale_pow": 4.0, **shared}
+    assert record(guidance="constant", cfg_channels=4) == {"schedule": "constant", **shared, "cfg_channels": 4}
+    assert record(cfg_skip_tol=0.01)["cfg_skip_tol"] == 0.01
     assert record(guidance="interval", cfg_interval=[1, 9])["cfg_interval"] == [1, 9]
 
 
@@ -191,8 +196,71 @@ def test_without_guidance_no_unconditional_half_is_computed(model):
     sampler_of(counting)(range(2), [1, 2])
     assert calls == [(2, [1, 2])] * 4
     calls.clear()
-    sampler_of(counting, cfg_cond=True)(range(2), [1, 2])
+    sampler_of(counting, cfg_cond=True, guidance="constant")(range(2), [1, 2])
     assert calls == [(4, [1, 2, NUM_CLASSES, NUM_CLASSES])] * 4
+
+
+CONSTANT = {"guidance": "constant", "cfg_scale": 1.01}
+INTERVAL = {"guidance": "interval", "cfg_interval": [100, 700], "cfg_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    "settings, guided_at",
+    [
+        ({}, [666, 333, 0]),  # the schedule's weight at 999 is 1 in float32
+        ({"cfg_skip_tol": 0.1}, [333, 0]),  # 1.04 at 666, 1.9 at 333
+        ({"cfg_skip_tol": 9.0}, []),
+        ({"cfg_scale": 1.0}, []),
+        ({"guidance": "constant", "cfg_scale": 1.0}, []),
+        (CONSTANT, [999, 666, 333, 0]),
+        ({**CONSTANT, "cfg_skip_tol": 0.005}, [999, 666, 333, 0]),
+        ({**CONSTANT, "cfg_skip_tol": 0.011}, []),
+        (INTERVAL, [666, 333]),
+        # Heun's second look at a step is at the next timestep, whose own weight decides.
+        ({**INTERVAL, "sampler": "heun"}, [666, 666, 333, 333]),
+    ],
+)
+def test_the_unconditional_half_is_left_out_where_the_weight_is_one_within_the_tolerance(model, settings, guided_at):
+    batches = []
+
+    def watching(x, t, y):
+        batches.append((int(t[0]), y.tolist()))
+        return model(x, t, y)
+
+    sampler_of(watching, cfg_cond=True, **settings)(range(2), [1, 2])
+    assert all(y[:2] == [1, 2] and y[2:] in ([], [NUM_CLASSES] * 2) for _, y in batches)
+    assert [t for t, y in batches if len(y) == 4] == guided_at
+
+
+def test_of_the_published_250_steps_24_are_not_guided_and_110_within_a_hundredth():
+    def count(**settings):
+        sampler = SamplerConfig(250, cfg_cond=True, cfg_scale=3.8, **settings)
+        return sampler.guided_steps(run_config(), sampler.build_diffusion(run_config())).count(False)
+
+    assert (count(), count(cfg_skip_tol=1e-2)) == (24, 110)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cfg_channels": 4}, INTERVAL])
+def test_leaving_out_the_half_of_weight_one_changes_the_last_bits_alone(monkeypatch, model, settings):
+    """uncond + 1 (cond - uncond) is cond but for rounding."""
+    make = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
+    skipping = samplers.last(make.states(range(4), LABELS[:4]))
+    monkeypatch.setattr(SamplerConfig, "guided_steps", lambda self, config, diffusion: [True] * 30)
+    everywhere = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
+    torch.testing.assert_close(skipping, samplers.last(everywhere.states(range(4), LABELS[:4])), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc", "heun"])
+def test_whether_a_step_is_guided_is_decided_without_looking_at_the_device(name):
+    """Tensors on the meta device have no values, and reading one raises."""
+
+    def shapes(x, t, y):
+        assert x.is_meta and t.is_meta and y.is_meta
+        return torch.cat([x, x], dim=1)
+
+    sampler = SamplerConfig(4, name, cfg_cond=True)
+    make = ImageSampler(shapes, run_config(), sampler, PixelSpace(3), "meta")
+    assert samplers.last(make.states(range(2), [1, 2])).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmsolver++", "unipc"])
