@@ -63,6 +63,7 @@ class LateFlag:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._value = self._host.numpy()  # the same memory
         self._arrived = torch.cuda.Event() if self._on_gpu else None
 
     def put(self, flag: Tensor) -> None:
@@ -75,4 +76,4 @@ class LateFlag:
         """The flag that was put last."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._host)
+        return bool(self._value)
