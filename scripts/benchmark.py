@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_plain import IN_CHILDREN, against_plain, plain_step
+from benchmark_plain import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, plain_step
 from benchmark_setup import (
     DEFAULTS,
     Settings,
@@ -259,7 +259,7 @@ def in_child(case: str, argv: Sequence[str], processes: int = 1) -> str:
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {"case": ",".join([*CASES, *IN_CHILDREN]), **DEFAULTS, "device": "auto", "out": ""}
+    defaults = {"case": "train_step,sample,data,assemble", **DEFAULTS, "device": "auto", "out": ""}
     types = {"mask_ratio": optional(float), "decode_layer": optional(int), "tf32": optional(str2bool)}
     parser = argparse.ArgumentParser(description="Measure speed and peak memory; prints a JSON object per case.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
@@ -279,6 +279,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
         if name not in CASES and name not in IN_CHILDREN:
             raise ValueError(f"--case {name}: unknown; choose of {', '.join([*CASES, *IN_CHILDREN])}")
     settings = Settings(**args_to_dict(args, DEFAULTS))
+    if set(cases) & set(NEED_PLAIN):
+        check_plain(settings)
     place = dist_util.find_place(os.environ)
     device = dist_util.choose_device(args.device, place.local_rank)
     outputs = [sys.stdout]

@@ -26,18 +26,25 @@ from plain_step import PlainMDT, PlainTraining
 from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.models import MDT
+from masked_diffusion.models import FAMILIES, MDT, family_of
 from masked_diffusion.sample_util import ImageSampler
 
 # Measures a case in a process of its own, or several under torchrun, with further flags.
 Child = Callable[..., dict[str, Any]]
 
 
-def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
+def check_plain(settings: Settings) -> None:
     """Raises ValueError for a model that was not published in this form, or a training without masking."""
+    if FAMILIES[family_of(settings.model)] is not MDT or settings.mask_ratio is None:
+        raise ValueError(
+            f"--model {settings.model} --mask_ratio {settings.mask_ratio}: the plain path is that of MDT with masking; "
+            "give a model such as MDT_S_2 and a mask ratio, or other cases"
+        )
+
+
+def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
     model = fresh_model(settings).to(device)
-    if type(model) is not MDT or model.mask_ratio is None:
-        raise ValueError(f"--model {settings.model}: the plain path is that of MDT with a --mask_ratio")
+    assert isinstance(model, MDT)
     diffusion = settings.run_config.diffusion.build()
     return PlainTraining(model, diffusion, make_first_stage(settings, device), settings.train_config.lr)
 
@@ -180,4 +187,6 @@ def scaling(child: Child) -> dict[str, Any]:
     }
 
 
+# Cases that run the plain path.
+NEED_PLAIN = ("plain_step", "against_plain", "memory")
 IN_CHILDREN: dict[str, Callable[[Child], dict[str, Any]]] = {"memory": memory, "scaling": scaling}

@@ -28,16 +28,19 @@ from masked_diffusion.resample import UniformSampler
 class PlainAttention(nn.Module):
     """Explicit attention around the layers of another one; takes the kept tokens' ids in place of an index."""
 
+    index: Tensor
+
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         assert attention.rel_pos_bias is not None
         self.num_heads = attention.num_heads
         self.qkv, self.proj = attention.qkv, attention.proj
         self.table = attention.rel_pos_bias.relative_position_bias_table
-        self.register_buffer("index", attention.rel_pos_bias.relative_position_index, persistent=False)
+        index = attention.rel_pos_bias.relative_position_index
+        assert isinstance(index, Tensor)
+        self.register_buffer("index", index, persistent=False)
 
     def _bias(self, ids_keep: Tensor | None) -> Tensor:
-        assert isinstance(self.index, Tensor)
         num_tokens = len(self.index)
         bias = self.table[self.index.view(-1)].view(num_tokens, num_tokens, -1).permute(2, 0, 1).contiguous()
         if ids_keep is None:
