@@ -17,9 +17,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def counter(monkeypatch):
-    """Compile as far as autograd's graphs, which needs no compiler of C++, and count them."""
+    """Compile as far as graphs, which needs no compiler of C++, and count them."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     yield counter
     torch._dynamo.reset()
