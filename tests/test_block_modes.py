@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
@@ -131,5 +132,27 @@ def test_where_nothing_can_compile_one_line_says_so_and_training_goes_on(monkeyp
     monkeypatch.setattr(torch, "compile", cannot)
     flags = ["--compile", "True", "--max_steps", "1"]
     assert call(monkeypatch, "scripts/image_train.py", tmp_path, *TINY_DIGITS, *flags, sinks="stdout") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "compile" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--compile")]
     assert said == ["--compile True is ignored: this machine cannot compile (no C++ compiler)"]
+
+
+def test_samples_are_drawn_by_compiled_blocks(monkeypatch, tmp_path, counter):
+    assert call(monkeypatch, "scripts/image_train.py", tmp_path, *TINY_DIGITS, "--max_steps", "1") == 0
+    arrays, counts = [], []
+    for flag in ("False", "True"):
+        flags = [
+            "--model_path",
+            tmp_path / "model000001.pt",
+            "--num_samples",
+            "2",
+            "--batch_size",
+            "2",
+            "--device",
+            "cpu",
+        ]
+        flags += ["--num_sampling_steps", "2", "--cfg_cond", "True", "--compile", flag]
+        assert call(monkeypatch, "scripts/image_sample.py", tmp_path / flag, *flags) == 0
+        arrays.append(np.load(tmp_path / flag / "samples_2x8x8x3.npz")["arr_0"].astype(int))
+        counts.append(counter.frame_count)
+    assert counts[0] == 0 < counts[1]
+    assert abs(arrays[0] - arrays[1]).max() <= 1
