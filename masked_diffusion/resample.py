@@ -28,7 +28,8 @@ class ScheduleSampler(ABC):
         p = self.weights() / self.weights().sum()
         t = np.searchsorted(np.cumsum(p), u.numpy(), side="right").clip(max=len(p) - 1)
         importance = 1 / (len(p) * p[t])
-        return torch.from_numpy(t).to(device), torch.from_numpy(importance).float().to(device)
+        weights = torch.from_numpy(importance).float()
+        return torch.from_numpy(t).to(device, non_blocking=True), weights.to(device, non_blocking=True)
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:  # noqa: B027
         """Learn from one step's losses of the whole global batch, in sample order."""

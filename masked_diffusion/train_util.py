@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from masked_diffusion import checkpoint
 from masked_diffusion.bad_images import BadImages
+from masked_diffusion.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.config import RunConfig
 from masked_diffusion.data_stream import ReadAhead
 from masked_diffusion.dist_util import Ranks, no_sync
@@ -57,6 +58,8 @@ class TrainConfig:
     use_fp16: bool = False
     fp16_scale_growth: float = 1e-3
     use_bf16: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
     seed: int = 0
     max_bad_steps: int = 10
     max_bad_share: float = 0.01
@@ -181,6 +184,10 @@ class TrainLoop:
         self.evaluation = evaluation
 
         self.model = model.to(ranks.device).train()
+        if config.grad_checkpointing:
+            recompute_blocks(self.model)
+        if config.compile and (problem := compile_blocks(self.model, ranks.device)):
+            logger.text(f"--compile True is ignored: this machine cannot compile ({problem})")
         self.optimizer = GatedOptimizer(
             model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks
         )

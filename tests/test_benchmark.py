@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import call, script
 
+from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.models import MDT
 from masked_diffusion.optimizers import EMA
 from masked_diffusion.train_util import TrainLoop
@@ -68,9 +69,10 @@ def calls_of(monkeypatch, owner, name):
 def test_train_step_is_a_step_of_the_training_loop_then_each_view_alone(measure, passes, monkeypatch):
     steps, updates = (calls_of(monkeypatch, *what) for what in ((TrainLoop, "train_step"), (EMA, "update")))
     (record,) = measure("train_step")
-    assert len(steps) == len(updates) == steps[0][0].step == ROUNDS
+    assert len(steps) == len(updates) == steps[0][0].step == ROUNDS + 1  # the last one for its operations
     full, masked = ((3, enable_mask, True, False, True) for enable_mask in (False, True))
-    assert passes == [full, masked] * ROUNDS + [full] * ROUNDS + [masked] * ROUNDS
+    assert passes == [full, masked] * ROUNDS + [full] * ROUNDS + [masked] * ROUNDS + [full, masked]
+    assert record["step_gflop"] > 0 and "mfu" not in record  # of a CPU nobody states a peak
     assert record["images_per_second"] == pytest.approx(3 / record["median_seconds"])
     assert record["full_view_median_seconds"] > 0 and record["masked_view_median_seconds"] > 0
     assert (record["model"], record["image_size"], record["batch_size"]) == ("MDT_Ti_2", 8, 3)
@@ -154,8 +156,7 @@ def test_assemble_writes_a_sample_set_of_the_given_size_and_leaves_nothing(measu
 
 
 def test_with_an_autoencoder_images_are_encoded_and_latents_decoded(measure, monkeypatch):
-    benchmark = script(BENCHMARK)
-    encoded, decoded = (calls_of(monkeypatch, benchmark.Autoencoder, name) for name in ("encode", "decode"))
+    encoded, decoded = (calls_of(monkeypatch, Autoencoder, name) for name in ("encode", "decode"))
     flags = ["--with_vae", "True", "--image_size", "32", "--downsample", "8", "--in_channels", "4"]
     assert measure("train_step", *flags)[0]["with_vae"] is True
     assert {tuple(images.shape) for _, images, *_ in encoded} == {(3, 3, 32, 32)}
@@ -185,6 +186,49 @@ def test_a_case_that_fails_in_its_process_fails_the_script(monkeypatch, status, 
     assert ended.value.code == code
 
 
+def test_ours_and_the_plain_path_are_measured_in_turn(measure):
+    (record,) = measure("against_plain", "--in_channels", "4")
+    names = ("speedup", "masked_to_full", "guided_speedup", "share_of_floor", "plain_share_of_floor")
+    assert all(record[name + suffix] > 0 for name in names for suffix in ("", "_cpu"))
+    assert record["share_of_floor"] < 1 and "cached_latents_speedup" not in record
+
+
+def test_a_ratio_is_the_median_of_the_rounds(monkeypatch):
+    script(BENCHMARK)
+    from benchmark_plain import ratios_of
+    from benchmark_setup import Timing
+
+    one, other = Timing([2.0, 90.0, 3.0], 0, [1.0, 1.0, 1.0]), Timing([1.0, 30.0, 1.0], 0, [2.0, 4.0, 5.0])
+    assert ratios_of(one, other, scale=10.0) == {"": 30.0, "_cpu": 2.5}
+
+
+def test_memory_and_scaling_compare_processes_of_their_own(monkeypatch, capsys, tmp_path):
+    benchmark = script(BENCHMARK)
+    children = []
+
+    def child(command, **_):
+        children.append(command)
+        plain, checkpointing = "plain_step" in command, "--grad_checkpointing" in command
+        bytes_ = 1000 if plain else 300 if checkpointing else 600
+        record = {"peak_memory_bytes": bytes_ + 500, "net_memory_bytes": bytes_, "median_seconds": 1.0}
+        record["images_per_second"] = 3.0 if "torch.distributed.run" in command else 4.0
+        return subprocess.CompletedProcess(command, 0, json.dumps(record) + "\n")
+
+    monkeypatch.setattr(benchmark.subprocess, "run", child)
+    assert call(monkeypatch, BENCHMARK, tmp_path, *TINY, "--case", "memory,scaling") == 0
+    memory, scaling = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (memory["case"], scaling["case"]) == ("memory", "scaling")
+    assert memory["ours_to_plain_net_memory_bytes"] == 0.6
+    assert memory["ours_checkpointing_to_plain_net_memory_bytes"] == 0.3
+    assert scaling["scaling"] == 1.5
+    assert len(children) == 5 and "--nproc_per_node=2" in children[-1]
+
+
+def test_a_trace_of_a_step_is_written(measure, tmp_path):
+    measure("train_step", "--trace", tmp_path / "trace.json")
+    assert "aten::addmm" in (tmp_path / "trace.json").read_text()
+
+
 def test_tf32_is_the_scripts_default_unless_it_is_asked_for():
     benchmark = script(BENCHMARK)
     before = torch.backends.cuda.matmul.allow_tf32
@@ -201,6 +245,8 @@ def test_tf32_is_the_scripts_default_unless_it_is_asked_for():
     ("flags", "words"),
     [
         (["--case", "train_step,plain"], ["--case plain", "train_step, sample, data"]),
+        (["--case", "plain_step", "--mask_ratio", "None"], ["--model MDT_Ti_2", "--mask_ratio"]),
+        (["--case", "against_plain", "--model", "DiT_Ti_2"], ["--model DiT_Ti_2", "MDT"]),
         (["--case", ""], ["--case", "train_step, sample, data"]),
         (["--model", "MDT_Q_2"], ["--model MDT_Q_2", "MDT_S_2"]),
         (["--image_size", "7"], ["--image_size 7"]),

@@ -23,7 +23,7 @@ CONTRACT = {
         "eval_sampler": "ddpm", "eval_sampling_steps": 250, "eval_cfg_scale": 0.0, "eval_batch_size": 32,
         "max_bad_share": 0.01, "opt": "adamw",
         "grad_clip": 0.0, "shard": "none", "use_zero": False, "min_snr_gamma": None,
-        "interpolate_pos": False, "drop_extra": False, "freeze": "",
+        "interpolate_pos": False, "drop_extra": False, "freeze": "", "compile": False, "grad_checkpointing": False,
     },
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
@@ -35,7 +35,7 @@ CONTRACT = {
         "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
-        "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False,
+        "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False, "compile": False,
     },
     "scripts/check_data.py": {
         "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",

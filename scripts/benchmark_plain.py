@@ -1,0 +1,192 @@
+"""Cases of ``scripts/benchmark.py`` that compare: with the plain path, with arithmetic alone, of several processes."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmark_setup import (
+    Settings,
+    Timing,
+    UndecodedLatents,
+    choose_precision,
+    common,
+    fresh_model,
+    make_first_stage,
+    make_loop,
+    matrix_product,
+    timed,
+    timed_in_turn,
+    train_step_flops,
+    training_batch,
+    view_of,
+)
+from plain_step import PlainMDT, PlainTraining
+from torch import Tensor
+
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.models import FAMILIES, MDT, family_of
+from masked_diffusion.sample_util import ImageSampler
+
+# Measures a case in a process of its own, or several under torchrun, with further flags.
+Child = Callable[..., dict[str, Any]]
+
+
+def check_plain(settings: Settings) -> None:
+    """Raises ValueError for a model that was not published in this form, or a training without masking."""
+    if FAMILIES[family_of(settings.model)] is not MDT or settings.mask_ratio is None:
+        raise ValueError(
+            f"--model {settings.model} --mask_ratio {settings.mask_ratio}: the plain path is that of MDT with masking; "
+            "give a model such as MDT_S_2 and a mask ratio, or other cases"
+        )
+
+
+def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
+    model = fresh_model(settings).to(device)
+    assert isinstance(model, MDT)
+    diffusion = settings.run_config.diffusion.build()
+    return PlainTraining(model, diffusion, make_first_stage(settings, device), settings.train_config.lr)
+
+
+def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """A step of the plain training alone."""
+    precision = choose_precision(settings, ranks.device, tf32=False)
+    training = plain_training(settings, ranks.device)
+    images, extras = training_batch(settings)
+    step = timed(lambda: training.step(images, extras), settings, ranks.device)
+    return {**common(step, ranks.device), "images_per_second": settings.batch_size / step.median, **precision}
+
+
+def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Ours and the plain path in turn in each round: a step on latents, one on images (--with_vae True), each of our
+    views, a guided sampling step, and products of matrices as large as the model's largest.
+
+    Ratios are medians of the rounds' ratios, of the clock's and of the processor's seconds.
+    """
+    device = ranks.device
+    precision = choose_precision(settings, device, tf32=False)
+    on_latents = dataclasses.replace(settings, with_vae=False)
+    loop = make_loop(on_latents, ranks)
+    batch = training_batch(on_latents)
+    plain = plain_training(on_latents, device)
+    plain_model = PlainMDT(fresh_model(settings).to(device)).eval()  # type: ignore[arg-type]
+    product, product_flops = matrix_product(settings, device)
+    works: dict[str, Callable[[], Any]] = {
+        "step": lambda: loop.train_step(*batch),
+        "plain_step": lambda: plain.step(*batch),
+        "full_view": view_of(loop, batch, enable_mask=False),
+        "masked_view": view_of(loop, batch, enable_mask=True),
+        "guided": guided_steps(settings, device),
+        "plain_guided": plain_guided_steps(settings, plain_model, device),
+        "product": product,
+    }
+    if settings.with_vae:
+        with_vae = plain_training(settings, device)
+        images = training_batch(settings)
+        works["plain_step_on_images"] = lambda: with_vae.step(*images)
+    timings = dict(zip(works, timed_in_turn([*works.values()], settings, device), strict=True))
+    floor = train_step_flops(loop, batch) / product_flops  # products that take as many operations as a step
+
+    def ratios(one: str, other: str, scale: float = 1.0) -> dict[str, float]:
+        return ratios_of(timings[one], timings[other], scale)
+
+    fields: dict[str, Any] = {f"{name}_{key}": v for name, t in timings.items() for key, v in t.fields().items()}
+    comparisons = {
+        "speedup": ratios("plain_step", "step"),
+        "masked_to_full": ratios("masked_view", "full_view"),
+        "guided_speedup": ratios("plain_guided", "guided"),
+        "share_of_floor": ratios("product", "step", floor),
+        "plain_share_of_floor": ratios("product", "plain_step", floor),
+    }
+    if settings.with_vae:
+        comparisons["cached_latents_speedup"] = ratios("plain_step_on_images", "step")
+    fields |= {name + suffix: value for name, both in comparisons.items() for suffix, value in both.items()}
+    gflops = floor * product_flops / 1e9
+    return {
+        **common(timings["step"], device),
+        "images_per_second": settings.batch_size / timings["step"].median,
+        **fields,
+        "step_gflop": gflops,
+        "matrix_gflop_per_second": product_flops / timings["product"].median / 1e9,
+        **precision,
+    }
+
+
+def ratios_of(one: Timing, other: Timing, scale: float = 1.0) -> dict[str, float]:
+    """Medians of the rounds' ratios, by the clock and (``_cpu``) by the processor's time."""
+    pairs = {"": (one.seconds, other.seconds), "_cpu": (one.cpu_seconds, other.cpu_seconds)}
+    return {
+        suffix: scale * statistics.median(a / max(b, 1e-9) for a, b in zip(*both, strict=True))
+        for suffix, both in pairs.items()
+    }
+
+
+def guided_steps(settings: Settings, device: torch.device) -> Callable[[], Any]:
+    """Steps of the sampler, as images are drawn."""
+    model = fresh_model(settings).to(device).eval()
+    undecoded = UndecodedLatents(settings.in_channels)
+    make = ImageSampler(model, settings.run_config, settings.sampler_config, undecoded, device)
+    labels = [i % settings.num_classes for i in range(settings.batch_size)]
+    return lambda: make(range(settings.batch_size), labels)
+
+
+def plain_guided_steps(settings: Settings, model: PlainMDT, device: torch.device) -> Callable[[], Any]:
+    """The same, with the latent carried twice and both halves computed at every step."""
+    diffusion = settings.sampler_config.build_diffusion(settings.run_config)
+    count = settings.batch_size
+    labels = torch.arange(count, device=device) % settings.num_classes
+    y = torch.cat([labels, torch.full_like(labels, settings.num_classes)])
+
+    @torch.no_grad()
+    def steps() -> Tensor:
+        noise = torch.randn(count, *settings.model_config.latent_shape, device=device)
+        return diffusion.p_sample_loop(
+            lambda x, t, y: model.guided(x, t, y, settings.sampler_config.cfg_scale),
+            (2 * count, *noise.shape[1:]),
+            torch.cat([noise, noise]),
+            clip_denoised=False,
+            model_kwargs={"y": y},
+            device=device,
+        )
+
+    return steps
+
+
+def memory(child: Child) -> dict[str, Any]:
+    """Peaks of a step, each in a process of its own; net of what the process held before, which is the libraries."""
+    measured = {
+        "ours": child("train_step"),
+        "ours_checkpointing": child("train_step", "--grad_checkpointing", "True"),
+        "plain": child("plain_step"),
+    }
+    names = ("peak_memory_bytes", "net_memory_bytes")
+    fields = {f"{who}_{name}": record[name] for who, record in measured.items() for name in names}
+    return {
+        **measured["ours"],
+        **fields,
+        **{
+            f"{who}_to_plain_{name}": measured[who][name] / measured["plain"][name]
+            for who in ("ours", "ours_checkpointing")
+            for name in names
+        },
+        "grad_checkpointing_slowdown": measured["ours_checkpointing"]["median_seconds"]
+        / measured["ours"]["median_seconds"],
+    }
+
+
+def scaling(child: Child) -> dict[str, Any]:
+    """Training steps in one process and in two, each on --batch_size images with the same number of threads."""
+    alone, both = child("train_step"), child("train_step", processes=2)
+    return {
+        **both,
+        "processes": 2,
+        "one_process_images_per_second": alone["images_per_second"],
+        "images_per_second": 2 * both["images_per_second"],
+        "scaling": 2 * both["images_per_second"] / alone["images_per_second"],
+    }
+
+
+# Cases that run the plain path.
+NEED_PLAIN = ("plain_step", "against_plain", "memory")
+IN_CHILDREN: dict[str, Callable[[Child], dict[str, Any]]] = {"memory": memory, "scaling": scaling}
