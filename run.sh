@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
-help_if_asked run.sh scripts/launcher.sh -- "$@"
+help_if_asked run.sh scripts/published.sh scripts/launcher.sh -- "$@"
 
 # An active virtual or conda environment is used as it is; otherwise .venv is made here.
 if [ -z "${VIRTUAL_ENV-}" ] && [ -z "${CONDA_PREFIX-}" ]; then

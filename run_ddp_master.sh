@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
-help_if_asked run_ddp_master.sh scripts/ddp.sh scripts/launcher.sh -- "$@"
+help_if_asked run_ddp_master.sh scripts/ddp.sh scripts/published.sh scripts/launcher.sh -- "$@"
 
 export MASTER_ADDR="${MASTER_ADDR:-$(hostname)}"
 export RANK="${RANK:-0}"

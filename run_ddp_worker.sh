@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
-help_if_asked run_ddp_worker.sh scripts/ddp.sh scripts/launcher.sh -- "$@"
+help_if_asked run_ddp_worker.sh scripts/ddp.sh scripts/published.sh scripts/launcher.sh -- "$@"
 
 : "${MASTER_ADDR:?set MASTER_ADDR to the name or address of the machine that runs run_ddp_master.sh}"
 : "${RANK:?set RANK to the number of this machine: 1 for the second, 2 for the third, ...}"

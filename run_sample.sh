@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
-help_if_asked run_sample.sh -- "$@"
+help_if_asked run_sample.sh scripts/published.sh -- "$@"
 
 MODEL_PATH="${MODEL_PATH:-output_mdt_xl2/mdt_xl2_v1_ckpt.pt}"
 export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_xl2_eval}"

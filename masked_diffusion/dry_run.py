@@ -66,7 +66,7 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
         f"memory per process: {state:.2f} GB for weights, gradients, optimizer, EMA; "
         f"peak of a step {peak_gigabytes(loop.ranks):.2f} GB on the {where}",
         f"images per epoch: {num_images}, steps per epoch: {num_images / loop.global_batch:.1f} of {loop.global_batch}",
-        f"seconds per step: {seconds:.3f} ({loop.global_batch / seconds:.1f} images/s)",
+        f"seconds per step: {seconds:.4g} ({loop.global_batch / seconds:.1f} images/s)",
     ]
     if (end := config.last_step) is None:
         return [*lines, "no end: give --max_steps or --lr_anneal_steps to see how long a run takes"]
