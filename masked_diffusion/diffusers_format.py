@@ -71,12 +71,13 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self,
         transformer: MaskedDiffusionTransformer,
         scheduler: Any,
-        vae: AutoencoderKL | None = None,
-        class_names: Sequence[str] = (),
+        # Plain classes, as older diffusers know no other annotations of what may be left out.
+        vae: AutoencoderKL = None,
+        class_names: list = None,  # type: ignore[assignment]
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(class_names=list(class_names))
+        self.register_to_config(class_names=list(class_names or ()))
 
     def label(self, item: int | str) -> int:
         """A label or the name of a class as a label. Raises ValueError for what the model does not have."""

@@ -153,7 +153,7 @@ def test_a_nan_batch_names_the_image_that_was_shown(train, colours, monkeypatch,
     load = FolderDataset.load
     monkeypatch.setattr(FolderDataset, "load", lambda self, i, rng=None: load(self, i, rng) * np.float32("nan"))
     train("run", "--max_bad_share", 1, "--max_steps", 2, "--batch_size", 24, sinks="stdout")
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    line, _ = (line for line in capsys.readouterr().out.splitlines() if "not finite" in line)
     assert line.count("(epoch 0, ") == 24 and not any(f"/{name} (epoch" in line for name in BAD)
 
 
