@@ -118,3 +118,12 @@ def test_nothing_is_written_over(convert, tmp_path, capsys):
     assert "exists; give another name" in capsys.readouterr().err
     convert(tmp_path / "b" / "b.pt", tmp_path / "new" / "b.safetensors", "--vae_path", "none", status=2)
     assert "config.json beside it is of other weights" in capsys.readouterr().err
+
+
+def test_a_new_configuration_does_not_come_to_speak_of_other_weights(convert, tmp_path, capsys):
+    published(tmp_path / "source" / "mine.pt")
+    published(tmp_path / "shared" / "theirs.pt")
+    out = tmp_path / "shared" / "mine.safetensors"
+    convert(tmp_path / "source" / "mine.pt", out, "--vae_path", "none", status=2)
+    assert "would speak of theirs.pt" in capsys.readouterr().err
+    assert not out.exists() and not (tmp_path / "shared" / "config.json").exists()

@@ -370,3 +370,13 @@ def test_what_a_killed_process_left_half_written_goes(own_cache, colour_folder, 
     (own_cache / ".00001.safetensors.123.tmp").write_bytes(b"half")
     assert encode(colour_folder, tiny_vae, own_cache) == 0
     assert not list(own_cache.glob(".*"))
+
+
+def test_a_list_of_images_that_has_changed_is_refused(own_cache):
+    """A wrong label would train in silence."""
+    path = own_cache / "index.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="index.safetensors is damaged"):
+        LatentCache(str(own_cache))
