@@ -19,6 +19,7 @@ from masked_diffusion import parts, samplers
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.first_stage import PixelSpace
+from masked_diffusion.parts import make_parts
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 
 NUM_CLASSES = 7
@@ -701,6 +702,31 @@ def test_rank_0_does_not_wait_for_a_rank_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match="1 batches of other ranks are missing, and rank1 failed"):
         generate(samples, lambda i, y: np.zeros((len(i), 4, 4, 3), np.uint8), labels, rank=0, world_size=2)
     assert samples.has_part(0)
+
+
+def test_a_rank_left_behind_by_its_torchrun_ends_and_does_not_fail_the_run_that_was_started_again(
+    tmp_path, monkeypatch
+):
+    samples = SampleSet(tmp_path, 4, 4, 2, {})
+    samples.open({})
+    monkeypatch.setattr("masked_diffusion.parts.Launcher.has_ended", lambda self: True)
+    with pytest.raises(RuntimeError, match="torchrun has ended"):
+        generate(samples, pytest.fail, np.zeros(4, dtype=np.int64), rank=1, world_size=2)
+    assert samples.failed() == []
+
+
+def test_batches_are_made_in_the_order_that_was_prepared_whatever_another_process_adds_meanwhile(tmp_path):
+    samples = SampleSet(tmp_path, 6, 4, 2, {})
+    samples.open({})
+    prepared, made = samples.missing(0, 1), []
+    samples.write_part(0, np.zeros((2, 4, 4, 3), np.uint8))
+
+    def make(batch, tell):
+        made.append(batch)
+        samples.write_part(batch, np.zeros((2, 4, 4, 3), np.uint8))
+
+    make_parts(samples, make, 0, 1, prepared)
+    assert made == prepared == [0, 1, 2]
 
 
 def test_a_part_of_another_size_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, rows, weights
+from support import TINY_DIGITS, assert_same_weights, call, rows, script, weights
 
 from masked_diffusion.checkpoint import read_weights
 from masked_diffusion.meter import Meter
@@ -521,3 +521,8 @@ def test_the_last_bad_step_counts(train, poisoned):
     poisoned(lambda call: call >= 4)  # of two steps of four images the second
     with pytest.raises(FloatingPointError, match="1 steps in a row"):
         train("--max_steps", "2", "--max_bad_steps", "1")
+
+
+def test_pictures_are_drawn_of_a_run_that_saves_safetensors(train, monkeypatch, tmp_path):
+    train("--weights_format", "safetensors", folder=tmp_path / "output_run")
+    assert script("infer_mdt.py").find_model(tmp_path).name == "ema_0.9999_000002.safetensors"
