@@ -28,6 +28,7 @@ class FirstStage(Protocol):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
+    def identity(self) -> dict[str, Any]: ...
 
 
 class PixelSpace:
@@ -45,6 +46,10 @@ class PixelSpace:
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines what it decodes."""
+        return self.description
 
 
 class Autoencoder:
@@ -102,6 +107,10 @@ class Autoencoder:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, Any]:
+        """All that determines what it decodes: the weights, since another autoencoder may come to lie at this path."""
+        return {**self.description, "weights_sha256": self.weights_sha256()}
+
 
 class CachedPosterior:
     """An autoencoder whose posteriors were kept: what it encodes are their moments, (N, 2C, h, w), in place of images.
@@ -127,6 +136,9 @@ class CachedPosterior:
 
     def decode(self, latents: Tensor) -> Tensor:
         return self._autoencoder.decode(latents)
+
+    def identity(self) -> dict[str, Any]:
+        return self._autoencoder.identity()
 
 
 def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> FirstStage:

@@ -280,7 +280,7 @@ def settings_of(
         "num_sampling_steps": sampler.num_sampling_steps,
         "clip_denoised": sampler.clip_denoised,
         "guidance": sampler.guidance_record(),
-        "decoder": trained.first_stage.description,
+        "decoder": trained.first_stage.identity(),
         "labels": None if labels is None else args.labels,
         "seed": sampler.seed,
         "sample_indices": [0, args.num_samples - 1],

@@ -1,6 +1,7 @@
 """What scripts/image_sample.py records, and when it is done."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def weights(module_folder):
     """A trained model, with noise added so that samplers and guidance show."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = module_folder("trained")
     with pytest.MonkeyPatch.context() as patch:
         assert call(patch, TRAIN, folder, *TINY_DIGITS, "--max_steps", "1") == 0
     path = folder / "ema_0.9999_000001.pt"
@@ -65,3 +66,27 @@ def test_the_same_settings_are_recognised_as_done(sample, capsys):
     assert "already complete" in capsys.readouterr().err and np.array_equal(first, again)
     sample("a", *flags, "--sampler", "ddim")
     assert "moved aside" in capsys.readouterr().err
+
+
+def test_samples_of_another_autoencoder_at_the_same_path_are_other_samples(
+    monkeypatch, tmp_path, tiny_vae, colour_folder, capsys
+):
+    from diffusers import AutoencoderKL
+
+    vae, run, out = (tmp_path / name for name in ("vae", "run", "samples"))
+    shutil.copytree(tiny_vae, vae)
+    flags = ["--data_dir", colour_folder, "--vae_path", vae, "--model", "MDT_Ti_2", "--image_size", "32"]
+    assert call(monkeypatch, TRAIN, run, *flags, "--batch_size", "2", "--max_steps", "1", "--device", "cpu") == 0
+    sample = ["--model_path", run / "ema_0.9999_000001.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    assert call(monkeypatch, SAMPLE, out, *sample) == 0
+    before = json.loads((out / "manifest.json").read_text())["settings"]["decoder"]
+
+    other = AutoencoderKL.from_pretrained(vae)
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 0.5
+    other.save_pretrained(vae)
+    capsys.readouterr()
+    assert call(monkeypatch, SAMPLE, out, *sample) == 0
+    assert "moved aside" in capsys.readouterr().err
+    after = json.loads((out / "manifest.json").read_text())["settings"]["decoder"]
+    assert after.pop("weights_sha256") != before.pop("weights_sha256") and after == before
