@@ -1,5 +1,6 @@
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,20 @@ def _one_thread_and_a_known_global_generator():
     # Two test processes with two threads each crawl on a small machine.
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory):
+    """Make a folder by its name, which goes with the module's last test: runs leave gigabytes of checkpoints."""
+    made = []
+
+    def make(name):
+        made.append(tmp_path_factory.mktemp(name))
+        return made[-1]
+
+    yield make
+    for folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -248,8 +248,8 @@ def fail_on_main():
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def seen(module_folder):
+    folder = module_folder("ranks")
     dist_url = f"tcp://127.0.0.1:{free_port()}"
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=two_ranks_talk, args=(rank, dist_url, folder)) for rank in range(2)]

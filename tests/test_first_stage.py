@@ -30,8 +30,8 @@ def save_tiny_autoencoder(folder, scaling_factor=SCALE, shift_factor=SHIFT):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_autoencoder(tmp_path_factory.mktemp("vae"))
+def folder(module_folder):
+    return save_tiny_autoencoder(module_folder("vae"))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ TILE, GAP = 64, 4
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(module_folder):
     """A model of digits with random weights, which predicts grey images, so that every setting shows."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = module_folder("trained")
     with pytest.MonkeyPatch.context() as patch:
         flags = ["--max_steps", "1", "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True"]
         assert call(patch, TRAIN, folder, *TINY_DIGITS, *flags) == 0

@@ -32,9 +32,9 @@ def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
+def folder(module_folder) -> str:
     """Seven images of 20x16 and of different content in the classes 2, 10 and 9."""
-    root = tmp_path_factory.mktemp("images")
+    root = module_folder("images")
     for number, name in enumerate(["2/a", "2/b", "2/c", "10/a", "10/b", "9/a", "9/b"]):
         path = root / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
@@ -436,9 +436,9 @@ def test_when_no_image_at_all_can_be_read_one_is_named(tmp_path, num_workers):
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory) -> str:
+def damaged(module_folder) -> str:
     """Eleven images of two classes, four of them truncated."""
-    root = tmp_path_factory.mktemp("damaged")
+    root = module_folder("damaged")
     for number in range(11):
         path = root / f"{'ab'[number % 2]}_{number:02d}.png"
         random_image(20, 16, number).save(path)

@@ -30,9 +30,9 @@ def encode(data_dir, vae, out, *flags):
 
 
 @pytest.fixture(scope="module")
-def cache(colour_folder, tiny_vae, tmp_path_factory):
+def cache(colour_folder, tiny_vae, module_folder):
     """Complete latents of 24 images; not to be changed."""
-    out = tmp_path_factory.mktemp("latents") / "fp32"
+    out = module_folder("latents") / "fp32"
     assert encode(colour_folder, tiny_vae, out) == 0
     return out
 

@@ -282,9 +282,9 @@ RUN_HERE = [text for text in COMMANDS if not any(row.elsewhere for row in rows_o
 
 
 @pytest.fixture(scope="module")
-def images_by_name(tmp_path_factory):
+def images_by_name(module_folder):
     """What /dataset holds: ImageNet in folders, ADM's flat folder, one's own classes, images without any."""
-    root = tmp_path_factory.mktemp("dataset")
+    root = module_folder("dataset")
     colours = make_colour_folder(root / "imagenet", per_class=4)
     wordnet_ids = dict(zip(COLOURS, ("n01440764", "n01443537", "n01484850"), strict=True))
     for colour, wordnet_id in wordnet_ids.items():
@@ -300,8 +300,8 @@ def images_by_name(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stub_graph(tmp_path_factory):
-    path = tmp_path_factory.mktemp("graph") / "classify_image_graph_def.pb"
+def stub_graph(module_folder):
+    path = module_folder("graph") / "classify_image_graph_def.pb"
     script = GOLDENS / "evaluator" / "stub_graph.py"
     done = run_command([sys.executable, str(script), str(path)], environment(""))
     assert done.returncode == 0, done.stderr
@@ -309,9 +309,9 @@ def stub_graph(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, images_by_name, tiny_vae):
+def models(module_folder, images_by_name, tiny_vae):
     """Trained models under their documented names: two of one's own, and a file as the published one is."""
-    root = tmp_path_factory.mktemp("models")
+    root = module_folder("models")
     with pytest.MonkeyPatch.context() as patch:
         for name, data, step in (("output_mdt_s2", "imagenet", 400000), ("output_flowers", "flowers", 100000)):
             flags = TRAINING.replace("$TINY_VAE", str(tiny_vae)).split()

@@ -34,9 +34,9 @@ JOIN_SECONDS = 3
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory):
+def bare(module_folder):
     """The run that all others have to equal: one process, no launcher, twice the batch."""
-    folder = tmp_path_factory.mktemp("bare")
+    folder = module_folder("bare")
     run(TRAIN, folder, *FLAGS, "--batch_size", 4)
     return folder
 

@@ -36,11 +36,11 @@ def test_a_short_loss_curve_is_frozen(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def eight_digits(tmp_path_factory):
+def eight_digits(module_folder):
     """Eight pictures of digits, one of each class 0 ... 7, as a folder."""
     from sklearn.datasets import load_digits
 
-    folder = tmp_path_factory.mktemp("eight")
+    folder = module_folder("eight")
     digits = load_digits()
     pixels = []
     for label in range(8):
@@ -51,10 +51,10 @@ def eight_digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def overfitted(tmp_path_factory, eight_digits):
+def overfitted(module_folder, eight_digits):
     """Output folder of a training that knows the eight by heart."""
     data, _ = eight_digits
-    folder = tmp_path_factory.mktemp("overfitted")
+    folder = module_folder("overfitted")
     flags = [
         "--data_dir", data, "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--mask_ratio", "0.3",
         "--decode_layer", "2", "--batch_size", "32", "--lr", "2e-3", "--lr_anneal_steps", "400",
@@ -110,12 +110,12 @@ def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eigh
 
 
 @pytest.fixture(scope="module")
-def digit_folders(tmp_path_factory):
+def digit_folders(module_folder):
     """All embedded digits as pictures: 0 ... 7 in one folder, 8 and 9 in another. Also the pixels and labels of all."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    folders = [tmp_path_factory.mktemp(name) for name in ("zero_to_seven", "eight_and_nine")]
+    folders = [module_folder(name) for name in ("zero_to_seven", "eight_and_nine")]
     digits = load_digits()
     for i, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         pixels = np.rint(image * 255 / 16).astype(np.uint8)

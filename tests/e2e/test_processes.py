@@ -14,9 +14,9 @@ LAUNCH = "torch.distributed.launch"
 
 
 @pytest.fixture(scope="module")
-def published_run(tmp_path_factory, tiny_vae, colour_folder):
+def published_run(module_folder, tiny_vae, colour_folder):
     """The published training command on two processes, on images and a real autoencoder."""
-    folder = tmp_path_factory.mktemp("published")
+    folder = module_folder("published")
     done = run(
         TRAIN, folder, *published_flags(tiny_vae, colour_folder), "--batch_size", 2, processes=2, launcher=LAUNCH
     )
@@ -24,9 +24,9 @@ def published_run(tmp_path_factory, tiny_vae, colour_folder):
 
 
 @pytest.fixture(scope="module")
-def published_weights(published_run, tmp_path_factory):
+def published_weights(published_run, module_folder):
     """Weights of that run that can show a difference: after three updates a model still predicts about zero."""
-    folder = tmp_path_factory.mktemp("weights")
+    folder = module_folder("weights")
     (folder / "config.json").write_bytes((published_run[0] / "config.json").read_bytes())
     state = weights(published_run[0], 3)
     generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,9 @@ OPTIMIZERS = {"adamw": FLAGS, "adan": [*FLAGS, "--model", "MDTv2_Ti_2"]}
 
 
 @pytest.fixture(scope="module", params=OPTIMIZERS)
-def runs(request, tmp_path_factory):
+def runs(request, module_folder):
     """Three steps on two processes, with and without shards."""
-    flags, root = OPTIMIZERS[request.param], tmp_path_factory.mktemp(request.param)
+    flags, root = OPTIMIZERS[request.param], module_folder(request.param)
     for shard in ("none", "zero"):
         run(TRAIN, root / shard, *flags, "--shard", shard, processes=2)
     return flags, root

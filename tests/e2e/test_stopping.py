@@ -55,8 +55,8 @@ def wait_for_step(process, folder, step):
 
 
 @pytest.fixture(scope="module", params=[None, 2], ids=["one process", "two processes"])
-def undisturbed(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(request, module_folder):
+    folder = module_folder("undisturbed")
     run(TRAIN, folder, *FLAGS, processes=request.param)
     return folder, request.param
 

@@ -37,8 +37,8 @@ FLAGS = [*TINY_DIGITS, "--max_steps", STEPS, "--save_interval", 4, "--lr", "1e-3
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def undisturbed(module_folder):
+    folder = module_folder("undisturbed")
     run(TRAIN, folder, *FLAGS)
     return folder
 
@@ -186,8 +186,8 @@ def sampling(undisturbed, num_samples=60):
 
 
 @pytest.fixture(scope="module")
-def undisturbed_samples(undisturbed, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("samples")
+def undisturbed_samples(undisturbed, module_folder):
+    folder = module_folder("samples")
     run(SAMPLE, folder, *sampling(undisturbed))
     return (folder / "samples_60x8x8x3.npz").read_bytes()
 

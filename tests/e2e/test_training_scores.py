@@ -16,9 +16,9 @@ TRAIN = "scripts/image_train.py"
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluated(module_folder):
     """Flags of a training of the digits that is evaluated after two steps."""
-    folder = tmp_path_factory.mktemp("digits")
+    folder = module_folder("digits")
     graph, reference = folder / "digits.pb", folder / "digits_test.npz"
     run("scripts/read_digits.py", folder, "--graph", graph, "--reference", reference)
     flags = ["--eval_interval", 2, "--eval_ref", reference, "--eval_graph", graph, "--eval_backend", "tensorflow"]
