@@ -59,14 +59,15 @@ def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 
 
 def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Ours and the plain path in turn in each round: a step on latents, one on images (--with_vae True), each of our
-    views, a guided sampling step, and products of matrices as large as the model's largest.
+    """Ours and the plain path in turn in each round: a step on latents, one on images (--with_vae True), one of ours
+    compiled (--compile True), each of our views, a guided sampling step, and products of matrices as large as the
+    model's largest.
 
     Ratios are medians of the rounds' ratios, of the clock's and of the processor's seconds.
     """
     device = ranks.device
     precision = choose_precision(settings, device, tf32=False)
-    on_latents = dataclasses.replace(settings, with_vae=False)
+    on_latents = dataclasses.replace(settings, with_vae=False, compile=False)
     loop = make_loop(on_latents, ranks)
     batch = training_batch(on_latents)
     plain = plain_training(on_latents, device)
@@ -81,6 +82,9 @@ def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "plain_guided": plain_guided_steps(settings, plain_model, device),
         "product": product,
     }
+    if settings.compile:
+        compiled = make_loop(dataclasses.replace(on_latents, compile=True), ranks)
+        works["compiled_step"] = lambda: compiled.train_step(*batch)
     if settings.with_vae:
         with_vae = plain_training(settings, device)
         images = training_batch(settings)
@@ -99,6 +103,9 @@ def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "share_of_floor": ratios("product", "step", floor),
         "plain_share_of_floor": ratios("product", "plain_step", floor),
     }
+    if settings.compile:
+        comparisons["compiled_speedup"] = ratios("plain_step", "compiled_step")
+        comparisons["compiled_share_of_floor"] = ratios("product", "compiled_step", floor)
     if settings.with_vae:
         comparisons["cached_latents_speedup"] = ratios("plain_step_on_images", "step")
     fields |= {name + suffix: value for name, both in comparisons.items() for suffix, value in both.items()}

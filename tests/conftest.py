@@ -2,10 +2,12 @@ import importlib
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).parent))
 import support  # noqa: E402  (tests import their helpers from this folder)
@@ -62,3 +64,13 @@ def tf():
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     importlib.import_module("torch._dynamo")  # loads triton, whose library crashes when it comes after TensorFlow
     return pytest.importorskip("tensorflow", reason="features are computed by TensorFlow")
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """Compile as far as graphs, which needs no compiler of C++, and count them."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()

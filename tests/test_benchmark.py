@@ -190,7 +190,13 @@ def test_ours_and_the_plain_path_are_measured_in_turn(measure):
     (record,) = measure("against_plain", "--in_channels", "4")
     names = ("speedup", "masked_to_full", "guided_speedup", "share_of_floor", "plain_share_of_floor")
     assert all(record[name + suffix] > 0 for name in names for suffix in ("", "_cpu"))
-    assert record["share_of_floor"] < 1 and "cached_latents_speedup" not in record
+    assert record["share_of_floor"] < 1 and "cached_latents_speedup" not in record and "compiled_speedup" not in record
+
+
+def test_a_compiled_step_is_measured_beside_one_that_is_not(measure, counter):
+    (record,) = measure("against_plain", "--in_channels", "4", "--compile", "True")
+    assert record["compiled_speedup"] > 0 and record["compiled_share_of_floor"] > 0
+    assert counter.frame_count > 0 and record["compiled_step_median_seconds"] != record["median_seconds"]
 
 
 def test_a_ratio_is_the_median_of_the_rounds(monkeypatch):

@@ -1,29 +1,17 @@
 """Compiled and recomputed blocks: the function stays, and they are what is really run."""
 
 import copy
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_diffusion.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.layers import Block
 from masked_diffusion.models import create_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    """Compile as far as graphs, which needs no compiler of C++, and count them."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    yield counter
-    torch._dynamo.reset()
 
 
 def make_model(name="MDT_Ti_2"):
