@@ -24,6 +24,7 @@ from masked_diffusion.dist_util import Ranks
 from masked_diffusion.guidance import GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
 from masked_diffusion.recipes import SAMPLING, apply_recipe
+from masked_diffusion.run_folder import held, writing_to
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -170,6 +171,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
 
     def claim(samples: SampleSet) -> bool:
         """Whether there is anything to do; on rank 0, before any work."""
+        stack.enter_context(held(samples.folder, "sampling"))
         if samples.is_complete():
             samples.remove_parts()
             say("these samples are already complete")
@@ -178,10 +180,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
             say(f"these samples were complete and had been moved aside; they are {samples.path.name} again")
             return False
         circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
-        try:
+        with writing_to(samples.folder):
             moved = samples.open(circumstances)
-        except OSError as error:
-            raise ValueError(f"OPENAI_LOGDIR {samples.folder}: cannot write there ({error.strerror})") from error
         if moved:
             say(f"samples of other settings were moved aside: {', '.join(path.name for path in moved)}")
         return True

@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +23,9 @@ from masked_diffusion.config import (
     RunConfig,
     changed_settings,
     check_resume,
-    contradiction,
     read_config,
 )
 from masked_diffusion.data_stream import DataOrder
-from masked_diffusion.files import move_aside, remove_unfinished, write_json
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
@@ -37,6 +34,7 @@ from masked_diffusion.optimizers import OPTIMIZERS
 from masked_diffusion.randomness import DrawSpec, global_generator
 from masked_diffusion.recipes import TRAINING, apply_recipe
 from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.run_folder import check_folder, claim_folder, held
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     SAMPLER_HELPS,
@@ -222,6 +220,13 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
         if not os.environ.get("OPENAI_LOGDIR"):
             raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
+
+    def hold() -> None:
+        if not args.dry_run:
+            stack.enter_context(held(folder, "training"))
+
+    if ranks.from_main(folder.is_dir):  # a new one is made when all is checked
+        ranks.from_main(hold)
     start = ranks.from_main(
         lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite, args.dry_run)
     )
@@ -266,6 +271,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     if eval_config.eval_interval:
         evaluation = Evaluation(eval_config, EVALUATOR, run_config, first_stage, ranks, folder)
         evaluation.try_out(leave_no_trace=args.dry_run)
+    ranks.from_main(hold)
     messages += ranks.from_main(
         lambda: check_folder(folder, run_config, args.overwrite) if args.dry_run else claim_folder(folder, run_config)
     )
@@ -354,57 +360,6 @@ def make_run_config(
             freeze=args.freeze,
         ),
     )
-
-
-def claim_folder(folder: Path, run_config: RunConfig) -> list[str]:
-    """Make the output folder and write the configuration into it: this shows, too, that it can be written.
-
-    What killed processes left half-written is removed. Returns what the user has to be told. Raises ValueError where
-    the configuration would describe another run's weights.
-    """
-    has_other_config, messages = describes_another_run(folder, run_config), []
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if has_other_config:
-            [moved] = move_aside(folder / CONFIG_NAME)
-            messages.append(f"moved the {CONFIG_NAME} of another run, which saved nothing, to {moved.name}")
-        remove_unfinished(folder, checkpoint.is_run_file)
-        write_json(folder / CONFIG_NAME, run_config.as_json())
-    return messages
-
-
-def check_folder(folder: Path, run_config: RunConfig, overwrite: bool) -> list[str]:
-    """Show that :func:`claim_folder` would succeed, and leave no trace."""
-    if not overwrite:
-        describes_another_run(folder, run_config)
-    with writing_to(folder):
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    return []
-
-
-def describes_another_run(folder: Path, run_config: RunConfig) -> bool:
-    """Whether the configuration in a folder is another run's, one that saved nothing. Raises ValueError if it did."""
-    former = read_config(folder)
-    difference = contradiction(former, run_config) if former is not None else None
-    if difference and (found := checkpoint.weights_in(folder)):
-        raise ValueError(
-            f"OPENAI_LOGDIR {folder}: {found[-1].name} is of a run with {difference}; give another OPENAI_LOGDIR, or "
-            "--overwrite True to move that run aside"
-        )
-    return difference is not None
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """What fails in here is the output folder's fault, and is said so."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"OPENAI_LOGDIR {folder}: cannot write there ({error.strerror}); give a folder that you may write to"
-        ) from error
 
 
 def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bool) -> Logger:
