@@ -120,9 +120,9 @@ class RelativePositionBias(nn.Module):
         """
         if self.expanded is not None and index.dim() == 2:
             return self.expanded
-        bias = F.embedding(index, self.relative_position_bias_table)  # (..., L, L, heads)
-        # Fused attention kernels take a mask only if its last dimension is contiguous.
-        return bias.movedim(-1, -3).contiguous().view(-1, bias.shape[-1], *index.shape[-2:])
+        # Not F.embedding: its backward takes many times as long, and its result has to be transposed.
+        bias = self.relative_position_bias_table.t().index_select(1, index.flatten())
+        return bias.view(-1, *index.reshape(-1, *index.shape[-2:]).shape).transpose(0, 1)
 
 
 class Attention(nn.Module):
