@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -30,6 +30,7 @@ TO_UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+Picture = TypeVar("Picture")
 
 
 def is_remote(path: str) -> bool:
@@ -226,13 +227,19 @@ class UnreadableImageError(ValueError):
         super().__init__(f"{path}: cannot be read as an image ({self.reason}); remove it or replace it")
 
 
-def read_image(path: str, before_decoding: Callable[[Image.Image], None] | None = None) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
 
-    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped. before_decoding: what to do with the opened
-    image before its pixels are decoded, such as asking for fewer.
+    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
     Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
     an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
+    """
+    return read_with(path, lambda content, image: as_shown(image))
+
+
+def read_with(path: str, decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
+    """What ``decode`` makes of a file's content and of the image as Pillow opened it: the size is known and no absurd
+    one, and no pixel is decoded. Raises as :func:`read_image` does, also for whatever ``decode`` raises.
     """
     try:
         content = read_bytes(path)
@@ -241,15 +248,18 @@ def read_image(path: str, before_decoding: Callable[[Image.Image], None] | None 
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_size(*image.size)  # before anything of this size is allocated
-        if before_decoding is not None:
-            before_decoding(image)
-        image.load()
-        return _to_rgb(_upright(image))
+        return decode(content, image)
     except MemoryError:  # of this machine, not of the file: its size is bounded
         raise
     # Damaged files raise almost anything in Pillow's decoders: OSError, SyntaxError, struct.error, IndexError, …
     except Exception as error:
         raise UnreadableImageError(path, str(error) or type(error).__name__) from error
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Decode an opened image as a viewer shows it."""
+    image.load()
+    return _to_rgb(_upright(image))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -283,12 +293,17 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
         ) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def orientation(image: Image.Image) -> int:
+    """How an opened image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number where it is upright."""
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata: viewers show the pixels as stored
-        orientation = 1
-    return image.transpose(TO_UPRIGHT[orientation]) if orientation in TO_UPRIGHT else image
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turned = orientation(image)
+    return image.transpose(TO_UPRIGHT[turned]) if turned in TO_UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

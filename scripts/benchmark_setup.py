@@ -251,6 +251,11 @@ class Timing:
         """The median over the rounds of this one's seconds divided by the other's."""
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
+    def divided(self, parts: int) -> "Timing":
+        """The same per one of equal parts."""
+        seconds = [value / parts for value in self.seconds]
+        return Timing(seconds, self.peak_memory_bytes, [value / parts for value in self.cpu_seconds])
+
     def fields(self, prefix: str = "") -> dict[str, float]:
         values = {"median": self.median, "min": min(self.seconds), "max": max(self.seconds)}
         if self.cpu_seconds:

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+from benchmark_setup import Timing
 from support import call, script
 
 from masked_diffusion.first_stage import Autoencoder
@@ -137,13 +138,27 @@ def test_data_is_batches_of_jpegs_with_what_a_training_step_draws(measure, monke
     (record,) = measure("data", "--num_workers", workers)
     # Whole rounds of the workers; without any, rounds of the two ways to decode in turn.
     assert ways == ([False] * ROUNDS * workers if workers else [False, True] * ROUNDS)
-    assert ("fast_decode_speedup" in record) == (workers == 0)
+    for clock in ("", "_cpu"):
+        for name in (f"fast_decode_speedup{clock}", f"fast_decode_speedup_without_draws{clock}"):
+            assert (name in record) == (workers == 0)
+    assert ("draws_median_seconds" in record) == (workers == 0)
     images, extras = batches[-1]
     assert images.shape == (3, 3, 8, 8) and images.std() > 0.05
     assert {"y", "t", "noise", "m_noise", "token_noise"} <= set(extras)
     assert record["num_workers"] == workers
     assert record["mean_file_bytes"] > 50_000
     assert record["images_per_second"] == pytest.approx(3 / record["median_seconds"])
+
+
+def test_the_speedup_of_fast_decoding_is_the_median_of_the_rounds():
+    exact, fast, draws = (
+        Timing(seconds, 0, [2 * value for value in seconds])
+        for seconds in ([9.0, 8.0, 14.0], [3.0, 5.0, 5.0], [1.0, 2.0, 1.0])
+    )
+    fields = script(BENCHMARK).against_exact(exact, fast, draws)
+    assert fields["fast_decode_speedup"] == fields["fast_decode_speedup_cpu"] == 2.8
+    assert fields["fast_decode_speedup_without_draws"] == fields["fast_decode_speedup_without_draws_cpu"] == 13 / 4
+    assert fields["fast_decode_median_seconds"] == 5 and fields["draws_median_seconds"] == 1
 
 
 def test_assemble_writes_a_sample_set_of_the_given_size_and_leaves_nothing(measure, monkeypatch, tmp_path):
