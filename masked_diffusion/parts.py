@@ -63,18 +63,24 @@ def make_parts(
 
     make: writes the part of one batch, and tells its second argument of every few items that are done. missing: what
     ``parts.missing`` said, where ``make`` is prepared for just these batches in this order. Raises RuntimeError when
-    torchrun has ended, and on rank 0 when another one failed or nothing has come for ``STALL_SECONDS``; all parts stay.
+    torchrun has ended, also through what ``make`` tells, and on rank 0 when another one failed or nothing has come for
+    ``STALL_SECONDS``; all parts stay.
     """
     launcher = Launcher()
+
+    def tell(number: int) -> None:
+        bar.update(number)
+        if launcher.has_ended():
+            raise RuntimeError("torchrun has ended; start the same command again to continue")
+
     missing = parts.missing(rank, world_size) if missing is None else missing
     present = set(range(rank, parts.num_batches, world_size)).difference(missing)
     with tqdm(total=parts.num_items, unit="image", disable=rank != 0) as bar:
         bar.update(_num_items(parts, present))
         try:
             for batch in missing:
-                if launcher.has_ended():
-                    raise RuntimeError("torchrun has ended; start the same command again to continue")
-                make(batch, bar.update)
+                tell(0)
+                make(batch, tell)
         except BaseException:
             if not launcher.has_ended():  # else a run that was started again would take it for its own rank's
                 parts.mark_failed(rank)

@@ -372,6 +372,18 @@ def test_what_a_killed_process_left_half_written_goes(own_cache, colour_folder, 
     assert not list(own_cache.glob(".*"))
 
 
+def test_a_rank_left_behind_by_its_torchrun_ends_after_the_batch_it_is_at(
+    colour_folder, tiny_vae, tmp_path, monkeypatch
+):
+    encoded, moments = [], Autoencoder.moments
+    monkeypatch.setattr(Autoencoder, "moments", lambda self, images: encoded.append(images) or moments(self, images))
+    monkeypatch.setattr("masked_diffusion.parts.Launcher.has_ended", lambda self: bool(encoded))
+    with pytest.raises(RuntimeError, match="torchrun has ended; start the same command again"):
+        encode(colour_folder, tiny_vae, tmp_path)
+    assert len(encoded) == 2  # a batch and its mirror images, of the three batches of a file
+    assert not list(tmp_path.glob("0*.safetensors"))
+
+
 def test_a_list_of_images_that_has_changed_is_refused(own_cache):
     """A wrong label would train in silence."""
     path = own_cache / "index.safetensors"
