@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,8 @@ from masked_diffusion.rendezvous import meet
 JOIN_TIMEOUT = timedelta(minutes=5)
 # Longest wait inside one collective: meanwhile rank 0 may be drawing a preview.
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+# How often rank 0 lets the others know that it is still at work which may take longer than that.
+NEWS_INTERVAL = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,26 @@ class Ranks:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def from_main_patiently(self, compute: Callable[[], Any], doing: str) -> Any:
+        """:meth:`from_main` for what may take long, such as looking at a million files on a network disk.
+
+        No collective waits for it: after each ``NEWS_INTERVAL`` rank 0 tells the others that it is not done yet, and on
+        stderr what it is doing.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            task = pool.submit(compute) if self.is_main else None
+
+            def is_done() -> bool:
+                assert task is not None
+                wait([task], timeout=NEWS_INTERVAL.total_seconds())
+                if not task.done():
+                    sys.stderr.write(f"still {doing}\n")
+                return task.done()
+
+            while not self.from_main(is_done):
+                pass
+            return self.from_main(lambda: task.result() if task is not None else None)
 
     def data_parallel(self, model: torch.nn.Module) -> torch.nn.Module:
         """Wrap a model so that its gradients are averaged over the ranks."""

@@ -288,19 +288,21 @@ class LatentCache:
             return
         try:
             paths = list_image_files(source)
-            found = dict(zip(paths, file_sizes(source, paths).tolist(), strict=True))
+            sizes = file_sizes(source, paths)
         except (OSError, ValueError):  # such as an empty folder where a disk is not mounted
             return
+        if PathTable(paths) == self.paths and np.array_equal(sizes, self._sizes):
+            return
+        found = dict(zip(paths, sizes.tolist(), strict=True))
         former = dict(zip((self.paths[i] for i in range(len(self.paths))), self._sizes.tolist(), strict=True))
         differing = {
             "new": found.keys() - former.keys(),
             "gone": former.keys() - found.keys(),
             "of another size": {path for path in former.keys() & found.keys() if former[path] != found[path]},
         }
-        if any(differing.values()):
-            counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in differing.items() if paths)
-            example = min(min(paths) for paths in differing.values() if paths)
-            raise ValueError(
-                f"--data_dir {self.data_dir}: its images in {source} have changed since they were encoded ({counts}, "
-                f"such as {example}); encode them again into another folder"
-            )
+        counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in differing.items() if paths)
+        example = min(min(paths) for paths in differing.values() if paths)
+        raise ValueError(
+            f"--data_dir {self.data_dir}: its images in {source} have changed since they were encoded ({counts}, such "
+            f"as {example}); encode them again into another folder"
+        )

@@ -112,7 +112,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
 
     # The processes meet once, before the work, and never again: none of them waits for a slow one.
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
-        record, needed = ranks.from_main(claim)
+        record, needed = ranks.from_main_patiently(claim, f"looking at the files in {args.data_dir} and {args.out}")
     shards = ShardFiles(Path(args.out).expanduser(), record)
     encode = partial(
         encode_shards,

@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
-    ranks.from_main(dataset.check_source)
+    ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     run_config = make_run_config(args, config, dataset, first_stage)
     diffusion = run_config.diffusion.build()
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)

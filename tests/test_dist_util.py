@@ -1,3 +1,5 @@
+import contextlib
+import io
 import time
 from datetime import timedelta
 
@@ -167,7 +169,7 @@ def test_alone_everything_is_a_no_op():
         assert not torch.distributed.is_initialized()
         assert ranks.is_main and (ranks.rank, ranks.world_size, ranks.device) == (0, 1, CPU)
         assert ranks.sum_(tensor) is tensor and ranks.concat(tensor) is tensor
-        assert ranks.from_main(lambda: {"a": 1}) == {"a": 1}
+        assert ranks.from_main(lambda: {"a": 1}) == ranks.from_main_patiently(lambda: {"a": 1}, "") == {"a": 1}
         assert ranks.data_parallel(model) is model
         with no_sync(model):
             pass
@@ -231,6 +233,16 @@ def two_ranks_talk(rank, dist_url, out):
             seen["error"] = (type(error).__name__, str(error))
         seen["after the error"] = ranks.from_main(lambda: rank)
 
+        dist_util.NEWS_INTERVAL = timedelta(seconds=0.2)
+        news, said = count_calls(ranks), io.StringIO()
+        with contextlib.redirect_stderr(said):
+            seen["slow"] = ranks.from_main_patiently(lambda: time.sleep(0.7) or rank, "looking")
+        seen["news"], seen["said"] = len(news), said.getvalue()
+        try:
+            ranks.from_main_patiently(fail_on_main, "looking")
+        except Exception as error:
+            seen["slow error"] = (type(error).__name__, str(error))
+
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.constant_(model.weight, rank + 1.0)  # rank 0's is the one
         parallel = ranks.data_parallel(model)
@@ -241,6 +253,13 @@ def two_ranks_talk(rank, dist_url, out):
         seen["gradient"], seen["weight"] = model.weight.grad.item(), model.weight.item()
     seen["left"] = not torch.distributed.is_initialized()
     torch.save(seen, f"{out}/{rank}.pt")
+
+
+def count_calls(ranks):
+    """A list that grows with each call of from_main."""
+    calls, from_main = [], ranks.from_main
+    ranks.from_main = lambda compute: calls.append(1) or from_main(compute)
+    return calls
 
 
 def fail_on_main():
@@ -285,6 +304,13 @@ def test_from_main_computes_on_rank_0_only_and_tells_all(seen):
 def test_an_error_on_rank_0_is_raised_on_all_and_the_ranks_go_on_together(seen):
     assert [rank["error"] for rank in seen] == [("FileNotFoundError", "--data_dir: no such folder")] * 2
     assert [rank["after the error"] for rank in seen] == [0, 0]
+
+
+def test_slow_work_of_rank_0_keeps_no_collective_waiting(seen):
+    assert [rank["slow"] for rank in seen] == [0, 0]
+    assert all(rank["news"] >= 4 for rank in seen)  # three times that it is not done, then the result
+    assert seen[0]["said"].splitlines() == ["still looking"] * (seen[0]["news"] - 2) and seen[1]["said"] == ""
+    assert [rank["slow error"] for rank in seen] == [("FileNotFoundError", "--data_dir: no such folder")] * 2
 
 
 def test_data_parallel_starts_from_rank_0_and_averages_gradients_but_not_under_no_sync(seen):

@@ -5,12 +5,15 @@ import os
 import pickle
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
 
 from masked_diffusion import image_files
 from masked_diffusion.image_files import (
@@ -18,6 +21,7 @@ from masked_diffusion.image_files import (
     MAX_PIXELS,
     PathTable,
     UnreadableImageError,
+    file_sizes,
     list_image_files,
     read_image,
 )
@@ -172,6 +176,57 @@ def test_path_table_is_the_list(paths):
 def test_path_table_keeps_names_that_are_not_text():
     name = os.fsdecode(b"caf\xe9.png")
     assert pickle.loads(pickle.dumps(PathTable(["a", name])))[1] == name
+
+
+def test_tables_are_equal_when_their_paths_are():
+    assert PathTable(["ab", "c"]) == PathTable(["ab", "c"])
+    assert PathTable(["ab", "c"]) != PathTable(["a", "bc"]) != PathTable(["a", "bd"])
+    assert PathTable(["ab", "c"]) != ["ab", "c"]
+
+
+class _Growth:
+    """As a data set: how much memory of its own a loader process takes when it reads all names, in bytes."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        before = self._own_memory()
+        assert sum(len(self.names[i]) for i in range(len(self.names)))
+        return self._own_memory() - before
+
+    def _own_memory(self):
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is counted as Linux does")
+def test_loader_processes_share_the_list_of_files_with_the_training():
+    """Strings are copied when a forked process only looks at them, because it counts who refers to them."""
+    paths = [f"n{i // 100:08d}/n{i // 100:08d}_{i}.JPEG" for i in range(100_000)]
+
+    def growth(names):
+        [grown] = DataLoader(_Growth(names), num_workers=1, multiprocessing_context="fork", generator=torch.Generator())
+        return int(grown)
+
+    assert growth(paths) > 5e6
+    assert growth(PathTable(paths)) < 1e6
+    # Where processes are not forked, it is sent to them.
+    assert len(pickle.dumps(PathTable(paths))) < 1.01 * (sum(map(len, paths)) + 8 * len(paths))
+
+
+def test_the_sizes_of_many_files_come_in_the_order_of_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "FILES_AT_ONCE", 3)
+    names = [f"{i}.png" for i in range(10)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes(i))
+    assert file_sizes(str(tmp_path), names).tolist() == list(range(10))
+    assert file_sizes(str(tmp_path), []).shape == (0,)
+    with pytest.raises(FileNotFoundError):
+        file_sizes(str(tmp_path), [*names, "gone.png"])
 
 
 # Decoding
