@@ -26,6 +26,7 @@ from plain_step import PlainMDT, PlainTraining
 from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
+from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.models import FAMILIES, MDT, family_of
 from masked_diffusion.sample_util import ImageSampler
 
@@ -45,8 +46,10 @@ def check_plain(settings: Settings) -> None:
 def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
     model = fresh_model(settings).to(device)
     assert isinstance(model, MDT)
-    diffusion = settings.run_config.diffusion.build()
-    return PlainTraining(model, diffusion, make_first_stage(settings, device), settings.train_config.lr)
+    first_stage = make_first_stage(settings, device)
+    if isinstance(first_stage, Autoencoder):
+        first_stage.vae.to(memory_format=torch.contiguous_format)  # channels last is one of the things to compare
+    return PlainTraining(model, settings.run_config.diffusion.build(), first_stage, settings.train_config.lr)
 
 
 def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:

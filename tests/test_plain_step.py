@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import REPO, script
 
+from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models import MDT
 
 SETTINGS = {
@@ -87,3 +88,20 @@ def test_peaks_of_cards_are_found_by_name(setup):
 def test_the_product_does_not_import_it():
     for folder in ("masked_diffusion", "evaluations"):
         assert not [path for path in (REPO / folder).rglob("*.py") if "plain_step" in path.read_text()]
+
+
+def test_its_autoencoder_does_not_have_our_layout_in_memory(setup, monkeypatch, tiny_vae):
+    import benchmark_plain
+
+    ours, theirs = (load_first_stage(str(tiny_vae), "cpu") for _ in range(2))
+    monkeypatch.setattr(benchmark_plain, "make_first_stage", lambda settings, device: theirs)
+    training = benchmark_plain.plain_training(setup.Settings(**SETTINGS), torch.device("cpu"))
+    assert training.first_stage is theirs
+    weights = [
+        [parameter for parameter in stage.vae.parameters() if parameter.ndim == 4 and parameter[0, 0].numel() > 1]
+        for stage in (ours, theirs)
+    ]
+    assert weights[0] and all(not weight.is_contiguous() for weight in weights[0] if len(weight[0]) > 1)
+    assert all(weight.is_contiguous() for weight in weights[1])
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(theirs.moments(images), ours.moments(images))
