@@ -45,6 +45,7 @@ from masked_diffusion.parts import Parts
 RECORD_NAME = "latents.json"
 UNFINISHED_NAME = "latents_unfinished.json"
 INDEX_NAME = "index.safetensors"
+ENCODE_AGAIN = "remove that file and run the same scripts/encode_latents.py command again"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,6 +79,11 @@ class CacheRecord:
     def moments_shape(self) -> list[int]:
         channels, *sides = self.latent_shape
         return [2 * channels, *sides]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Of each file."""
+        return ["moments", "mirrored"] if self.mirrored else ["moments"]
 
     @property
     def digest(self) -> str:
@@ -185,24 +191,20 @@ class ShardFiles(Parts):
     def path(self, batch: int) -> Path:
         return self.parts_folder / shard_name(batch)
 
-    @property
-    def _names(self) -> list[str]:
-        return ["moments", "mirrored"] if self.record.mirrored else ["moments"]
-
     def has_part(self, batch: int) -> bool:
         shape = [len(self.indices(batch)), *self.record.moments_shape]
         try:
             # Opening compares the header with the file's length.
             with safetensors.safe_open(self.path(batch), framework="pt") as file:
-                return all(file.get_slice(name).get_shape() == shape for name in self._names)
+                return all(file.get_slice(name).get_shape() == shape for name in self.record.tensor_names)
         except (OSError, safetensors.SafetensorError):
             return False
 
     def write_part(self, batch: int, moments: dict[str, Tensor]) -> None:
         """moments: ``moments`` and, if wanted, ``mirrored``, each (n, 2C, h, w) float32."""
         dtype = DTYPES[self.record.dtype]
-        stored = {name: moments[name].to(dtype).contiguous() for name in self._names}
-        error = torch.cat([stored[name].float() - moments[name] for name in self._names]).nan_to_num()
+        stored = {name: moments[name].to(dtype).contiguous() for name in self.record.tensor_names}
+        error = torch.cat([stored[name].float() - moments[name] for name in self.record.tensor_names]).nan_to_num()
         rounding = [error.abs().max().item(), error.square().mean().item()]
         with atomic_write(self.path(batch)) as file:
             file.write(to_safetensors(stored, metadata={"rounding": json.dumps(rounding)}))
@@ -274,9 +276,32 @@ class LatentCache:
             self._opened[number] = safetensors.safe_open(self._local(shard_name(number)), framework="pt")
         moments = self._opened[number].get_slice("mirrored" if mirrored else "moments")[row].float().numpy()
         if np.isnan(moments[0, 0, 0]):
-            reason = f"or could not when the latents in {self.data_dir} were encoded"
-            raise UnreadableImageError(self.name_of(index), reason)
+            raise UnreadableImageError(self.name_of(index), self._left_out)
         return moments
+
+    @property
+    def _left_out(self) -> str:
+        return f"or could not when the latents in {self.data_dir} were encoded"
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.record.num_images // self.record.shard_size)
+
+    def problems(self, number: int) -> dict[str, str]:
+        """All that no training can use of a file, which is read as a whole: names of images, or its own, and why."""
+        path, first = self._local(shard_name(number)), number * self.record.shard_size
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).float().flatten(1) for name in self.record.tensor_names}
+        except (OSError, safetensors.SafetensorError) as error:
+            return {str(path): f"{' '.join(str(error).split())}; {ENCODE_AGAIN}"}
+        found = {}
+        for name, moments in tensors.items():  # (n, 2C * h * w)
+            nothing = moments.isnan().all(dim=1)
+            for row in (~moments.isfinite().all(dim=1)).nonzero().flatten().tolist():
+                reason = self._left_out if nothing[row] else f"{name} in {path} are not all finite; {ENCODE_AGAIN}"
+                found[self.name_of(first + row)] = reason
+        return found
 
     def check_source(self) -> None:
         """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.

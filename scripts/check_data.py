@@ -1,8 +1,8 @@
-"""Read every image of a data folder as a training would, and name all that cannot be read in one go.
+"""Read every image, or all latents, of a data folder as a training would, and name all that cannot be read in one go.
 
     python scripts/check_data.py --data_dir IMAGES --image_size 256
 
-Exit status: 0 when all images can be read, 1 when some cannot, 2 for a folder or flag that cannot work.
+Exit status: 0 when all can be read, 1 when some cannot, 2 for a folder or flag that cannot work.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.bad_images import write_list
 from masked_diffusion.files import move_aside
-from masked_diffusion.image_datasets import FolderDataset, center_crop_arr, open_dataset
+from masked_diffusion.image_datasets import FolderDataset, LatentDataset, center_crop_arr, open_dataset
 from masked_diffusion.image_files import UnreadableImageError
 from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
 
@@ -28,7 +28,7 @@ DEFAULTS = {
     "out": "",
 }
 HELPS = {
-    "data_dir": "folder of images",
+    "data_dir": "folder of images, or of latents (scripts/encode_latents.py)",
     "image_size": "side of the square images in pixels, as in the training",
     "class_cond": "look for classes, too",
     "class_from": "where class names come from: auto, folder or filename",
@@ -36,6 +36,12 @@ HELPS = {
     "out": "also write the bad files, with a tab and the reason, to this file",
 }
 
+AFTER_IMAGES = (
+    "replace them, or remove them before a training starts: one that has started needs the same list of files"
+)
+AFTER_LATENTS = (
+    "a training replaces images that were left out; repair them and encode all into another folder to have them"
+)
 
 # Of one image: its index, its size in pixels, and why it cannot be read, which is empty when it can.
 Finding = tuple[int, tuple[int, int], str]
@@ -59,6 +65,19 @@ class _Findings(Dataset[Finding]):
         return index, image.size, ""
 
 
+class _Shards(Dataset[dict[str, str]]):
+    """Number of a file of latents -> what no training can use of it, and why."""
+
+    def __init__(self, dataset: LatentDataset) -> None:
+        self.cache = dataset.cache
+
+    def __len__(self) -> int:
+        return self.cache.num_shards
+
+    def __getitem__(self, number: int) -> dict[str, str]:
+        return self.cache.problems(number)
+
+
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Check that every image of a data folder can be read.")
     add_dict_to_argparser(parser, DEFAULTS, helps=HELPS)
@@ -73,15 +92,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Raises ValueError or FileNotFoundError for what cannot be checked."""
     dataset = open_dataset(
-        args.data_dir, image_size=args.image_size, class_cond=args.class_cond, class_from=args.class_from
+        args.data_dir,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        class_from=args.class_from,
+        random_flip=False,  # latents need not have mirror images
     )
-    if not isinstance(dataset, FolderDataset):
+    if not isinstance(dataset, FolderDataset | LatentDataset):
         raise ValueError(f"--data_dir {args.data_dir}: comes with the code, there is nothing to check; give a folder")
     out = Path(args.out).expanduser() if args.out else None
     if out is not None and not out.parent.is_dir():
         raise FileNotFoundError(f"--out {args.out}: the folder {out.parent} does not exist; make it first")
     num_workers = choose_num_workers(args.num_workers)
+    if isinstance(dataset, LatentDataset):
+        return lambda: check_latents(dataset, num_workers, out)
     return lambda: check(dataset, num_workers, out)
+
+
+def check_latents(dataset: LatentDataset, num_workers: int, out: Path | None) -> int:
+    """Read all latents and report. Returns the exit status."""
+    loader = DataLoader(_Shards(dataset), batch_size=None, num_workers=num_workers)
+    bad: dict[str, str] = {}
+    for problems in tqdm(loader, unit="file"):
+        bad |= problems
+    return tell([str(dataset), *report_bad(bad, len(dataset), AFTER_LATENTS)], bad, out)
 
 
 def check(dataset: FolderDataset, num_workers: int, out: Path | None) -> int:
@@ -97,7 +131,12 @@ def check(dataset: FolderDataset, num_workers: int, out: Path | None) -> int:
                     good.append(size)
             bar.set_postfix(bad=len(bad))
             bar.update(len(findings))
-    sys.stdout.write("".join(f"{line}\n" for line in report(dataset, good, bad)))
+    return tell(report(dataset, good, bad), bad, out)
+
+
+def tell(lines: Iterable[str], bad: dict[str, str], out: Path | None) -> int:
+    """Print and write what was found. Returns the exit status."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
     if out is not None:
         move_aside(out)
         write_list(out, bad)
@@ -111,12 +150,17 @@ def report(dataset: FolderDataset, sizes: Sequence[tuple[int, int]], bad: dict[s
         (least, most) = (f"{w} x {h}" for w, h in (find(sizes, key=lambda s: s[0] * s[1]) for find in (min, max)))
         enlarged = sum(min(size) < dataset.image_size for size in sizes)
         yield f"smallest {least}, largest {most} pixels; {enlarged} are enlarged for --image_size {dataset.image_size}"
+    yield from report_bad(bad, len(dataset), AFTER_IMAGES)
+
+
+def report_bad(bad: dict[str, str], number: int, remedy: str) -> Iterable[str]:
+    """Lines for people. number: of all images."""
     if not bad:
         yield "all can be read"
         return
-    yield f"{len(bad)} of {len(dataset)} cannot be read:"
+    yield f"{len(bad)} of {number} cannot be read:"
     yield from (f"{name}\t{reason}" for name, reason in bad.items())
-    yield "replace them, or remove them before a training starts: one that has started needs the same list of files"
+    yield remedy
 
 
 if __name__ == "__main__":

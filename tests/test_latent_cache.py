@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import assert_same_weights, call, rows, script, weights
 
 from masked_diffusion import image_files, latent_cache
@@ -382,6 +383,65 @@ def test_a_rank_left_behind_by_its_torchrun_ends_after_the_batch_it_is_at(
         encode(colour_folder, tiny_vae, tmp_path)
     assert len(encoded) == 2  # a batch and its mirror images, of the three batches of a file
     assert not list(tmp_path.glob("0*.safetensors"))
+
+
+# Checking them
+
+
+def check_data(folder, *flags):
+    arguments = ["--data_dir", folder, "--image_size", SIDE, "--num_workers", 0, *flags]
+    return script("scripts/check_data.py").main([str(argument) for argument in arguments])
+
+
+def change_moments(cache, number, change):
+    """Write a file of latents again, with other numbers."""
+    path = cache / f"{number:05d}.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("flip", ["True", "False"])
+def test_checking_sound_latents_finds_nothing(colour_folder, tiny_vae, tmp_path, capsys, flip):
+    assert encode(colour_folder, tiny_vae, tmp_path, "--random_flip", flip, "--dtype", "bf16") == 0
+    capsys.readouterr()
+    assert check_data(tmp_path) == 0
+    printed, progress = capsys.readouterr()
+    assert printed == "24 images, 3 classes (blue, green, red)\nall can be read\n" and "5/5" in progress
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_checking_latents_names_images_that_are_not_finite_or_were_left_out(
+    own_images, tiny_vae, tmp_path, capsys, num_workers
+):
+    (own_images / "blue" / "1.png").write_bytes(b"no image")
+    assert encode(own_images, tiny_vae, tmp_path / "cache") == 0
+    path = change_moments(tmp_path / "cache", 4, lambda tensors: tensors["mirrored"][3, 7, 1, 2].fill_(torch.inf))
+    out = tmp_path / "bad.txt"
+    capsys.readouterr()
+    assert check_data(tmp_path / "cache", "--num_workers", num_workers, "--out", out) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "2 of 24 cannot be read:" and "encode all into another folder" in lines[-1]
+    left_out, infinite = (line.split("\t") for line in lines[2:4])
+    assert left_out[0] == f"{own_images}/blue/1.png" and "when the latents in" in left_out[1]
+    assert infinite[0] == f"{own_images}/red/7.png"
+    assert infinite[1].startswith(f"mirrored in {path} are not all finite; remove that file and run the same")
+    assert out.read_text().splitlines() == lines[2:4]
+
+
+def test_checking_latents_refuses_files_that_are_missing_or_of_another_shape(own_cache, capsys):
+    change_moments(own_cache, 2, lambda tensors: tensors.update(moments=torch.zeros(5, 8, 4, 3)))
+    (own_cache / "00003.safetensors").unlink()
+    assert check_data(own_cache) == 2
+    assert "00002.safetensors is missing or damaged (so are 2 of 5 files)" in capsys.readouterr().err
+
+
+def test_a_file_of_latents_that_fails_while_it_is_read_is_named(own_cache):
+    kept = LatentCache(str(own_cache))
+    (own_cache / "00001.safetensors").write_bytes(b"")
+    assert list(kept.problems(1)) == [str(own_cache / "00001.safetensors")]
+    assert kept.problems(0) == {}
 
 
 def test_a_list_of_images_that_has_changed_is_refused(own_cache):
