@@ -129,14 +129,22 @@ def is_latent_cache(data_dir: str) -> bool:
 
 
 def read_record(data_dir: str) -> CacheRecord:
-    """Raises ValueError, naming --data_dir and the remedy, for a cache that is unfinished or of another format."""
+    """Raises ValueError, naming --data_dir and the remedy, for a cache that is unfinished, of another format, or of
+    images that were prepared in another way.
+    """
     path = join(data_dir, RECORD_NAME)
     if not is_file(path):
         raise ValueError(
             f"--data_dir {data_dir}: its latents are unfinished; run the same scripts/encode_latents.py command again, "
             "it goes on where it was"
         )
-    return _parse_record(path)
+    record = _parse_record(path)
+    if (record.preprocessing, record.format) != (CacheRecord.preprocessing, CacheRecord.format):
+        raise ValueError(
+            f"--data_dir {data_dir}: its latents have preprocessing {record.preprocessing} and format {record.format}, "
+            f"not {CacheRecord.preprocessing} and {CacheRecord.format}; encode the images again into another folder"
+        )
+    return record
 
 
 def _parse_record(path: str) -> CacheRecord:

@@ -359,6 +359,18 @@ def test_a_record_of_another_format_is_refused(own_cache):
         open_dataset(str(own_cache), image_size=SIDE)
 
 
+@pytest.mark.parametrize("change", [{"preprocessing": "stretched"}, {"format": 2}])
+def test_latents_of_another_preprocessing_or_format_are_refused(
+    own_cache, tiny_vae, tmp_path, monkeypatch, capsys, change
+):
+    record = json.loads((own_cache / "latents.json").read_text())
+    (own_cache / "latents.json").write_text(json.dumps(record | change))
+    sentence = refusal(monkeypatch, capsys, tmp_path, own_cache, tiny_vae)
+    [value] = change.values()
+    assert "its latents have preprocessing" in sentence and f" {value}" in sentence
+    assert "encode the images again into another folder" in sentence
+
+
 def test_every_setting_of_a_record_makes_other_latents_but_where_things_lay(cache):
     record = read_record(str(cache))
     for name in record.__dataclass_fields__:
