@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_plain import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, plain_step
+from benchmark_plain import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, encode, plain_step, with_autoencoder
 from benchmark_setup import (
     DEFAULTS,
     Settings,
@@ -252,6 +252,7 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "train_step": train_step,
     "sample": sample,
     "data": data,
+    "encode": encode,
     "assemble": assemble,
     "plain_step": plain_step,
     "against_plain": against_plain,
@@ -315,6 +316,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
     settings = Settings(**args_to_dict(args, DEFAULTS))
     if set(cases) & set(NEED_PLAIN):
         check_plain(settings)
+    if "encode" in cases:
+        with_autoencoder(settings)
     place = dist_util.find_place(os.environ)
     device = dist_util.choose_device(args.device, place.local_rank)
     outputs = [sys.stdout]

@@ -26,7 +26,7 @@ from plain_step import PlainMDT, PlainTraining
 from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import Autoencoder
+from masked_diffusion.first_stage import Autoencoder, FirstStage
 from masked_diffusion.models import FAMILIES, MDT, family_of
 from masked_diffusion.sample_util import ImageSampler
 
@@ -46,10 +46,43 @@ def check_plain(settings: Settings) -> None:
 def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
     model = fresh_model(settings).to(device)
     assert isinstance(model, MDT)
+    first_stage = plain_first_stage(settings, device)
+    return PlainTraining(model, settings.run_config.diffusion.build(), first_stage, settings.train_config.lr)
+
+
+def plain_first_stage(settings: Settings, device: torch.device) -> FirstStage:
     first_stage = make_first_stage(settings, device)
     if isinstance(first_stage, Autoencoder):
         first_stage.vae.to(memory_format=torch.contiguous_format)  # channels last is one of the things to compare
-    return PlainTraining(model, settings.run_config.diffusion.build(), first_stage, settings.train_config.lr)
+    return first_stage
+
+
+def encode(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """A batch of images to the posterior's moments, as a latent cache keeps them; ours and the plain one in turn."""
+    precision = choose_precision(settings, ranks.device, tf32=False)
+    settings = with_autoencoder(settings)
+    images = training_batch(settings)[0].to(ranks.device)
+    ways = [make_first_stage(settings, ranks.device), plain_first_stage(settings, ranks.device)]
+
+    def encoding(way: FirstStage) -> Callable[[], Any]:
+        assert isinstance(way, Autoencoder)
+        return lambda: way.moments(images)
+
+    ours, plain = timed_in_turn([encoding(way) for way in ways], settings, ranks.device)
+    speedup = {f"encode_speedup{suffix}": value for suffix, value in ratios_of(plain, ours).items()}
+    return {
+        **common(ours, ranks.device),
+        "images_per_second": settings.batch_size / ours.median,
+        **plain.fields("plain_"),
+        **speedup,
+        **precision,
+        "dtype": "float32",
+    }
+
+
+def with_autoencoder(settings: Settings) -> Settings:
+    """Raises ValueError for latents that are not the autoencoder's."""
+    return dataclasses.replace(settings, with_vae=True)
 
 
 def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:

@@ -201,6 +201,21 @@ def test_a_case_that_fails_in_its_process_fails_the_script(monkeypatch, status, 
     assert ended.value.code == code
 
 
+def test_encoding_is_measured_in_both_memory_formats(measure, monkeypatch):
+    formats = []
+
+    def moments(self, images):
+        assert images.shape == (3, 3, 32, 32)
+        formats.append(self.vae.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last))
+        return original(self, images)
+
+    original = Autoencoder.moments
+    monkeypatch.setattr(Autoencoder, "moments", moments)
+    (record,) = measure("encode", "--image_size", "32", "--downsample", "8", "--in_channels", "4")
+    assert formats == [True, False] * ROUNDS
+    assert record["encode_speedup"] > 0 and record["plain_median_seconds"] > 0
+
+
 def test_ours_and_the_plain_path_are_measured_in_turn(measure):
     (record,) = measure("against_plain", "--in_channels", "4")
     names = ("speedup", "masked_to_full", "guided_speedup", "share_of_floor", "plain_share_of_floor")
@@ -278,6 +293,7 @@ def test_tf32_is_the_scripts_default_unless_it_is_asked_for():
         (["--num_workers", "-1"], ["--num_workers -1", "negative"]),
         (["--mask_ratio", "1"], ["--mask_ratio 1", "[0, 1)"]),
         (["--with_vae", "True"], ["--downsample 1", "--with_vae"]),
+        (["--case", "encode"], ["--downsample 1", "--with_vae"]),
         (["--use_fp16", "True", "--use_bf16", "True"], ["--use_fp16", "choose one"]),
         (["--device", "tpu"], ["--device tpu", "cuda"]),
         (["--out", "missing/folder/file"], ["--out missing/folder/file", "No such file"]),
