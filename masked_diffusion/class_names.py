@@ -17,28 +17,13 @@ class ClassNames:
         self._num_classes = num_classes
         # In lower case -> as it is written -> labels.
         self._labels: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for label, names in enumerate(names_by_label(num_classes, class_names)):
+            for name in names:
+                self._labels[name.lower()][name].add(label)
         self._examples = list(class_names[:5])
-        for label, name in enumerate(class_names):
-            self._add(name, label)
-        if not class_names and num_classes == IMAGENET_CLASSES:
-            self._add_imagenet_words(())
-        elif class_names and all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in class_names):
-            self._add_imagenet_words(class_names)
-
-    def _add(self, name: str, label: int) -> None:
-        self._labels[name.lower()][name].add(label)
-
-    def _add_imagenet_words(self, wordnet_ids: Sequence[str]) -> None:
-        from timm.data import ImageNetInfo
-
-        info = ImageNetInfo("imagenet-1k")
-        words = {wordnet_id: info.label_name_to_description(wordnet_id) for wordnet_id in info.label_names()}
-        for label, wordnet_id in enumerate(wordnet_ids or words):
-            for name in [wordnet_id, *words.get(wordnet_id, "").split(",")]:
-                if name.strip():
-                    self._add(name.strip(), label)
-        words_only = (name for name in self._labels if name not in words and len(self._meant(name)) == 1)
-        self._examples = list(islice(words_only, 5))
+        if all(map(_is_wordnet_id, class_names)):
+            words = (name for name in self._labels if not _is_wordnet_id(name) and len(self._meant(name)) == 1)
+            self._examples = list(islice(words, 5))
 
     def _meant(self, item: str) -> dict[int, str]:
         """Labels that a name can mean, with the spelling of each: those of exactly this one, else of any case."""
@@ -79,3 +64,22 @@ class ClassNames:
         if not items:
             raise ValueError(f"--labels {text!r}: give labels or class names, separated by commas")
         return [self.label(item) for item in items]
+
+
+def names_by_label(num_classes: int, class_names: Sequence[str] = ()) -> list[list[str]]:
+    """The names of each class, as recorded and, of ImageNet's, in words, too; empty when none are known.
+
+    num_classes, class_names: as of :class:`ClassNames`.
+    """
+    if not all(map(_is_wordnet_id, class_names)) or (not class_names and num_classes != IMAGENET_CLASSES):
+        return [[name] for name in class_names]
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    words = {wordnet_id: info.label_name_to_description(wordnet_id) for wordnet_id in info.label_names()}
+    described = ([wordnet_id, *words.get(wordnet_id, "").split(",")] for wordnet_id in class_names or words)
+    return [[name.strip() for name in names if name.strip()] for names in described]
+
+
+def _is_wordnet_id(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()

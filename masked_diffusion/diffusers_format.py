@@ -1,4 +1,4 @@
-"""Our models for users of ``diffusers``: a pipeline of any of them, and DiT as diffusers' own transformer.
+"""Our models for users of ``diffusers``: a pipeline of any of them, and DiT as diffusers' own classes.
 
     from masked_diffusion.diffusers_format import MaskedDiffusionPipeline
     pipeline = MaskedDiffusionPipeline.from_pretrained("mdt_xl2_diffusers")
@@ -7,21 +7,29 @@
 ``scripts/convert_checkpoint.py`` writes such folders.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from masked_diffusion.class_names import ClassNames
+from masked_diffusion.class_names import ClassNames, names_by_label
 from masked_diffusion.config import DiffusionConfig, RunConfig
-from masked_diffusion.guidance import SCHEDULES, guided
+from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, guided
 from masked_diffusion.layers import sincos_position_table
 from masked_diffusion.models import DiT, LatentTransformer, create_model, family_of
 from masked_diffusion.recipes import SAMPLING
@@ -93,6 +101,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         class_labels: Sequence[int | str],
         guidance_scale: float | None = None,
         scale_pow: float = 4.0,
+        cfg_channels: int = GUIDED_CHANNELS,
         num_inference_steps: int = 250,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -101,37 +110,38 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         """Draw one image per entry of class_labels: numbers or names of classes.
 
         guidance_scale, scale_pow: see :func:`masked_diffusion.guidance.power_cosine_weight`; a DiT's scale is constant.
-        A scale of 1 draws without guidance; None takes the one the model is scored with. output_type: ``pil``, ``np``
-        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does
-        not have.
+        A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent channels
+        that are guided; diffusers' own pipelines guide all of them. output_type: ``pil``, ``np`` (N, H, W, 3) in
+        [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have.
         """
         config, device = self.transformer.config, self._execution_device
-        recipe = {"cfg_scale": 3.8, "guidance": "power_cosine", **SAMPLING[family_of(config.model)]}
-        settings = {"cfg_scale": recipe["cfg_scale"] if guidance_scale is None else guidance_scale}
-        if recipe["guidance"] == "power_cosine":
-            settings["scale_pow"] = scale_pow
         y = torch.tensor([self.label(item) for item in class_labels], device=device)
-        predict = partial(self._predict, y=y)
-        if settings["cfg_scale"] != 1:
-            weight = partial(
-                SCHEDULES[recipe["guidance"]].weight,
-                diffusion_steps=self.scheduler.config.num_train_timesteps,
-                **settings,
-            )
-            predict = partial(guided(self._predict, config.num_classes, weight), y=y)
         shape = (len(y), config.in_channels, config.input_size, config.input_size)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
+        weight = self._guidance_weight(guidance_scale, scale_pow)
+        guided_predict = guided(self._predict, config.num_classes, weight, cfg_channels)
+        # Where the weight is 1 the unconditional half of the batch would change nothing.
+        is_guided = (weight(self.scheduler.timesteps.cpu()) != 1).tolist()
         takes_variance = self._takes_variance()
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for t, with_guidance in zip(self.progress_bar(self.scheduler.timesteps), is_guided, strict=True):
             x = self.scheduler.scale_model_input(latents, t)
-            output = predict(x, t.to(device).expand(len(y)))
+            output = (guided_predict if with_guidance else self._predict)(x, t.to(device).expand(len(y)), y)
             output = output if takes_variance else output[:, : config.in_channels]
             latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guidance_weight(self, guidance_scale: float | None, scale_pow: float) -> Callable[[Tensor], Tensor]:
+        """(N,) timesteps -> (N,) weights, by the schedule that the model is scored with."""
+        recipe = {"cfg_scale": 3.8, "guidance": "power_cosine", **SAMPLING[family_of(self.transformer.config.model)]}
+        settings = {"cfg_scale": recipe["cfg_scale"] if guidance_scale is None else guidance_scale}
+        if recipe["guidance"] == "power_cosine":
+            settings["scale_pow"] = scale_pow
+        steps = self.scheduler.config.num_train_timesteps
+        return partial(SCHEDULES[recipe["guidance"]].weight, diffusion_steps=steps, **settings)
 
     def _takes_variance(self) -> bool:
         """Whether the scheduler uses the network's variance channels; the others get its first channels alone."""
@@ -159,19 +169,23 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
 
 def scheduler_of(process: DiffusionConfig) -> DDPMScheduler:
     """The process as diffusers' DDPM scheduler, on the timesteps that our respacing chooses."""
-    schedules = {"linear": "linear", "squaredcos_cap_v2": "squaredcos_cap_v2", "cosine": "squaredcos_cap_v2"}
     fixed = "fixed_small" if process.sigma_small else "fixed_large"
+    variance_type = "learned_range" if process.learn_sigma else fixed
+    return DDPMScheduler(**_scheduler_settings(process), variance_type=variance_type, timestep_spacing="linspace")
+
+
+def _scheduler_settings(process: DiffusionConfig) -> dict[str, Any]:
+    """What all schedulers of diffusers call the same."""
+    schedules = {"linear": "linear", "squaredcos_cap_v2": "squaredcos_cap_v2", "cosine": "squaredcos_cap_v2"}
     scale = 1000 / process.diffusion_steps
-    return DDPMScheduler(
-        num_train_timesteps=process.diffusion_steps,
-        beta_start=scale * 1e-4,
-        beta_end=scale * 0.02,
-        beta_schedule=schedules[process.noise_schedule],
-        variance_type="learned_range" if process.learn_sigma else fixed,
-        prediction_type="sample" if process.predict_xstart else "epsilon",
-        clip_sample=False,
-        timestep_spacing="linspace",
-    )
+    return {
+        "num_train_timesteps": process.diffusion_steps,
+        "beta_start": scale * 1e-4,
+        "beta_end": scale * 0.02,
+        "beta_schedule": schedules[process.noise_schedule],
+        "prediction_type": "sample" if process.predict_xstart else "epsilon",
+        "clip_sample": False,
+    }
 
 
 def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL | None) -> MaskedDiffusionPipeline:
@@ -189,7 +203,7 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
     return MaskedDiffusionPipeline(transformer.eval(), scheduler_of(config.diffusion), vae, config.class_names)
 
 
-# -- DiT as diffusers' own transformer ---------------------------------------------------------------------------------
+# -- DiT as diffusers' own classes -------------------------------------------------------------------------------------
 
 # Ours -> theirs. A block's attention and conditioning are below.
 _BLOCK_NAMES = {
@@ -208,6 +222,8 @@ _CONDITIONING_NAMES = {
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
+
+DIT_PIPELINE_NULL = 1000  # written out in its code
 
 
 def diffusers_dit(model: DiT) -> DiTTransformer2DModel:
@@ -233,6 +249,29 @@ def diffusers_dit(model: DiT) -> DiTTransformer2DModel:
     theirs.load_state_dict(_diffusers_state(model))
     use_dit_frequencies(theirs)
     return theirs.eval()
+
+
+def dit_pipeline_of(model: DiT, config: RunConfig, vae: AutoencoderKL | None) -> DiTPipeline:
+    """A DiT in diffusers' own pipeline, with DDIM, as that pipeline leaves the variance out.
+
+    Its first step is at the noisiest timestep, and each ends where the next one starts, which diffusers' DDIM does with
+    ``trailing`` timesteps alone. Raises ValueError for a model or autoencoder that the pipeline cannot serve.
+    """
+    if model.num_classes != DIT_PIPELINE_NULL:
+        raise ValueError(
+            f"DiTPipeline takes {DIT_PIPELINE_NULL} for the null class, so it serves models of {DIT_PIPELINE_NULL} "
+            f"classes, and this one has {model.num_classes}; use MaskedDiffusionPipeline"
+        )
+    if vae is None or getattr(vae.config, "shift_factor", None):
+        lacking = "an autoencoder" if vae is None else "latents without a shift"
+        raise ValueError(f"DiTPipeline needs {lacking}; use MaskedDiffusionPipeline")
+    scheduler = DDIMScheduler(**_scheduler_settings(config.diffusion), timestep_spacing="trailing")
+    names = {
+        label: ", ".join(names) for label, names in enumerate(names_by_label(model.num_classes, config.class_names))
+    }
+    pipeline = DiTPipeline(diffusers_dit(model), vae, scheduler, id2label=names)
+    pipeline.register_to_config(id2label=names)  # it does not do so itself, and would lose them when it is saved
+    return pipeline
 
 
 def use_dit_frequencies(transformer: DiTTransformer2DModel) -> None:

@@ -129,6 +129,12 @@ def _recorded_first_stage(
     elif "vae_decoder" in explicit:
         warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
     first_stage = load_first_stage(vae_path, device, channels)
+    check_first_stage(recorded, first_stage, vae_path)
+    return first_stage
+
+
+def check_first_stage(recorded: RunConfig, first_stage: FirstStage, vae_path: str) -> None:
+    """Raise ValueError where an autoencoder makes other latents than the recorded one does, by shape or scale."""
     shape = (first_stage.downsample, first_stage.latent_channels)
     if shape != (recorded.model.downsample, recorded.model.in_channels):
         raise ValueError(
@@ -141,7 +147,6 @@ def _recorded_first_stage(
                 f"--vae_path {vae_path}: its {name} is {first_stage.description[name]}, the model was trained with "
                 f"{recorded.first_stage[name]}; give the autoencoder it was trained with"
             )
-    return first_stage
 
 
 def config_of_weights(

@@ -19,7 +19,7 @@ from torch import Tensor
 from masked_diffusion import checkpoint, diffusion_defaults
 from masked_diffusion.config import CONFIG_NAME, RunConfig, read_config
 from masked_diffusion.files import atomic_write, write_json
-from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, PIXEL_SPACE, load_first_stage
+from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, load_first_stage
 from masked_diffusion.models import DiT
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -29,7 +29,7 @@ from masked_diffusion.script_util import (
     optional,
     run_script,
 )
-from masked_diffusion.trained import check_contradictions, config_of_weights
+from masked_diffusion.trained import check_contradictions, check_first_stage, config_of_weights
 from masked_diffusion.weights import recognise
 
 UNRECORDED = "; for files without config.json"
@@ -39,13 +39,12 @@ HELPS = {
     "drop_extra": WEIGHTS_HELPS["drop_extra"],
     "model_path": "checkpoint to read: ours or a published one, raw, EMA or a training file",
     "out": "what to write: a file ending in .safetensors or .pt, or a folder for diffusers",
-    "vae_path": "hub name or folder of the autoencoder, or none for pixel space"
-    + UNRECORDED
-    + "; a folder for diffusers "
-    "gets a copy of it",
-    "diffusers_class": "of a DiT, in a folder for diffusers: ours (MaskedDiffusionPipeline), or dit "
-    "(DiTTransformer2DModel alone)",
+    "vae_path": "hub name or folder of the autoencoder, or none for pixel space; for files without config.json, and "
+    "for folders for diffusers, which get a copy of it",
+    "diffusers_class": "of a DiT, in a folder for diffusers: ours (MaskedDiffusionPipeline), dit_pipeline (diffusers' "
+    "DiTPipeline), or dit (its DiTTransformer2DModel alone)",
 }
+DIFFUSERS_CLASSES = ("ours", "dit_pipeline", "dit")
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -74,8 +73,8 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
         raise ValueError(f"--out {out}: end the name in .safetensors or .pt, or give a folder's name without a suffix")
     if out.exists():
         raise ValueError(f"--out {out}: exists; give another name, or move it away")
-    if args.diffusers_class not in ("ours", "dit"):
-        raise ValueError(f"--diffusers_class {args.diffusers_class}: choose ours or dit")
+    if args.diffusers_class not in DIFFUSERS_CLASSES:
+        raise ValueError(f"--diffusers_class {args.diffusers_class}: choose {', '.join(DIFFUSERS_CLASSES)}")
     if "diffusers_class" in explicit and out.suffix:
         warn("--diffusers_class is ignored: a file is written")
     state = checkpoint.read_weights(source)
@@ -107,7 +106,8 @@ def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state:
     recorded = read_config(source.parent)
     if recorded is not None:
         check_contradictions(recorded, flags, explicit, source)
-        for name in sorted(explicit & {"vae_path", "sigma_small"}):
+        in_a_folder = set() if Path(args.out).suffix else {"vae_path"}  # it gets a copy of the autoencoder
+        for name in sorted(explicit & {"vae_path", "sigma_small"} - in_a_folder):
             warn(f"--{name} is ignored: {source.parent / CONFIG_NAME} says it")
         return recorded
     shown = recognise(state, source)
@@ -132,17 +132,23 @@ def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> Non
 
 
 def diffusers_work(model: Any, config: RunConfig, out: Path, args: argparse.Namespace) -> Callable[[], None]:
-    from masked_diffusion.diffusers_format import diffusers_dit, pipeline_of
+    from masked_diffusion.diffusers_format import diffusers_dit, dit_pipeline_of, pipeline_of
 
+    if args.diffusers_class != "ours" and not isinstance(model, DiT):
+        raise ValueError(
+            f"--diffusers_class {args.diffusers_class}: {config.model.model} is no DiT; leave the flag out"
+        )
+    saved: Any
     if args.diffusers_class == "dit":
-        if not isinstance(model, DiT):
-            raise ValueError(f"--diffusers_class dit: {config.model.model} is no DiT; leave the flag out")
+        if args.vae_path:
+            warn("--vae_path is ignored: the transformer is written alone")
         saved = diffusers_dit(model)
     else:
-        vae_path, vae = args.vae_path or config.first_stage["vae_path"], None
-        if vae_path != PIXEL_SPACE:
-            vae = getattr(load_first_stage(vae_path, "cpu"), "vae", None)
-        saved = pipeline_of(model, config, vae)
+        vae_path = args.vae_path or config.first_stage["vae_path"]
+        first_stage = load_first_stage(vae_path, "cpu", config.model.in_channels)
+        check_first_stage(config, first_stage, vae_path)
+        make = pipeline_of if args.diffusers_class == "ours" else dit_pipeline_of
+        saved = make(model, config, getattr(first_stage, "vae", None))
 
     def work() -> None:
         saved.save_pretrained(out)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_arrays import set_golden_weights
 from support import call
+from test_first_stage import save_tiny_autoencoder
 
 from masked_diffusion.checkpoint import read_weights
 from masked_diffusion.layers import sincos_position_table
@@ -15,9 +16,10 @@ from masked_diffusion.models import create_model
 CONVERT, SAMPLE = "scripts/convert_checkpoint.py", "scripts/image_sample.py"
 
 
-def published(path, name="MDTv2_Ti_2", wrap=lambda state: state):
+def published(path, name="MDTv2_Ti_2", wrap=lambda state: state, **kwargs):
     """A file without config.json, of a model of 3-channel pixels."""
-    model = create_model(name, input_size=8, in_channels=3, num_classes=4, decode_layer=2)
+    kwargs = {"input_size": 8, "in_channels": 3, "num_classes": 4, "decode_layer": 2, **kwargs}
+    model = create_model(name, **kwargs)
     state = {
         name: value * 0.1 if "pos" not in name else value
         for name, value in set_golden_weights(model).state_dict().items()
@@ -91,13 +93,96 @@ def test_a_folder_is_written_for_diffusers(convert, tmp_path):
     assert DiTTransformer2DModel.from_pretrained(folder).config.num_embeds_ada_norm == 4
 
 
+def test_a_baseline_of_imagenets_classes_becomes_diffusers_own_pipeline(convert, tmp_path, capsys):
+    from diffusers import DiTPipeline
+
+    vae = save_tiny_autoencoder(tmp_path / "vae", shift_factor=None)
+    published(tmp_path / "dit.pt", "DiT_Ti_2", in_channels=4, num_classes=1000)
+    published(tmp_path / "small.pt", "DiT_Ti_2", in_channels=4)
+    flags = ["--diffusers_class", "dit_pipeline", "--vae_path", vae]
+    pipeline = DiTPipeline.from_pretrained(convert(tmp_path / "dit.pt", tmp_path / "dit", *flags))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(pipeline.get_label_ids(["otter"]), num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 16, 16, 3) and np.isfinite(images).all()
+    convert(tmp_path / "small.pt", tmp_path / "small", *flags, status=2)
+    assert "DiTPipeline takes 1000 for the null class" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_folder_for_diffusers_gets_the_given_copy_of_the_recorded_autoencoder(convert, tmp_path, capsys):
+    first, copy, other = (save_tiny_autoencoder(tmp_path / name, **{"scaling_factor": scale})
+                          for name, scale in (("first", 0.5), ("copy", 0.5), ("other", 0.25)))  # fmt: skip
+    published(tmp_path / "a.pt", in_channels=4)
+    recorded = convert(tmp_path / "a.pt", tmp_path / "new" / "a.safetensors", "--vae_path", first)
+    folder = convert(recorded, tmp_path / "pipeline", "--vae_path", copy)
+    assert json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+    assert "ignored" not in capsys.readouterr().err
+    convert(recorded, tmp_path / "wrong", "--vae_path", other, status=2)
+    assert "its scaling_factor is 0.25, the model was trained with 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "out, flags, warning",
+    [
+        ("b/b.pt", ["--vae_path", "none"], "--vae_path is ignored: {recorded} says it"),
+        ("b/b.pt", ["--sigma_small", "True"], "--sigma_small is ignored: {recorded} says it"),
+        ("b/b.pt", ["--diffusers_class", "dit"], "--diffusers_class is ignored: a file is written"),
+        ("b", ["--diffusers_class", "dit", "--vae_path", "none"], "--vae_path is ignored: the transformer is written"),
+        ("b", ["--sigma_small", "True"], "--sigma_small is ignored: {recorded} says it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_flag_without_effect_warns(convert, tmp_path, capsys, out, flags, warning):
+    published(tmp_path / "a.pt", "DiT_Ti_2")
+    recorded = convert(tmp_path / "a.pt", tmp_path / "a" / "a.pt", "--vae_path", "none")
+    assert "ignored" not in capsys.readouterr().err
+    config = (recorded.parent / "config.json").read_text()
+    made = convert(recorded, tmp_path / out, *flags)
+    assert f"warning: {warning.format(recorded=recorded.parent / 'config.json')}" in capsys.readouterr().err
+    if made.suffix:
+        assert (made.parent / "config.json").read_text() == config
+
+
+def test_a_flag_that_the_weights_have_no_use_for_warns(convert, tmp_path, capsys):
+    published(tmp_path / "a.pt", "DiT_Ti_2")
+    convert(tmp_path / "a.pt", tmp_path / "a" / "a.pt", "--vae_path", "none", "--decode_layer", "2")
+    assert "warning: --decode_layer 2 is ignored: DiT_Ti_2 has no decoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, value, found",
+    [
+        ("diffusion_steps", "500", 500),
+        ("noise_schedule", "cosine", "cosine"),
+        ("predict_xstart", "True", True),
+        ("sigma_small", "True", True),
+    ],
+)
+def test_what_weights_cannot_tell_of_the_process_is_written_down_by_flags(convert, tmp_path, flag, value, found):
+    published(tmp_path / "a.pt")
+    made = convert(tmp_path / "a.pt", tmp_path / "a" / "a.pt", "--vae_path", "none", f"--{flag}", value)
+    assert json.loads((made.parent / "config.json").read_text())["diffusion"][flag] == found
+
+
+def test_weights_that_the_model_does_not_have_are_left_out_if_asked_for(convert, tmp_path, capsys):
+    state = published(tmp_path / "a.pt", wrap=lambda state: {**state, "classifier.weight": torch.zeros(2)})
+    out = tmp_path / "new" / "a.pt"
+    convert(tmp_path / "a.pt", out, "--vae_path", "none", status=2)
+    assert "classifier.weight (--drop_extra True leaves them out)" in capsys.readouterr().err
+    assert (
+        read_weights(convert(tmp_path / "a.pt", out, "--vae_path", "none", "--drop_extra", "True")).keys()
+        == state.keys()
+    )
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
         (["--out", "weights.bin"], "--out weights.bin: end the name in .safetensors or .pt"),
         (["--out", ""], "--out: give the file to write"),
-        (["--diffusers_class", "unet"], "--diffusers_class unet: choose ours or dit"),
+        (["--diffusers_class", "unet"], "--diffusers_class unet: choose ours, dit_pipeline, dit"),
         (["--diffusers_class", "dit", "--out", "folder"], "--diffusers_class dit: MDTv2_Ti_2 is no DiT"),
+        (["--diffusers_class", "dit_pipeline", "--out", "folder"], "--diffusers_class dit_pipeline: MDTv2_Ti_2 is no"),
         (["--decode_layer", "1"], "--decode_layer 1: the weights in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

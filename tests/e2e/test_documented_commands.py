@@ -227,9 +227,9 @@ TABLE = [
         makes="mdt_xl2_diffusers/model_index.json",
     ),
     Row(
-        r"convert_checkpoint\.py .*--diffusers_class dit",
+        r"convert_checkpoint\.py .*--diffusers_class dit_pipeline",
         flags="--vae_path $TINY_VAE",
-        makes="dit_xl2_diffusers/config.json",
+        makes="dit_xl2_diffusers/model_index.json",
     ),
     # docs/sampling.md
     Row(
