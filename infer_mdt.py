@@ -19,7 +19,7 @@ from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.guidance import foreign_settings
-from masked_diffusion.inpainting import image_channels, open_photo
+from masked_diffusion.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.models import family_of
 from masked_diffusion.pictures import check_picture_path
 from masked_diffusion.recipes import SAMPLING
@@ -195,8 +195,8 @@ def row_of(
         return Row(name, make, labels)
     grey = image_channels(trained.first_stage) == 1
     photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
-    inpainting = photo.inpainting(trained.first_stage, trained.model, args.inpaint_mode, device)
-    return Row(name, make, labels, inpainting, photo)
+    side = side_interpolation(trained.model, config, args.inpaint_mode)
+    return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
 
 
 def find_model(folder: Path) -> Path:

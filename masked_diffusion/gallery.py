@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from masked_diffusion.image_datasets import ImageDataset
-from masked_diffusion.inpainting import MODES, Inpainting, Photo, encode_mean, masked_patch_size
-from masked_diffusion.models import num_kept_tokens
+from masked_diffusion.inpainting import Inpainting, Photo, SideInterpolation, encode_mean, no_interpolater
+from masked_diffusion.models import MDT, num_kept_tokens
 from masked_diffusion.pictures import (
     ANIMATION,
     LEGIBLE_SIDE,
@@ -118,7 +118,7 @@ class MaskedInputs:
     labels: list[int]
     known: Tensor
     hole: Tensor
-    patch_size: int
+    side: SideInterpolation
 
 
 def masked_inputs(
@@ -129,8 +129,9 @@ def masked_inputs(
     Raises ValueError where the model cannot interpolate or the ratio keeps no token.
     """
     model, config = trained.model, trained.config
-    patch_size = masked_patch_size(model, "side")
-    assert patch_size is not None
+    if reason := no_interpolater(model, config):
+        raise ValueError(f"--model_path {trained.path}: {reason}; give an MDT or MDTv2 that was trained with masking")
+    assert isinstance(model, MDT)
     num_keep, grid_size = num_kept_tokens(model.num_tokens, mask_ratio), math.isqrt(model.num_tokens)
     indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int).tolist()
     noise = np.stack([numpy_generator(seed, "mask", index).random(model.num_tokens) for index in indices])
@@ -141,19 +142,19 @@ def masked_inputs(
         enlarged(squares, config.model.image_size // grid_size).permute(0, 2, 3, 1).numpy(),
         dataset.labels[indices].tolist(),
         encode_mean(trained.first_stage, images),
-        enlarged(squares, patch_size).to(device),
-        patch_size,
+        enlarged(squares, model.patch_size).to(device),
+        SideInterpolation.of(model),
     )
 
 
 def reconstruction(inputs: MaskedInputs, make: ImageSampler) -> Image.Image:
     """A column for each image: itself, masked, and filled in both modes."""
     rows = [inputs.pixels, np.where(inputs.masked, np.uint8(MASKED_GREY), inputs.pixels)]
-    for mode in MODES:
-        inpainting = Inpainting(inputs.known, inputs.hole, inputs.patch_size if mode == "side" else None)
+    for side in (inputs.side, None):
+        inpainting = Inpainting(inputs.known, inputs.hole, side)
         filled = make(range(len(inputs.labels)), inputs.labels, inpainting)
         rows.append(np.where(inputs.masked, filled, inputs.pixels))
-    return table(np.stack(rows), ["image", "masked", *MODES])
+    return table(np.stack(rows), ["image", "masked", "side", "plain"])
 
 
 def enlarged(squares: Tensor, factor: int) -> Tensor:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from masked_diffusion.config import RunConfig
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.guidance import Denoiser
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
 from masked_diffusion.image_files import read_image
-from masked_diffusion.models import KeptTokens
+from masked_diffusion.models import MDT, KeptTokens, LatentTransformer
 from masked_diffusion.randomness import SampleNoise
 from masked_diffusion.samplers import Predict
 
@@ -30,25 +31,47 @@ WHITE_FROM = 128  # grey level of a mask from which a pixel is to be filled
 
 
 @dataclass(frozen=True)
+class SideInterpolation:
+    """How a model's side-interpolater fills a hole.
+
+    patch_size: side of a token's square of latents. halves: mask one random half of the hole at a time, in two passes,
+    each token taking the prediction of the pass that saw it; else the whole hole in one pass.
+    """
+
+    patch_size: int
+    halves: bool
+
+    @classmethod
+    def of(cls, model: MDT) -> "SideInterpolation":
+        """What fits a model: the whole hole at once where its decoder sees the masked tokens' latents, too.
+
+        Elsewhere the noise of a masked token cannot be predicted, and the prediction of it is near zero.
+        """
+        return cls(model.patch_size, halves=not model.decoder_sees_all)
+
+
+@dataclass(frozen=True)
 class Inpainting:
     """Known latents and the hole in them.
 
-    known: (N or 1, C, h, w). hole: (N or 1, 1, h, w) bool, True where to fill. patch_size: mask the hole's tokens, the
-    squares of this side that touch it, and interpolate them; None gives all tokens to the encoder. With a patch_size,
-    each row needs the same number of hole tokens.
+    known: (N or 1, C, h, w). hole: (N or 1, 1, h, w) bool, True where to fill. side: mask the tokens that touch the
+    hole, and interpolate them; None gives all tokens to the encoder. With it, each row needs the same number of such
+    tokens.
     """
 
     known: Tensor
     hole: Tensor
-    patch_size: int | None = None
+    side: SideInterpolation | None = None
 
     def denoiser(self, model: Denoiser, seed: int, indices: Sequence[int]) -> Denoiser:
         """The model with the side-interpolater, or as it is. indices: numbers of the samples, for the draws."""
-        if self.patch_size is None:
+        if self.side is None:
             return model
-        hole_tokens = F.max_pool2d(self.hole.float(), self.patch_size).flatten(1).bool()
-        noise = SampleNoise(seed, indices, "halves")
-        return side_interpolated(model, hole_tokens.expand(len(indices), -1), self.patch_size, noise)
+        hole_tokens = F.max_pool2d(self.hole.float(), self.side.patch_size).flatten(1).bool()
+        hole_tokens = hole_tokens.expand(len(indices), -1)
+        if not self.side.halves:
+            return interpolated_at_once(model, hole_tokens)
+        return interpolated_by_halves(model, hole_tokens, self.side.patch_size, SampleNoise(seed, indices, "halves"))
 
     def hold(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t with the known region as it is at t. noise: (N, C, h, w), the same at all t.
@@ -74,13 +97,29 @@ class Inpainting:
         return lambda x_t, t: predict(self.hold(diffusion, x_t, t, noise), t)
 
 
-def side_interpolated(model: Denoiser, hole_tokens: Tensor, patch_size: int, noise: SampleNoise) -> Denoiser:
+def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:
+    """The model with all tokens of the hole masked, as in training. Arguments as of :func:`interpolated_by_halves`."""
+    some_known = not bool(hole_tokens[0].all())
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if not some_known:  # nothing to interpolate from
+            return model(x, t, y)
+        return model(x, t, y, kept=KeptTokens.all_but(_for_batch(hole_tokens, x)))
+
+    return denoise
+
+
+def _for_batch(tokens: Tensor, x: Tensor) -> Tensor:
+    """Guidance asks for two halves of a batch, of the same samples."""
+    return tokens.repeat(len(x) // len(tokens), 1)
+
+
+def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int, noise: SampleNoise) -> Denoiser:
     """The model with the hole masked by halves: each token of it is predicted by a pass that sees it.
 
-    The noise of a token that the encoder did not see cannot be predicted, and MDT's prediction of it is near zero. So
-    there are two passes. In each, one half of the hole is masked and interpolated from the known region and the other
-    half; the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N, L) bool, the same
-    number in each row. noise: draws (N, L) values per call.
+    In each of two passes, one half of the hole is masked and interpolated from the known region and the other half;
+    the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N, L) bool, the same number
+    in each row. noise: draws (N, L) values per call.
     """
     num_hole = int(hole_tokens[0].sum())
 
@@ -90,8 +129,7 @@ def side_interpolated(model: Denoiser, hole_tokens: Tensor, patch_size: int, noi
         draw = noise.randn(hole_tokens.shape[1:], x.device).masked_fill(~hole_tokens, torch.inf)
         rank = draw.argsort(dim=1).argsort(dim=1)
         first = rank < num_hole // 2  # (N, L)
-        # Guidance asks for two halves of a batch, of the same samples.
-        first, hole = (tokens.repeat(len(x) // len(tokens), 1) for tokens in (first, hole_tokens))
+        first, hole = _for_batch(first, x), _for_batch(hole_tokens, x)
         sees_first = model(x, t, y, kept=KeptTokens.all_but(hole & ~first))
         sees_rest = model(x, t, y, kept=KeptTokens.all_but(first))
         grid_size = x.shape[-1] // patch_size
@@ -112,15 +150,17 @@ class Photo:
         """Images (N, S, S, 3) with the photo's own pixels outside of the mask."""
         return np.where(self.mask[..., None], images, self.pixels)
 
-    def inpainting(self, first_stage: FirstStage, model: Any, mode: str, device: torch.device | str) -> Inpainting:
-        """Encode the photo, by the posterior's mean. mode: ``side`` or ``plain``. Raises ValueError for others.
+    def inpainting(
+        self, first_stage: FirstStage, side: SideInterpolation | None, device: torch.device | str
+    ) -> Inpainting:
+        """Encode the photo, by the posterior's mean. side: see :func:`side_interpolation`.
 
-        A latent belongs to the hole when any of its pixels is to be filled, and so does a token in mode ``side``.
+        A latent belongs to the hole when any of its pixels is to be filled, and so does a token with ``side``.
         """
         image = torch.from_numpy(to_model_range(self.pixels[..., : image_channels(first_stage)])).to(device)[None]
         mask = torch.from_numpy(self.mask).to(device)[None, None]
         hole = F.max_pool2d(mask.float(), first_stage.downsample).bool()
-        return Inpainting(encode_mean(first_stage, image), hole, masked_patch_size(model, mode))
+        return Inpainting(encode_mean(first_stage, image), hole, side)
 
 
 def encode_mean(first_stage: FirstStage, images: Tensor) -> Tensor:
@@ -135,19 +175,26 @@ def image_channels(first_stage: FirstStage) -> int:
     return 1 if first_stage.latent_channels == 1 else 3
 
 
-def masked_patch_size(model: Any, mode: str) -> int | None:
-    """``Inpainting.patch_size`` of a mode. Raises ValueError for an unknown one, or one that the model cannot do."""
+def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -> SideInterpolation | None:
+    """What ``--inpaint_mode`` means for a model. Raises ValueError for an unknown mode, or one it cannot do."""
     if mode not in MODES:
         raise ValueError(f"--inpaint_mode {mode}: unknown; choose one of {', '.join(MODES)}")
     if mode == "plain":
         return None
-    mask_token = getattr(model, "mask_token", None)
-    if mask_token is None or not mask_token.any():
-        raise ValueError(
-            "--inpaint_mode side: this model was trained without masking, so it has no side-interpolater; use "
-            "--inpaint_mode plain"
-        )
-    return model.patch_size
+    if reason := no_interpolater(model, config):
+        raise ValueError(f"--inpaint_mode side: {reason}; use --inpaint_mode plain")
+    assert isinstance(model, MDT)
+    return SideInterpolation.of(model)
+
+
+def no_interpolater(model: LatentTransformer, config: RunConfig) -> str | None:
+    """Why a model cannot interpolate masked tokens; None where it can."""
+    if not isinstance(model, MDT):
+        return f"{config.model.model} has no side-interpolater"
+    # Without masking the mask token stays zero, unless the training began with weights that had learned one.
+    if not model.mask_token.any() or (config.training and config.model.mask_ratio is None):
+        return "this model was trained without masking, so its side-interpolater has learned nothing"
+    return None
 
 
 def open_photo(image: Path, mask: Path, image_size: int, grey: bool) -> Photo:

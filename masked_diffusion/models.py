@@ -253,6 +253,7 @@ class MDT(LatentTransformer):
     """
 
     DEFAULT_DECODE_LAYER = 2
+    decoder_sees_all = False  # whether masked tokens' own embeddings reach the decoder
     rel_index: Tensor
 
     def __init__(
@@ -396,6 +397,7 @@ class MDTv2(MDT):
 
     DEFAULT_DECODE_LAYER = 4
     RATIO_RANGE = 0.2
+    decoder_sees_all = True
 
     def _check_masking(self, depth: int) -> None:
         if not 1 <= self.decode_layer <= depth - 2:

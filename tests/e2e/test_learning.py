@@ -12,7 +12,7 @@ from golden_arrays import GOLDENS
 from PIL import Image
 from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
 
-from masked_diffusion.inpainting import Inpainting, open_photo
+from masked_diffusion.inpainting import Inpainting, SideInterpolation, open_photo, side_interpolation
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.trained import open_trained
 
@@ -102,7 +102,8 @@ def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eigh
     for label in range(8):  # each filled as two digits that it is not
         photo = open_photo(folder / f"{label}_0.png", overfitted / "mask.png", 8, grey=False)
         asked = [(label + 3) % 8, (label + 6) % 8]
-        inpainting = photo.inpainting(trained.first_stage, trained.model, mode, "cpu")
+        side = side_interpolation(trained.model, trained.config, mode)
+        inpainting = photo.inpainting(trained.first_stage, side, "cpu")
         images = photo.paste_around(make(range(2), asked, inpainting))
         assert np.array_equal(images[:, ~hole, 0], np.broadcast_to(pixels[label][~hole], (2, 16)))
         found += (nearest(images, pixels, hole) == asked).tolist()
@@ -194,7 +195,7 @@ def check_filled_digits(path):
     hole[..., 2:] = True
     known = pixels.permute(0, 3, 1, 2)[:, :1].float() / 127.5 - 1
     asked = (labels + 1) % 10
-    for patch_size in (None, trained.model.patch_size):
-        images = torch.from_numpy(make(range(50), asked.tolist(), Inpainting(known, hole, patch_size)))
+    for side in (None, SideInterpolation.of(trained.model)):
+        images = torch.from_numpy(make(range(50), asked.tolist(), Inpainting(known, hole, side)))
         assert (images[:, :, :2].int() - pixels[:, :, :2].int()).abs().max() <= 1  # truncation to uint8
         assert (reader.predict(classifier, images) == asked).float().mean() > 0.8  # 0.1 by chance
