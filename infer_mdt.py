@@ -17,8 +17,9 @@ import torch
 
 from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.class_names import ClassNames
+from masked_diffusion.config import RunConfig
 from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
-from masked_diffusion.guidance import foreign_settings
+from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES
 from masked_diffusion.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.models import family_of
 from masked_diffusion.pictures import check_picture_path
@@ -65,6 +66,7 @@ OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow":
 OWN_IMAGES = 20
 COLUMNS, MOST_COLUMNS = 3, 10
 SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
+GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
 SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
 HELPS = {
@@ -81,7 +83,7 @@ HELPS = {
     "frames": "states of the denoising to show, from noise to picture; 0 shows the picture, or 25 in a .gif",
     "image": "photo to fill; with --mask",
     "mask": "picture of the size of --image, white where to fill",
-    "inpaint_mode": "side: what is filled is masked by halves and interpolated, as in training; plain: without masking",
+    "inpaint_mode": "side: what is filled is masked and interpolated, as in training; plain: without masking",
     "cfg_scale": "largest weight of the guidance; default: 5 for the published file, else 4",
     "scale_pow": "power of --guidance power_cosine; default: 0.01 for the published file, else 4",
     "num_sampling_steps": "default: 500 for the published file, else 100",
@@ -151,10 +153,15 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     trained = open_trained(path, flags, explicit, device, warn=lambda text: say(f"warning: {text}"))
     if "guidance" not in explicit:
         args.guidance = SAMPLING[family_of(trained.config.model.model)].get("guidance", args.guidance)
-    for name in sorted(explicit & ignored_flags(args, swept)):
-        say(f"warning: --{name} is ignored here")
+    reasons = without_effect(args, swept, trained.config)
+    if swept in reasons:
+        raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
+    for name in sorted(explicit & {swept, *reasons}):
+        say(f"warning: --{name} is ignored here, because {reasons.get(name, 'it is swept over')}")
     if "num_sampling_steps" not in explicit:
         args.num_sampling_steps = min(args.num_sampling_steps, trained.config.diffusion.diffusion_steps)
+    if swept != "num_sampling_steps":
+        frames = min(frames, args.num_sampling_steps)  # no state twice
     variants = [(f"{swept} {value}", with_setting(args, swept, value)) for value in values] or [("", args)]
     few = bool(swept) or frames > 1
     rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
@@ -171,10 +178,19 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     return work
 
 
-def ignored_flags(args: argparse.Namespace, swept: str) -> set[str]:
-    """Flags that have no effect beside the others."""
-    of_others = set() if swept == "guidance" else foreign_settings(args.guidance)
-    return of_others | {swept} | (set() if args.image else {"inpaint_mode"})
+def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> dict[str, str]:
+    """Flags that change nothing beside the others and with this model, and why."""
+    reasons = {} if args.image else {"inpaint_mode": "it needs --image and --mask"}
+    if not config.class_cond:
+        return reasons | dict.fromkeys(GUIDANCE_FLAGS, "the model was trained without classes and cannot be guided")
+    if config.model.in_channels <= GUIDED_CHANNELS:
+        reasons["cfg_channels"] = f"there are no more than {GUIDED_CHANNELS} channels to guide"
+    if swept != "guidance":
+        others = {name: schedule for name, schedule in SCHEDULES.items() if name != args.guidance}
+        reasons |= {
+            flag: f"it needs --guidance {name}" for name, schedule in others.items() for flag in schedule.settings
+        }
+    return reasons
 
 
 def with_setting(args: argparse.Namespace, name: str, text: str) -> argparse.Namespace:

@@ -98,7 +98,8 @@ def draw(rows: Sequence[Row], frames: int, columns: int | None, class_names: Seq
         save_animation([still(frame) for frame in range(frames)], out)
     elif frames > 1:
         names = [class_names[label] if label < len(class_names) else str(label) for label in rows[0].labels]
-        save_picture(table(images[0].swapaxes(0, 1), names), out)
+        steps = [f"step {number}" for number in rows[0].make.shown_steps(frames)]
+        save_picture(table(images[0].swapaxes(0, 1), names, steps), out)
     else:
         save_picture(still(0), out)
 
@@ -175,7 +176,7 @@ def relative_bias(state: Mapping[str, Tensor], path: Path) -> tuple[Image.Image,
     """
     tables = {name.removesuffix(BIAS_TABLE): values for name, values in state.items() if name.endswith(BIAS_TABLE)}
     if not tables:
-        raise ValueError(f"{path}: this model has no relative-position biases; give an MDT's file")
+        raise ValueError(f"{path}: this model has no relative-position biases; give an MDT's or MDTv2's file")
     maps = []
     for values in tables.values():
         offsets = values[:-UNUSED_ROWS].float().T  # (heads, (2 grid_size - 1)^2)

@@ -192,11 +192,16 @@ class ImageSampler:
     def trajectory(
         self, indices: Sequence[int], labels: Sequence[int], frames: int, inpainting: Inpainting | None = None
     ) -> np.ndarray:
-        """Images of ``frames`` evenly spaced states from the first step's to the last's: (frames, N, H, W, 3) uint8."""
+        """Images of the states after :meth:`shown_steps`: (frames, N, H, W, 3) uint8."""
+        shown = self.shown_steps(frames)
+        states = self.states(indices, labels, inpainting)
+        kept = {number: state.sample for number, state in enumerate(states, start=1) if number in shown}
+        return np.stack([self.pixels(kept[number], indices) for number in shown])
+
+    def shown_steps(self, frames: int) -> list[int]:
+        """Numbers of ``frames`` evenly spaced steps of the sampler, from 1 to the last; one frame is the last."""
         steps = self._diffusion.num_timesteps
-        shown = np.linspace(0, steps - 1, frames).round().astype(int) if frames > 1 else np.array([steps - 1])
-        states = {i: state.sample for i, state in enumerate(self.states(indices, labels, inpainting)) if i in shown}
-        return np.stack([self.pixels(states[i], indices) for i in shown])
+        return np.linspace(1, steps, frames).round().astype(int).tolist() if frames > 1 else [steps]
 
 
 def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:

@@ -8,6 +8,7 @@ Pictures of samples (sweeps, how they come out of the noise, filled photos) are 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.gallery import masked_inputs, reconstruction, relative_bias
 from masked_diffusion.image_datasets import open_dataset
+from masked_diffusion.latent_cache import is_latent_cache, read_record
 from masked_diffusion.pictures import check_picture_path, save_picture
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
 from masked_diffusion.script_util import (
@@ -105,6 +107,10 @@ def prepare_biases(args: argparse.Namespace, explicit: set[str]) -> Callable[[],
 def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Callable[[], Image.Image]:
     if args.num_images < 1:
         raise ValueError(f"--num_images {args.num_images}: must be at least 1")
+    data_dir = os.path.expanduser(args.data_dir)  # noqa: PTH111  (it may be a bucket)
+    if data_dir and is_latent_cache(data_dir):
+        source = read_record(data_dir).data_dir
+        raise ValueError(f"--data_dir {data_dir}: holds latents; give the images they were made of ({source})")
     device = dist_util.choose_device(args.device)
     dist_util.allow_tf32(True)
     flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}

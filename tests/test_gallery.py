@@ -1,25 +1,28 @@
 """Pictures that compare, by the scripts that draw them."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from support import TINY_DIGITS, call, script
 
 from masked_diffusion.gallery import BIAS_TABLE, Row, num_frames, parse_sweep, relative_bias
 from masked_diffusion.inpainting import Photo
+from masked_diffusion.models import create_model
+from masked_diffusion.pictures import LEGIBLE_SIDE, TEXT_SIZE, table
 
 TRAIN, INFER, LOOK = "scripts/image_train.py", "infer_mdt.py", "scripts/visualize.py"
 TILE, GAP = 64, 4
 
 
-@pytest.fixture(scope="module")
-def trained(module_folder):
-    """A model of digits with random weights, which predicts grey images, so that every setting shows."""
-    folder = module_folder("trained")
+@cache
+def model_of(folder, *flags):
+    """A model of digits with random weights, which predicts grey images, so that every setting shows. Its path."""
     with pytest.MonkeyPatch.context() as patch:
-        flags = ["--max_steps", "1", "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True"]
-        assert call(patch, TRAIN, folder, *TINY_DIGITS, *flags) == 0
+        kind = ["--max_steps", "1", "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True"]
+        assert call(patch, TRAIN, folder, *TINY_DIGITS, *kind, *flags) == 0
     path = folder / "ema_0.9999_000001.pt"
     state = torch.load(path, weights_only=True)
     generator = torch.Generator().manual_seed(0)
@@ -29,6 +32,18 @@ def trained(module_folder):
     state["final_layer.linear.weight"] *= 0.3
     torch.save(state, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def models(module_folder):
+    """A function of further flags of the training: a model's path."""
+    folder = module_folder("models")
+    return lambda *flags: model_of(folder / " ".join(map(str, flags)).replace("/", "_"), *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(models):
+    return models()
 
 
 @pytest.fixture
@@ -129,6 +144,29 @@ def test_sweeps_of_nonsense_are_refused(refused, text, sentence):
     assert sentence in refused("--sweep", text)
 
 
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["inpaint_mode=side,plain"], "it needs --image and --mask"),
+        (["cfg_interval=0-10,5-9"], "it needs --guidance interval"),
+        (["scale_pow=1,4", "--guidance", "constant"], "it needs --guidance power_cosine"),
+        (["cfg_channels=3,4"], "there are no more than 3 channels to guide"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_sweep_whose_rows_would_be_equal_is_refused(refused, flags, why):
+    assert refused("--sweep", *flags).strip() == f"--sweep {flags[0]}: all rows would be equal, because {why}"
+
+
+def test_a_model_without_classes_has_no_guidance_to_sweep_over(monkeypatch, models, tmp_path, capsys):
+    path, out = models("--class_cond", "False"), tmp_path / "picture.png"
+    common = ["--model_path", path, "--out", out, "--num_sampling_steps", 2]
+    assert call(monkeypatch, INFER, tmp_path, *common, "--sweep", "cfg_scale=1,4") == 2
+    assert "trained without classes and cannot be guided" in capsys.readouterr().err and not out.exists()
+    assert call(monkeypatch, INFER, tmp_path, *common, "--cfg_scale", "4") == 0
+    assert "warning: --cfg_scale is ignored here, because the model was" in capsys.readouterr().err
+
+
 def test_a_sweep_is_a_setting_and_its_values():
     assert parse_sweep("a=1, 2,,x-y", ("a", "b")) == ("a", ["1", "2", "x-y"])
 
@@ -142,6 +180,22 @@ def test_a_strip_goes_from_noise_to_the_picture(draw):
     assert np.array_equal(strip[:, -1], finished)
     distances = np.abs(strip - strip[:, -1:]).mean(axis=(2, 3, 4))
     assert (np.diff(distances[:, 1:], axis=1) < 0).all() and (distances[:, 0] > 30).all()
+
+
+def test_a_strip_names_the_step_of_each_state(draw):
+    strip = draw("--frames", 4, "--labels", "3,5", "--num_sampling_steps", "10")
+    left, top = strip.shape[1] - 4 * (TILE + GAP) - GAP, strip.shape[0] - 2 * (TILE + GAP) - GAP
+    images = np.zeros((1, 4, TILE, TILE, 3), dtype=np.uint8)
+    expected = np.asarray(table(images, ["3"], [f"step {number}" for number in (1, 4, 7, 10)])).astype(int)
+    assert np.array_equal(strip[:top, left:], expected[:top, -(4 * (TILE + GAP) + GAP) :])
+
+
+def test_the_name_of_the_longest_step_is_no_wider_than_the_smallest_tile():
+    assert ImageFont.load_default(TEXT_SIZE).getlength("step 1000") <= LEGIBLE_SIDE
+
+
+def test_no_state_is_shown_twice(draw):
+    assert draw("--frames", 9, "--labels", "3").shape[1] < 5 * (TILE + GAP)  # of four steps
 
 
 def test_a_gif_shows_the_denoising_and_rests_on_the_picture(draw, tmp_path):
@@ -259,6 +313,10 @@ def test_the_bias_of_a_token_above_is_drawn_above_the_middle(tmp_path):
     assert second[39 + 6, 26 + 6].tolist() == [255, 255, 255]
 
 
+V2 = ["--model", "MDTv2_Ti_2"]
+V2_BLOCKS = ("en_inblocks.0", "en_outblocks.0", "de_blocks.0", "de_blocks.1", "sideblocks.0")
+
+
 def test_position_biases_are_drawn_for_every_block_and_head(draw, capsys):
     picture = draw("relative_bias", path=LOOK)
     assert (picture != 255).any()
@@ -266,14 +324,97 @@ def test_position_biases_are_drawn_for_every_block_and_head(draw, capsys):
     assert "white is 0, full red" in capsys.readouterr().out
 
 
-def test_a_reconstruction_has_four_rows_and_keeps_what_was_not_masked(draw):
-    picture = draw("reconstruction", "--data_dir", "builtin:digits", "--num_images", 3, "--mask_ratio", 0.5, path=LOOK)
+def test_the_biases_of_version_2_are_drawn_in_the_order_of_its_blocks(draw, models):
+    path = models(*V2)
+    state = torch.load(path, weights_only=True)
+    assert tuple(name.removesuffix(BIAS_TABLE) for name in state if name.endswith(BIAS_TABLE)) == V2_BLOCKS
+    picture = draw("relative_bias", "--model_path", path, path=LOOK)
+    assert picture.shape[0] > 5 * 64 and np.array_equal(picture, np.asarray(relative_bias(state, path)[0]))
+
+
+@pytest.mark.parametrize("flags", [[], V2], ids=["MDT", "MDTv2"])
+def test_a_reconstruction_has_four_rows_and_keeps_what_was_not_masked(draw, models, flags):
+    path, common = models(*flags), ["--data_dir", "builtin:digits", "--num_images", 3]
+    picture = draw("reconstruction", "--model_path", path, *common, "--mask_ratio", 0.5, path=LOOK)
     image, masked, side, plain = tiles(picture, 4, 3)
     assert not np.array_equal(side, plain) and not np.array_equal(image, masked)
     shares = (masked == 128).all(axis=-1).mean(axis=(1, 2))
     assert (shares > 0.05).all()  # bicubic enlarging blurs the borders of single tokens
     untouched = np.abs(masked - image).max(axis=-1) == 0
     assert np.abs(side - image)[untouched].mean() < np.abs(side - image)[~untouched].mean() / 4
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--data_dir", "builtin:digits-test"),
+        ("--num_images", 3),
+        ("--mask_ratio", 0.6),
+        ("--seed", 1),
+        ("--sampler", "ddpm"),
+        ("--num_sampling_steps", 3),
+    ],
+)
+def test_every_setting_of_a_reconstruction_changes_it(draw, flag, value):
+    common = ["reconstruction", "--data_dir", "builtin:digits", "--num_images", 2, "--num_sampling_steps", 2]
+    assert not np.array_equal(draw(*common, path=LOOK), draw(*common, flag, value, path=LOOK))
+
+
+def test_a_file_without_a_record_is_looked_into_by_flags(draw, trained, tmp_path, refused, capsys):
+    """The model's flags and the autoencoder's, which have a meaning only there."""
+    alone = tmp_path / "alone.pt"
+    alone.write_bytes(trained.read_bytes())
+    common = ["reconstruction", "--model_path", alone, "--data_dir", "builtin:digits", "--vae_path", "none"]
+    common += ["--num_images", 2]
+    assert "--model MDT_S_2: the weights in" in refused(*common, "--model", "MDT_S_2", path=LOOK)
+    assert "--image_size 16: the weights in" in refused(*common, "--image_size", "16", path=LOOK)
+    pictures = [draw(*common, "--decode_layer", layers, path=LOOK) for layers in (1, 2)]
+    assert not np.array_equal(*pictures)
+    capsys.readouterr()
+    draw(*common, "--vae_decoder", "ema", path=LOOK)
+    assert "warning: --vae_decoder ema is ignored: the first stage is none" in capsys.readouterr().err
+
+
+def test_the_decoder_of_the_hub_can_be_chosen(refused, trained, tmp_path, monkeypatch):
+    """Without the hub: the one that is asked for is named."""
+    state = create_model("MDT_Ti_2", input_size=4, num_classes=4, mask_ratio=0.3).state_dict()
+    torch.save(state, tmp_path / "latents.pt")
+    asked = []
+
+    def no_hub(vae_path, *others):
+        asked.append(vae_path)
+        raise FileNotFoundError(f"--vae_path {vae_path}")
+
+    monkeypatch.setattr("masked_diffusion.trained.load_first_stage", no_hub)
+    flags = ["reconstruction", "--model_path", tmp_path / "latents.pt", "--data_dir", "builtin:digits"]
+    for more in ([], ["--vae_decoder", "ema"]):
+        refused(*flags, *more, path=LOOK)
+    assert asked == ["stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema"]
+
+
+@pytest.mark.parametrize("mode", ["relative_bias", "reconstruction"])
+def test_a_dit_has_nothing_to_look_into(refused, models, mode):
+    flags = [mode, "--model_path", models("--model", "DiT_Ti_2")]
+    if mode == "reconstruction":
+        text = refused(*flags, "--data_dir", "builtin:digits", path=LOOK)
+        assert "DiT_Ti_2 has no side-interpolater; give an MDT or MDTv2 that was trained with masking" in text
+    else:
+        assert "this model has no relative-position biases; give an MDT's or MDTv2's file" in refused(*flags, path=LOOK)
+
+
+def test_a_model_trained_without_masking_has_nothing_to_reconstruct_with(refused, models):
+    flags = ["reconstruction", "--model_path", models("--mask_ratio", "None"), "--data_dir", "builtin:digits"]
+    # The weights of this test are random, the mask token's, too: it is the record that tells.
+    assert "this model was trained without masking, so its side-interpolater has" in refused(*flags, path=LOOK)
+
+
+def test_latents_are_refused_with_the_images_they_were_made_of(monkeypatch, refused, tiny_vae, colour_folder, tmp_path):
+    flags = ["--data_dir", colour_folder, "--out", tmp_path / "latents", "--vae_path", tiny_vae, "--image_size", 32]
+    assert call(monkeypatch, "scripts/encode_latents.py", tmp_path, *flags, "--device", "cpu") == 0
+    text = refused("reconstruction", "--data_dir", tmp_path / "latents", path=LOOK)
+    assert text.strip() == (
+        f"--data_dir {tmp_path / 'latents'}: holds latents; give the images they were made of ({colour_folder})"
+    )
 
 
 @pytest.mark.parametrize(
