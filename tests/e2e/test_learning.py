@@ -132,24 +132,33 @@ def test_a_model_of_eight_digits_learns_the_other_two_in_a_fraction_of_the_steps
         "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--decode_layer", "2", "--batch_size", "32",
         "--ema_rate", "0.9", "--random_flip", "False", "--preview_samples", "0", "--lr", "2e-3", "--log_interval", "20",
         "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
+        "--save_interval", "40",
     ]  # fmt: skip
+    two = ["--data_dir", new, "--lr_anneal_steps", "80"]
     runs = {
         "old": ["--data_dir", old, "--lr_anneal_steps", "240"],
-        "scratch": ["--data_dir", new, "--lr_anneal_steps", "240", "--max_steps", "120"],
-        "tuned": ["--data_dir", new, "--lr_anneal_steps", "80", "--init_from", tmp_path / "old" / "ema_0.9_000240.pt"],
+        "scratch": [*two, "--max_steps", "40"],
+        "tuned": [*two, "--init_from", tmp_path / "old" / "ema_0.9_000240.pt"],
     }
     for name, flags in runs.items():
         assert call(monkeypatch, TRAIN, tmp_path / name, *common, *flags) == 0
     tuned, scratch = ([row["loss"] for row in rows(tmp_path / name)] for name in ("tuned", "scratch"))
-    # After 20, 40 and 60 steps it is where a fresh model is after twice as many.
-    assert all(tuned[i] < scratch[2 * i + 1] for i in range(3)), (tuned, scratch)
-    sample = ["--model_path", tmp_path / "tuned" / "ema_0.9_000080.pt", "--num_samples", "40", "--labels", "8,9"]
-    flags = ["--batch_size", "40", "--num_sampling_steps", "20", "--cfg_cond", "True", "--cfg_scale", "2"]
-    assert call(monkeypatch, SAMPLE, tmp_path, *sample, *flags) == 0
-    with np.load(tmp_path / "samples_40x8x8x3.npz") as file:
-        samples, labels = file["arr_0"][..., 0].reshape(40, -1), file["arr_1"]
-    read = KNeighborsClassifier(3).fit(pixels, target).predict(samples)
-    assert (read == labels + 8).mean() > 0.7, read
+    # In its first 20 steps it is ahead of what a fresh model reaches in twice as many (measured: 0.19 against 0.26).
+    assert tuned[0] < 0.85 * scratch[1], (tuned, scratch)
+    classifier = KNeighborsClassifier(3).fit(pixels, target)
+
+    def share_read(name, step):
+        path, folder = tmp_path / name / f"ema_0.9_{step:06d}.pt", tmp_path / f"{name}_{step}"
+        sample = ["--model_path", path, "--num_samples", "60", "--labels", "8,9", "--batch_size", "60"]
+        flags = ["--num_sampling_steps", "20", "--cfg_cond", "True", "--cfg_scale", "2"]
+        assert call(monkeypatch, SAMPLE, folder, *sample, *flags) == 0
+        with np.load(folder / "samples_60x8x8x3.npz") as file:
+            samples, labels = file["arr_0"][..., 0].reshape(60, -1), file["arr_1"]
+        return (classifier.predict(samples) == labels + 8).mean()
+
+    shares = share_read("scratch", 40), share_read("tuned", 40), share_read("tuned", 80)
+    # After 40 steps a fresh model's digits are blobs, and a tuned one's can be read (measured: 0.38, 0.72, 0.85).
+    assert shares[0] + 0.2 < shares[1] and shares[2] > 0.6, shares
 
 
 @pytest.mark.e2e
