@@ -37,6 +37,10 @@ CONTRACT = {
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
         "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False, "compile": False,
     },
+    "scripts/convert_checkpoint.py": {
+        "model_path": "", "out": "", "decode_layer": None, "diffusion_steps": 1000, "noise_schedule": "linear",
+        "predict_xstart": False, "sigma_small": False, "drop_extra": False, "vae_path": None, "diffusers_class": "ours",
+    },
     "scripts/check_data.py": {
         "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",
     },

@@ -67,6 +67,32 @@ def test_state_dict_has_the_published_names_shapes_and_order(golden):
     assert list(state) == list(golden.info["state_dict"])
 
 
+BLOCKS_OF_XL = {
+    "MDT": {"blocks": 28, "sideblocks": 1},
+    "MDTv2": {"en_inblocks": 12, "en_outblocks": 12, "de_blocks": 4, "sideblocks": 1},
+    "DiT": {"blocks": 28},
+}
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_published_xl_files_load_strictly(family, image_size):
+    """Their names are the golden's with more blocks; DiT-XL/2 for 256 x 256 prints 675,129,632 parameters."""
+    with torch.device("meta"):
+        model = MODELS[f"{family}_XL_2"](input_size=image_size // 8)
+    state = model.state_dict()
+    published = set()
+    for name in goldens(family).info["state_dict"]:
+        group, *rest = name.split(".")
+        for number in range(BLOCKS_OF_XL[family].get(group, 1)):
+            published.add(".".join([group, str(number), *rest[1:]]) if group in BLOCKS_OF_XL[family] else name)
+    model.load_state_dict({name: torch.empty_like(state[name]) for name in published}, strict=True, assign=True)
+    num_tokens = (image_size // 16) ** 2
+    assert state["pos_embed"].shape == (1, num_tokens, 1152)
+    if family == "DiT":
+        assert sum(p.numel() for p in model.parameters()) == 675_129_632 + (num_tokens - 256) * 1152
+
+
 def test_forward_equals_the_golden(golden):
     assert_golden(golden.model()(*golden.inputs()), golden.arrays["eval_forward"])
 

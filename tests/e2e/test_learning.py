@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -52,18 +53,23 @@ def eight_digits(module_folder):
 
 @pytest.fixture(scope="module")
 def overfitted(module_folder, eight_digits):
-    """Output folder of a training that knows the eight by heart."""
+    """A function of a model's name: the EMA file of a training that knows the eight by heart."""
     data, _ = eight_digits
-    folder = module_folder("overfitted")
-    flags = [
-        "--data_dir", data, "--vae_path", "none", "--image_size", "8", "--model", "MDT_Ti_2", "--mask_ratio", "0.3",
-        "--decode_layer", "2", "--batch_size", "32", "--lr", "2e-3", "--lr_anneal_steps", "400",
-        "--ema_rate", "0.98", "--random_flip", "False", "--log_interval", "100", "--preview_samples", "0",
-        "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
-    ]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        assert call(patch, TRAIN, folder, *flags) == 0
-    return folder
+
+    @cache
+    def train(model):
+        folder = module_folder(model)
+        flags = [
+            "--data_dir", data, "--vae_path", "none", "--image_size", "8", "--model", model, "--mask_ratio", "0.3",
+            "--decode_layer", "2", "--batch_size", "32", "--lr", "2e-3", "--lr_anneal_steps", "400",
+            "--ema_rate", "0.98", "--random_flip", "False", "--log_interval", "100", "--preview_samples", "0",
+            "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
+        ]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            assert call(patch, TRAIN, folder, *flags) == 0
+        return folder / "ema_0.98_000400.pt"
+
+    return train
 
 
 def nearest(images, pixels, region=None):
@@ -77,9 +83,9 @@ def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pi
     monkeypatch, tmp_path, eight_digits, overfitted
 ):
     _, pixels = eight_digits
-    first, final = rows(overfitted)[0], rows(overfitted)[-1]
+    path = overfitted("MDT_Ti_2")
+    first, final = rows(path.parent)[0], rows(path.parent)[-1]
     assert final["loss"] < 0.05 and final["m_loss"] < 0.1, (first, final)
-    path = overfitted / "ema_0.98_000400.pt"
     sample = ["--model_path", path, "--num_samples", "19", "--batch_size", "4", "--num_sampling_steps", "30"]
     assert call(monkeypatch, SAMPLE, tmp_path, *sample, "--cfg_cond", "True", "--cfg_scale", "1.5") == 0
     with np.load(tmp_path / "samples_19x8x8x3.npz") as file:
@@ -89,18 +95,21 @@ def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pi
 
 
 @pytest.mark.parametrize("mode", ["side", "plain"])
-def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(eight_digits, overfitted, mode):
+@pytest.mark.parametrize("name", ["MDT_Ti_2", "MDTv2_Ti_2"])
+def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(
+    eight_digits, overfitted, tmp_path, name, mode
+):
     folder, pixels = eight_digits
     flags = {"vae_path": None, "vae_decoder": "ema", "interpolate_pos": False, "drop_extra": False}
-    trained = open_trained(overfitted / "ema_0.98_000400.pt", flags, set(), "cpu", warn=pytest.fail)
+    trained = open_trained(overfitted(name), flags, set(), "cpu", warn=pytest.fail)
     sampler = SamplerConfig(20, "ddim", cfg_cond=True, cfg_scale=1.5)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, "cpu")
     hole = np.zeros((8, 8), dtype=bool)
     hole[:, 2:] = True
-    Image.fromarray(hole).save(overfitted / "mask.png")
+    Image.fromarray(hole).save(tmp_path / "mask.png")
     found = []
     for label in range(8):  # each filled as two digits that it is not
-        photo = open_photo(folder / f"{label}_0.png", overfitted / "mask.png", 8, grey=False)
+        photo = open_photo(folder / f"{label}_0.png", tmp_path / "mask.png", 8, grey=False)
         asked = [(label + 3) % 8, (label + 6) % 8]
         side = side_interpolation(trained.model, trained.config, mode)
         inpainting = photo.inpainting(trained.first_stage, side, "cpu")
