@@ -161,6 +161,9 @@ def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, caps
         ([*pair, "--html", tmp_path / "none" / "a.html"], "--html .*a.html: expected the name"),
         ([*pair, "--html", tmp_path / "taken.html"], "--html .*taken.html: exists; choose another name"),
         ([*pair, "--features", tmp_path / "none.pt2"], "--features .*none.pt2: no such file"),
+        ([*pair, "--features", tmp_path / "taken.html"], r"taken.html: expected a file that ends in .pt2 .* or .pb"),
+        ([*pair, "--features", bad, "--features_node", "x"], "--features_node x: has no effect without a graph"),
+        ([*pair, "--features_input", "x"], "--features_input x: has no effect without a graph"),
         ([*pair, "--features", bad], "--features .*bad.pt2: not a program that torch.export.save wrote"),
     ):
         status, stdout, err = run(capsys, evaluator, *arguments, "--no_cache")
