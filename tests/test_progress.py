@@ -105,6 +105,18 @@ def test_the_cards_of_the_repository_can_be_read_or_say_that_they_are_empty():
             read_card(CARDS / f"{name}.json")
 
 
+def test_published_numbers_that_nobody_looked_up_say_so():
+    published = {
+        name: json.loads((CARDS / f"mdt_{name}.json").read_text())["published"] for name in ("s2", "b2", "xl2")
+    }
+    assert all(entry["source"] == "arXiv 2303.14389" for entries in published.values() for entry in entries)
+    for name in ("s2", "b2"):
+        assert all(entry["unverified"].startswith("FID and steps: ") for entry in published[name])
+    assert all(entry["unverified"].startswith("steps: ") for entry in published["xl2"])
+    found = [(entry["guided"], entry["FID"], entry["Inception Score"]) for entry in published["xl2"]]
+    assert found == [(False, 6.23, 143.02), (True, 1.79, 283.01)]
+
+
 def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [trained(0), trained(1)]
