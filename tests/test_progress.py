@@ -133,6 +133,21 @@ def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp
     assert first.get_xdata().tolist() == [4, 8, 12, 16, 20, 24] and second.get_label() == "seed1"
 
 
+def test_curves_show_scores_where_there_are_some(trained, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    scored, plain = trained(0), trained(1)
+    write_log(scored, step=[1, 2, 3], eval_fid=[None, 9, 7], eval_is=[None, 2, 3], loss=[3, 2, 1])
+    runs = [read_progress(run) for run in (scored, plain)]
+    figure = script(CURVE).draw(Figure, runs, [script(CURVE).scales(run) for run in runs])
+    names = [panel.get_ylabel() for panel in figure.axes[::3]]
+    assert names == ["FID", "Inception Score", "loss, all tokens", "loss, masked"]
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[9, 7], []]
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [8, 12]
+    assert len(figure.axes[6].lines[1].get_ydata()) == 6
+
+
 @pytest.mark.parametrize(
     "path, arguments, sentence",
     [
