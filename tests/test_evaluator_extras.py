@@ -86,6 +86,11 @@ def test_nearest_neighbours_are_found_in_blocks(monkeypatch):
     indices, distances = more_metrics.nearest_neighbours(reference, np.float32([[1], [29], [10], [12]]), 2)
     assert indices.tolist() == [[0, 1], [3, 2], [1, 2], [2, 1]]
     assert distances.tolist() == [[1, 9], [1, 18], [0, 1], [1, 2]]
+    far, near = features(40, 6, 0), features(9, 6, 1)
+    exact = ((near[:, None].astype(np.float64) - far[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(more_metrics.nearest_neighbours(far, near, 5)[0], np.argsort(exact)[:, :5])
+    twins = np.repeat(np.float32([[3], [1]]), 2, axis=0)
+    assert more_metrics.nearest_neighbours(twins, np.float32([[0]]), 9)[0].tolist() == [[2, 3, 0, 1]]
 
 
 def test_a_program_scores_its_own_images_as_the_evaluator_does(pair, capsys):
@@ -138,19 +143,19 @@ def test_precision_and_recall_take_a_few_blocks_of_memory():
     assert peak < 8 * 200 * 200 * 4 + 30 * 3000 * 4  # all distances at once are 30 MB
 
 
-def export(path: Path) -> Path:
-    class Means(torch.nn.Module):
-        def forward(self, pixels):
-            return pixels.double().mean(dim=(2, 3))
+class Means(torch.nn.Module):
+    def forward(self, pixels):
+        return pixels.double().mean(dim=(2, 3))
 
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    torch.export.save(torch.export.export(Means(), (example,), dynamic_shapes=({0: batch},)), path)
+
+def export(path: Path, network: torch.nn.Module) -> Path:
+    example, batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.export.Dim("batch", min=1, max=4096)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=({0: batch},)), path)
     return path
 
 
 def test_everything_at_once_is_printed_after_the_five_and_reported(pair, tmp_path, capsys):
-    exported = export(tmp_path / "means.pt2")
+    exported = export(tmp_path / "means.pt2", Means())
     out, page, picture = tmp_path / "report.json", tmp_path / "report.html", tmp_path / "nearest.png"
     options = ["--no_cache", "--kid", "--features", exported, "--ci", 5, "--per_class"]
     status, stdout, stderr = run(capsys, evaluator, *pair, *options, "--out", out, "--html", page, "--nearest", picture)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_evaluator_extras import export
 from test_evaluator_folders import MeanColours, images, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,12 +34,6 @@ def pair(tmp_path):
     for name, count, seed in (("ref", 60, 0), ("gen", 40, 1)):
         np.savez(tmp_path / f"{name}.npz", arr_0=images(count, seed=seed))
     return tmp_path / "ref.npz", tmp_path / "gen.npz"
-
-
-def export(path: Path, network: torch.nn.Module, side: int = 8) -> Path:
-    example, batch = torch.zeros(2, 3, side, side, dtype=torch.uint8), torch.export.Dim("batch", min=1, max=4096)
-    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=({0: batch},)), path)
-    return path
 
 
 @pytest.fixture(scope="session")
