@@ -87,16 +87,23 @@ def main(argv: list[str] | None = None) -> int:
     weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
     metrics = score(*features, weight, inside)
     show(metrics)
+    report = make_report(job, metrics)
+    write_report(options.out, report)  # what is there already survives whatever happens to the rest
     found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size)
     show(found.metrics)
-    report = make_report(job, metrics | found.metrics) | found.entries
-    if options.out is not None:
-        write_bytes(options.out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    report |= {"metrics": metrics | found.metrics, **found.entries}
+    write_report(options.out, report)
     if job.extras.html is not None:
         write_html(job.extras.html, report, found.pictures)
     for name, (low, high) in found.entries.get("intervals", {}).items():
         say(f"{name}: 95 % interval {low:.6g} … {high:.6g}")
     return 0
+
+
+def write_report(out: Path | None, report: dict[str, Any]) -> None:
+    """Write the report, if one is wanted, in the place of an earlier one."""
+    if out is not None:
+        write_bytes(out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def show(metrics: dict[str, float | None]) -> None:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ class FrozenGraph:
 
     def tensor(self, name: str) -> Any:
         """A tensor of the graph as it is in the file, for its type and shape."""
-        return self._imported({}).get_tensor_by_name(name)
+        return self._as_it_is.get_tensor_by_name(name)
+
+    @cached_property
+    def _as_it_is(self) -> Any:
+        return self._imported({})
 
     def on_images(self, input_node: str, dtype: Any = "float32") -> tuple[Any, Any, Any]:
         """The graph with batches of images (n, H, W, 3) for any n in the place of a node.

@@ -170,6 +170,16 @@ def test_features_that_are_not_finite_are_an_error_that_names_the_network(graph,
         network.of_set(evaluator.open_images(tmp_path / "a.npz"), 2)
 
 
+def test_what_another_network_spoils_costs_no_number_that_was_there(graph, pair, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    options = ["--features", graph, "--features_node", "not_finite", "--features_input", "pixels"]
+    with pytest.raises(ValueError, match="gives NaN or infinite features"):
+        run(capsys, evaluator, *pair, "--no_cache", "--out", out, *options)
+    five = json.loads(out.read_text())["metrics"]
+    assert list(five) == ["Inception Score", "FID", "sFID", "Precision", "Recall"] and all(five.values())
+    assert f"FID: {five['FID']}" in capsys.readouterr().out
+
+
 def test_what_the_calling_program_allows_does_not_reach_a_network(tmp_path):
     class Wide(torch.nn.Module):
         def __init__(self):
