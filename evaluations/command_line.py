@@ -27,7 +27,7 @@ def say_error(who: str, error: Exception) -> None:
     say(f"{who}: error: {' '.join(str(error).split())}")
 
 
-def progress(path: Path, every_seconds: float = 10.0) -> Callable[[int, int], None]:
+def progress(path: Path, done_what: str = "features of", every_seconds: float = 10.0) -> Callable[[int, int], None]:
     """A function of (images done, images in total) that says so now and then."""
     last = time.monotonic()
 
@@ -35,7 +35,7 @@ def progress(path: Path, every_seconds: float = 10.0) -> Callable[[int, int], No
         nonlocal last
         if done == total or time.monotonic() - last >= every_seconds:
             last = time.monotonic()
-            say(f"{path}: features of {done} of {total} images")
+            say(f"{path}: {done_what} {done} of {total} images")
 
     return show
 

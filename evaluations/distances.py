@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_ROWS_IN_CACHE = 32  # rows that are rounded while the processor's cache holds them
+_ROWS_IN_CACHE = 8  # rows that are rounded while the processor's cache holds them
 _DROPPED_BITS = 13  # float32 has 24 bits of precision, float16 has 11
 _LARGEST_HALF = 65504.0
 # Of Eigen's sums over float16: lanes of a vector register, registers that are filled in turn, values in a leaf of the
@@ -21,26 +21,52 @@ def squared_distances(u: np.ndarray, v: np.ndarray, half: bool = True) -> np.nda
     float32. The same array for u and v takes half the work. Returns (n, m) float32, in the first case values of
     float16: comparing those is what takes long. Raises ValueError when float32 overflows, too.
     """
-    if half:
-        distances = _half_distances(u, v)
-        if distances is not None:
-            return distances
+    [distances] = _distances(u, v, half, both_ways=False)
+    return distances
+
+
+def mutual_distances(u: np.ndarray, v: np.ndarray, half: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """squared_distances(u, v) (n, m) and squared_distances(v, u) (m, n), which rounding tells apart, of one product."""
+    there, back = _distances(u, v, half, both_ways=True)
+    return there, back
+
+
+def _distances(u: np.ndarray, v: np.ndarray, half: bool, both_ways: bool) -> list[np.ndarray]:
+    rounded = _half_distances(u, v, both_ways) if half else [None] * (1 + both_ways)
+    if all(distances is not None for distances in rounded):
+        return [distances for distances in rounded if distances is not None]
+    exact = _single_distances(u, v, both_ways)
+    return [single if distances is None else distances for distances, single in zip(rounded, exact, strict=True)]
+
+
+def _single_distances(u: np.ndarray, v: np.ndarray, both_ways: bool) -> list[np.ndarray]:
+    """The distances in float32, from u to v and, both ways, from v to u."""
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
         norm_u, norm_v = (np.square(x).sum(axis=1, dtype=np.float32) for x in (u, v))
-        distances = u @ v.T
-        distances *= np.float32(-2)
-        distances += norm_u[:, None]
-        distances += norm_v
-    if not np.isfinite(distances).all():
+        found = []
+        for distances, first, second in _directions(u @ v.T, norm_u, norm_v, both_ways):
+            distances *= np.float32(-2)
+            distances += first[:, None]
+            distances += second
+            found.append(distances)
+    if not all(np.isfinite(distances).all() for distances in found):
         raise ValueError("squared distances between features overflow float32: the features are not usable")
-    return np.maximum(distances, 0, out=distances)
+    return [np.maximum(distances, 0, out=distances) for distances in found]
 
 
-def _half_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray | None:
-    """squared_distances with every step rounded to float16; products are accumulated in float32.
+def _directions(
+    product: np.ndarray, norm_u: np.ndarray, norm_v: np.ndarray, both_ways: bool
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Products (n, m), norms of the rows and of the columns: from u to v and, both ways, from v to u. All to be
+    written to."""
+    there = (product, norm_u, norm_v)
+    return [there, (np.array(product.T, order="C"), norm_v, norm_u)] if both_ways else [there]
 
-    None as soon as an entry overflows float16. Only what is too large is looked for: norms are not negative, so that
-    what is too small on the way is too large at the end.
+
+def _half_distances(u: np.ndarray, v: np.ndarray, both_ways: bool) -> list[np.ndarray | None]:
+    """As _single_distances with every step rounded to float16; products are accumulated in float32.
+
+    None where an entry overflows float16.
     """
     same = u is v  # numpy computes half of a product with its own transpose
     with np.errstate(over="ignore"):  # looked for below
@@ -49,17 +75,25 @@ def _half_distances(u: np.ndarray, v: np.ndarray) -> np.ndarray | None:
         norm_u = _half_norms(u)
         norm_v = norm_u if same else _half_norms(v)
     if max(norm_u.max(), norm_v.max()) > _LARGEST_HALF:
-        return None
-    distances = u @ v.T
+        return [None] * (1 + both_ways)
+    return [_from_products(*direction) for direction in _directions(u @ v.T, norm_u, norm_v, both_ways)]
+
+
+def _from_products(distances: np.ndarray, norm_rows: np.ndarray, norm_columns: np.ndarray) -> np.ndarray | None:
+    """Distances in float16 in the place of products (n, m); None as soon as an entry overflows.
+
+    Only what is too large is looked for: norms are not negative, so that what is too small on the way is too large at
+    the end.
+    """
     for rows in slices(len(distances), _ROWS_IN_CACHE):
         tile = distances[rows]
         tile *= 2  # twice a product is rounded as the product is
         _round_to_half(tile)
         if tile.max() > _LARGEST_HALF:
             return None
-        np.subtract(norm_u[rows, None], tile, out=tile)
+        np.subtract(norm_rows[rows, None], tile, out=tile)
         _round_to_half(tile)
-        tile += norm_v
+        tile += norm_columns
         _round_to_half(tile)
         if tile.max() > _LARGEST_HALF:
             return None

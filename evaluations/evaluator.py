@@ -31,6 +31,7 @@ from command_line import (
 from extras import Extras, add_extra_options, check_extras, compute_extras, write_bytes, write_html
 from feature_cache import FeatureCache
 from feature_extraction import FeatureBackend, Features, distance_type, extract_features
+from feature_networks import FeatureNetwork, load_network
 from process_share import Share, connect, disconnect, share_of_launcher
 from sample_sets import ImageSource, find_manifest, open_images
 from scoring import judge_manifolds, score
@@ -55,6 +56,7 @@ class Evaluation:
     batch_size: int
     share: Share
     extras: Extras
+    network: FeatureNetwork | None  # of --features
     notes: list[str]  # found out on the way and not yet said: an input error is to be the only line on stderr
     warnings: list[str] = field(default_factory=list)
 
@@ -85,16 +87,23 @@ def main(argv: list[str] | None = None) -> int:
     weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
     metrics = score(*features, weight, inside)
     show(metrics)
-    found = compute_extras(job.extras, sets, features, metrics, weight, inside, job.batch_size)
+    report = make_report(job, metrics)
+    write_report(options.out, report)  # what is there already survives whatever happens to the rest
+    found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size)
     show(found.metrics)
-    report = make_report(job, metrics | found.metrics) | found.entries
-    if options.out is not None:
-        write_bytes(options.out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    report |= {"metrics": metrics | found.metrics, **found.entries}
+    write_report(options.out, report)
     if job.extras.html is not None:
         write_html(job.extras.html, report, found.pictures)
     for name, (low, high) in found.entries.get("intervals", {}).items():
         say(f"{name}: 95 % interval {low:.6g} … {high:.6g}")
     return 0
+
+
+def write_report(out: Path | None, report: dict[str, Any]) -> None:
+    """Write the report, if one is wanted, in the place of an earlier one."""
+    if out is not None:
+        write_bytes(out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def show(metrics: dict[str, float | None]) -> None:
@@ -133,10 +142,10 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
     reference = open_images(options.reference, needs_images=False)
     samples = open_images(options.samples)
     notes = [] if options.out is None else check_out(options.out)
-    extras = check_extras(
-        options, reference, samples
-    )  # before TensorFlow: torch's libraries crash when they come later
-    backend = load_backend(options, __file__)
+    extras = check_extras(options, reference, samples)
+    backend, network = load_networks(options)
+    if network is not None:
+        network.check((reference, samples), options.batch_size)
     for images in (reference, samples):
         check_widths(images, samples, backend)
     folders = cache_folders(options, options.reference)
@@ -161,8 +170,17 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
         batch_size=options.batch_size,
         share=share,
         extras=extras,
+        network=network,
         notes=notes,
     )
+
+
+def load_networks(options: argparse.Namespace) -> tuple[FeatureBackend, FeatureNetwork | None]:
+    """The suite's network, and that of --features. Raises ValueError, OSError or ImportError with one sentence."""
+    if options.backend == "torch":  # always before TensorFlow: torch's libraries crash when they come later
+        return load_backend(options, __file__), load_network(options)
+    network = load_network(options)
+    return load_backend(options, __file__), network
 
 
 def announce(job: Evaluation) -> None:
@@ -306,6 +324,7 @@ def make_report(job: Evaluation, metrics: dict[str, float | None]) -> dict[str, 
         "manifest": None if job.manifest is None else job.manifest[1],
         "reference": _describe(job.reference, job.reference_sha256),
         "graph": {"path": str(job.backend.path), "sha256": job.backend.sha256},
+        "features": None if job.network is None else job.network.identity,
         "distances": distance_type(job.half),
         "warnings": job.warnings,
         "versions": {

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from atomic_file import atomic_file
-from exported_features import ExportedFeatures
 from feature_extraction import Features
+from feature_networks import FeatureNetwork, add_network_options, check_network_options
 from fidelity_metrics import frechet_distance
 from html_report import grid, html_page, png_bytes
 from more_metrics import (
@@ -33,7 +33,6 @@ class Extras:
     """What is asked for, checked. labels: of the reference and the samples, for distances by class."""
 
     kid: bool
-    features: ExportedFeatures | None
     ci: int
     labels: tuple[np.ndarray, np.ndarray] | None
     nearest: Path | None
@@ -52,9 +51,7 @@ class Findings:
 def add_extra_options(parser: argparse.ArgumentParser) -> None:
     """Options for numbers and pictures beside the suite's."""
     parser.add_argument("--kid", action="store_true", help="kernel distance of the pool features, too")
-    parser.add_argument(
-        "--features", type=Path, metavar="FILE.pt2", help="FD and KID with an exported network of your own, too"
-    )
+    add_network_options(parser)
     parser.add_argument("--ci", type=int, default=0, metavar="REPEATS", help="95%% intervals from so many bootstraps")
     parser.add_argument("--per_class", action="store_true", help="FID of each class in the report (needs labels)")
     parser.add_argument("--nearest", type=Path, metavar="FILE.png", help="picture of samples and nearest real images")
@@ -62,7 +59,7 @@ def add_extra_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_extras(options: argparse.Namespace, reference: ImageSource, samples: ImageSource) -> Extras:
-    """Check what is asked for. Raises ValueError or ImportError for what the sets or the machine cannot give."""
+    """Check what is asked for, without loading a network. Raises ValueError for what the sets cannot give."""
     needing = [f"--{name}" for name in ("kid", "features", "per_class", "nearest") if getattr(options, name)]
     if needing and reference.count is None:
         raise ValueError(f"{reference.path}: no images, which {', '.join(needing)} needs")
@@ -77,14 +74,13 @@ def check_extras(options: argparse.Namespace, reference: ImageSource, samples: I
         if path is not None and path.exists():
             raise ValueError(f"--{name} {path}: exists; choose another name or move it away")
     labels = (reference.labels(), samples.labels()) if options.per_class else None
-    features = None if options.features is None else ExportedFeatures(options.features, options.device or "auto")
-    if features is not None:
-        features(next(iter(samples.batches(2))))
-    return Extras(options.kid, features, options.ci, labels, options.nearest, options.html)
+    check_network_options(options)
+    return Extras(options.kid, options.ci, labels, options.nearest, options.html)
 
 
 def compute_extras(
     extras: Extras,
+    network: FeatureNetwork | None,
     sets: tuple[ImageSource, ImageSource],
     features: tuple[Features, Features],
     metrics: dict[str, float | None],
@@ -92,7 +88,7 @@ def compute_extras(
     inside: tuple[np.ndarray, np.ndarray] | None,
     batch_size: int,
 ) -> Findings:
-    """Compute what is asked for. sets, features: of the reference and of the samples."""
+    """Compute what is asked for. network: another one; sets, features: of the reference and of the samples."""
     found = Findings()
     reference, samples = features
     assert samples.pool is not None
@@ -102,9 +98,9 @@ def compute_extras(
         )
     if reference.pool is not None and extras.kid:
         found.metrics["KID"], found.entries["KID_deviation"] = kernel_distance(reference.pool, samples.pool)
-    if extras.features is not None:
-        name = extras.features.path.stem
-        pair = [extras.features.of_set(images, batch_size) for images in sets]
+    if network is not None:
+        name = network.path.stem
+        pair = [network.of_set(images, batch_size) for images in sets]
         found.metrics[f"FD ({name})"] = frechet_distance(*(statistics_of(part) for part in pair))
         found.metrics[f"KID ({name})"], found.entries[f"KID_deviation ({name})"] = kernel_distance(*pair)
     if extras.labels is not None and reference.pool is not None:

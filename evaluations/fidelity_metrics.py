@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from distances import slices, squared_distances
+from distances import mutual_distances, slices, squared_distances
 
 NEIGHBOURS = 3  # k of the manifolds' radii (ADM suite)
 BLOCK = 10_000  # rows and columns of a distance block: ADM decides per such block whether float16 is enough
@@ -241,15 +241,20 @@ def manifold_radii(features: np.ndarray, half: bool = True, k: int = NEIGHBOURS,
     features: (N, D) with N >= 2; k is lowered to N - 1 in smaller sets. Returns (N,) float32.
     """
     rank = min(k, len(features) - 1)  # the vector itself, at distance 0, is rank 0
-    radii = np.empty(len(features), dtype=np.float32)
-    for rows in slices(len(features), block):
-        nearest = np.empty((rows.stop - rows.start, 0), dtype=np.float32)
-        for columns in slices(len(features), block):
-            own = features[rows]
-            distances = squared_distances(own, own if columns == rows else features[columns], half)
-            last = min(rank, distances.shape[1] - 1)
-            distances.partition(last, axis=1)  # in place: the block is ours, and large
-            nearest = np.concatenate([nearest, distances[:, : last + 1]], axis=1, dtype=np.float32)
-            nearest = np.sort(nearest, axis=1)[:, : rank + 1]
-        radii[rows] = nearest[:, rank]
-    return radii
+    nearest = np.full((len(features), rank + 1), np.inf, dtype=np.float32)
+
+    def take_in(rows: slice, distances: np.ndarray) -> None:
+        last = min(rank, distances.shape[1] - 1)
+        distances.partition(last, axis=1)  # in place: the block is ours, and large
+        known = np.concatenate([nearest[rows], distances[:, : last + 1]], axis=1)
+        nearest[rows] = np.sort(known, axis=1)[:, : rank + 1]
+
+    blocks = list(slices(len(features), block))
+    for index, rows in enumerate(blocks):
+        own = features[rows]
+        take_in(rows, squared_distances(own, own, half))
+        for columns in blocks[index + 1 :]:
+            there, back = mutual_distances(own, features[columns], half)
+            take_in(rows, there)
+            take_in(columns, back)
+    return nearest[:, rank].copy()

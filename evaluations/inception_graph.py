@@ -1,26 +1,18 @@
-"""The Inception graph of the ADM suite: where it is found, how it is checked, and features through TensorFlow.
-
-TensorFlow is imported when a graph is loaded, not before.
-"""
+"""The Inception graph of the ADM suite: where it is found, how it is checked, and features through TensorFlow."""
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import queue
-import sys
-import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from atomic_file import atomic_file
+from frozen_graph import FrozenGraph, quiet_stderr, reason_of, run
 
 GRAPH_NAME = "classify_image_graph_def.pb"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
@@ -118,42 +110,27 @@ class InceptionGraph:
         """
         self.path, self.sha256, self.identity = path, sha256, sha256
         self._widths: dict[tuple[int, int], tuple[int, int]] = {}
-        with _quiet_stderr():
-            tf = _import_tensorflow()
-            self.versions = {"tensorflow": str(tf.__version__)}
-            self._images, self._fetches, weight, self._session = self._start(tf)
+        with quiet_stderr():
+            frozen = FrozenGraph(path, instead="--backend torch")
+            self.versions = {"tensorflow": frozen.version}
+            self._images, self._fetches, weight, self._session = self._start(frozen)
             self.softmax_weight = self._read_weight(weight)
 
-    def _start(self, tf: Any) -> tuple[Any, list[Any], Any, Any]:
-        tf1 = tf.compat.v1
-        definition = tf1.GraphDef()
-        try:
-            definition.ParseFromString(self.path.read_bytes())
-        except Exception as error:  # protobuf's DecodeError: protobuf is TensorFlow's business, not imported here
-            raise ValueError(f"{self.path}: not a frozen TensorFlow graph ({error})") from error
-        names = {node.name for node in definition.node}
+    def _start(self, frozen: FrozenGraph) -> tuple[Any, list[Any], Any, Any]:
         wanted = (INPUT_NODE, POOL_NODE, SPATIAL_NODE, SOFTMAX_NODE)
-        missing = [name for name in wanted if name.removesuffix(":0") not in names]
+        missing = [name for name in wanted if name.removesuffix(":0") not in frozen.names]
         if missing:
             raise ValueError(f"{self.path}: not the graph of the suite, it has no node {', '.join(missing)}")
-        graph = tf1.Graph()
+        graph, images, session = frozen.on_images(INPUT_NODE)
+        inputs = list(graph.get_operation_by_name(SOFTMAX_NODE).inputs)
+        pool, spatial = graph.get_tensor_by_name(POOL_NODE), graph.get_tensor_by_name(SPATIAL_NODE)
+        if len(inputs) != 2:
+            raise ValueError(f"{self.path}: {SOFTMAX_NODE} has {len(inputs)} inputs, expected 2")
+        if spatial.shape.rank not in (None, 4):
+            raise ValueError(f"{self.path}: {SPATIAL_NODE} has rank {spatial.shape.rank}, expected 4 (NHWC)")
         with graph.as_default():
-            # Mapped, not fed: the real graph's own input has a fixed batch size of 1.
-            images = tf1.placeholder(tf.float32, [None, None, None, 3], name="evaluator_images")
-            try:
-                tf1.import_graph_def(definition, input_map={INPUT_NODE: images}, name="")
-            except ValueError as error:
-                raise ValueError(f"{self.path}: TensorFlow cannot use this graph ({error})") from error
-            inputs = list(graph.get_operation_by_name(SOFTMAX_NODE).inputs)
-            pool, spatial = graph.get_tensor_by_name(POOL_NODE), graph.get_tensor_by_name(SPATIAL_NODE)
-            if len(inputs) != 2:
-                raise ValueError(f"{self.path}: {SOFTMAX_NODE} has {len(inputs)} inputs, expected 2")
-            if spatial.shape.rank not in (None, 4):
-                raise ValueError(f"{self.path}: {SPATIAL_NODE} has rank {spatial.shape.rank}, expected 4 (NHWC)")
             fetches = [pool, spatial[..., :SPATIAL_CHANNELS]]
-        config = tf1.ConfigProto()
-        config.gpu_options.allow_growth = True
-        return images, fetches, inputs[1], tf1.Session(graph=graph, config=config)
+        return images, fetches, inputs[1], session
 
     def _read_weight(self, weight: Any) -> np.ndarray:
         try:
@@ -171,11 +148,10 @@ class InceptionGraph:
         """
         if (height, width) not in self._widths:
             try:
-                with _quiet_stderr():  # the first run starts the devices, with much ado
+                with quiet_stderr():  # the first run starts the devices, with much ado
                     pool, spatial = self._run(np.zeros((1, height, width, 3), dtype=np.uint8))
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0]  # TensorFlow's stack trace follows
-                raise ValueError(f"{self.path}: cannot take images of {height}×{width} ({reason})") from error
+                raise ValueError(f"{self.path}: cannot take images of {height}×{width} ({reason_of(error)})") from error
             depth = len(self.softmax_weight)
             if pool.shape not in ((1, 1, 1, depth), (1, depth)):
                 raise ValueError(
@@ -196,42 +172,5 @@ class InceptionGraph:
         return pool.reshape(len(images), -1), spatial.reshape(len(images), -1)
 
     def _run(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pool, spatial = self._session.run(self._fetches, {self._images: images.astype(np.float32)})
+        pool, spatial = run(self._session, self._fetches, self._images, images)
         return pool, spatial
-
-
-def _import_tensorflow() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read by the C++ runtime while it is imported
-    try:
-        tf = importlib.import_module("tensorflow")
-    except ImportError as error:
-        raise ImportError(
-            f"TensorFlow is needed to compute features and cannot be imported ({error}); install it with: "
-            "pip install -r evaluations/requirements.txt, or give --backend torch"
-        ) from error
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    # Published numbers are full float32 ones; Ampere and later would round the inputs of convolutions to 10 bits.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    return tf
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Drop what the process writes to file descriptor 2 inside the block.
-
-    TensorFlow's C++ start-up messages heed no log level. Python's errors are exceptions and not affected.
-    """
-    sys.stderr.flush()
-    try:
-        saved = os.dup(2)
-    except OSError:  # no descriptor 2: nothing to hold back
-        yield
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)

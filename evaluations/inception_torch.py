@@ -6,13 +6,13 @@ Padding, pooling and resizing follow TensorFlow's conventions there; TensorFlow 
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from graph_weights import inception_weights
 from inception_graph import SPATIAL_CHANNELS
+from torch_runtime import full_precision_inference, import_torch, to_device, torch_device
 
 SPATIAL_MODULE = "Mixed_6d.branch1x1"  # mixed_6/conv of the graph
 SPATIAL_SIDE = 17  # every image is resized to 299×299 first
@@ -47,40 +47,10 @@ class TorchInception:
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (n, H, W, 3) -> pool features (n, D) and spatial features (n, D_s) in H, W, C order, float32."""
-        torch = import_torch()
-        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device)
-        # Published numbers are full float32 ones; cuDNN would round the inputs of convolutions to 10 bits.
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
-            (pool,) = self._network(pixels)
+        with full_precision_inference(self.device):
+            (pool,) = self._network(to_device(images, self.device))
         spatial = self._spatial.permute(0, 2, 3, 1).reshape(len(images), -1)
         return pool.cpu().numpy(), spatial.cpu().numpy()
-
-
-def import_torch() -> Any:
-    """The torch module. Raises ImportError with the remedy."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"PyTorch cannot be imported ({error}); install it with: pip install -r evaluations/requirements-torch.txt"
-        ) from error
-    return torch
-
-
-def torch_device(name: str) -> str:
-    """The device that a name stands for: auto is a GPU if there is one, under torchrun one for each process.
-
-    Raises ValueError when it is not there.
-    """
-    torch = import_torch()
-    if name == "auto":
-        count = torch.cuda.device_count()
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: cannot be used ({str(error).splitlines()[0]})") from error
-    return name
 
 
 def _build(weights: dict[str, np.ndarray], path: Path) -> Any:

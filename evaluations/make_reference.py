@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -22,6 +23,7 @@ from feature_extraction import FeatureBackend, Features, features_of_batches
 from sample_sets import open_images
 
 LATENTS = ("latents.json", "latents_unfinished.json")  # by which a folder of scripts/encode_latents.py is known
+CHECKED_TOGETHER = 64  # images
 
 
 class RealImages(Protocol):
@@ -35,6 +37,10 @@ class RealImages(Protocol):
     def image_size(self) -> tuple[int, int]: ...
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield uint8 (n, H, W, 3) in order."""
+        ...
+
+    def verify(self) -> None:
+        """Read all images once, so that damage shows before hours of work and not after. Raises ValueError."""
         ...
 
 
@@ -58,12 +64,22 @@ class CroppedImages:
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield uint8 (n, side, side, 3) in order. Raises ValueError for a file that is no image."""
+        with ThreadPoolExecutor() as readers:  # decoders do not hold Python's lock
+            for start in range(0, self.count, batch_size):
+                yield np.stack(list(readers.map(self._read, self.files[start : start + batch_size])))
+
+    def _read(self, file: str) -> np.ndarray:
         from masked_diffusion.image_datasets import center_crop_arr
         from masked_diffusion.image_files import read_image
 
-        for start in range(0, self.count, batch_size):
-            files = self.files[start : start + batch_size]
-            yield np.stack([center_crop_arr(read_image(file), self.side) for file in files])
+        return center_crop_arr(read_image(file), self.side)
+
+    def verify(self) -> None:
+        """Read all images once, saying so now and then. Raises as `batches`."""
+        show, done = progress(self.path, "checked"), 0
+        for batch in self.batches(CHECKED_TOGETHER):
+            done += len(batch)
+            show(done, self.count)
 
 
 def open_cropped(path: Path, side: int | None) -> CroppedImages:
@@ -108,15 +124,14 @@ def images_behind_latents(path: Path) -> tuple[list[str], int]:
 
 
 def open_source(path: Path, side: int | None) -> RealImages:
-    """The checked images; side: crop them to squares of it. Raises ValueError, OSError or ImportError."""
+    """The images, listed and not yet read; side: crop them to squares of it. Raises ValueError, OSError or
+    ImportError."""
     latents = any((path / name).is_file() for name in LATENTS)
     if latents and side is not None:
         raise ValueError(f"--image_size {side}: has no effect for the latents in {path}, which know their images' size")
     if latents or side is not None:
         return open_cropped(path, side)
-    source = open_images(path)
-    source.verify()
-    return cast(RealImages, source)  # it has images
+    return cast(RealImages, open_images(path))  # it has images
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -147,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         source = open_source(options.images, options.image_size)
         backend = load_backend(options, __file__)
         backend.widths(*source.image_size)
+        source.verify()
     except (ValueError, OSError, ImportError) as error:
         say_error("make_reference.py", error)
         return 2

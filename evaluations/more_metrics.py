@@ -102,9 +102,11 @@ def nearest_neighbours(reference: np.ndarray, samples: np.ndarray, k: int) -> tu
     squares = np.empty((len(samples), k), dtype=np.float32)
     for rows in slices(len(samples), _ROWS):
         block = squared_distances(samples[rows], reference, half=False)
-        nearest = np.argsort(block, axis=1, kind="stable")[:, :k]
-        indices[rows] = nearest
-        squares[rows] = np.take_along_axis(block, nearest, axis=1)
+        nearest = np.sort(np.argpartition(block, k - 1, axis=1)[:, :k], axis=1)  # equal distances by their index
+        distances = np.take_along_axis(block, nearest, axis=1)
+        order = np.argsort(distances, axis=1, kind="stable")
+        indices[rows] = np.take_along_axis(nearest, order, axis=1)
+        squares[rows] = np.take_along_axis(distances, order, axis=1)
     return indices, np.sqrt(squares)
 
 

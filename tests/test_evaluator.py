@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "evaluations"))
 
 import evaluator  # noqa: E402
+import feature_extraction  # noqa: E402
+import fidelity_metrics  # noqa: E402
 import inception_graph  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "goldens" / "evaluator"
@@ -523,6 +525,19 @@ def test_features_of_a_reference_are_computed_once_per_content(tiny_graph, pair,
     assert run(capsys, *pair, "--graph", tiny_graph)[0] != first
     assert computed[3:] == ["ref.npz", "gen.npz"]
     assert (pair[0].parent / ".evaluator_cache").is_dir()
+
+
+def test_roots_and_radii_of_a_reference_are_computed_once(tiny_graph, pair, capsys, monkeypatch):
+    asked = []
+    for module, name in ((fidelity_metrics, "_factor"), (feature_extraction, "manifold_radii")):
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *x, f=compute, name=name: asked.append(name) or f(*x))
+    first, _ = run(capsys, *pair, "--graph", tiny_graph)
+    assert asked.count("manifold_radii") == 1  # the samples' are computed elsewhere
+    once = len(asked)
+    assert run(capsys, *pair, "--graph", tiny_graph)[0] == first
+    # What is left is the root of the samples, whose singular values this tiny network needs.
+    assert asked[once:] == ["_factor"] * (asked[:once].count("_factor") - 1)
 
 
 def test_features_of_another_graph_are_not_taken_from_the_cache(tf, tiny_graph, pair, tmp_path, capsys, computed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ sys.path.insert(0, str(ROOT / "evaluations"))
 import evaluator  # noqa: E402
 import more_metrics  # noqa: E402
 from feature_extraction import features_of_batches  # noqa: E402
-from fidelity_metrics import frechet_distance  # noqa: E402
+from fidelity_metrics import frechet_distance, inside_manifolds  # noqa: E402
 from scoring import evaluate, judge_manifolds, score  # noqa: E402
 
 
@@ -85,6 +86,11 @@ def test_nearest_neighbours_are_found_in_blocks(monkeypatch):
     indices, distances = more_metrics.nearest_neighbours(reference, np.float32([[1], [29], [10], [12]]), 2)
     assert indices.tolist() == [[0, 1], [3, 2], [1, 2], [2, 1]]
     assert distances.tolist() == [[1, 9], [1, 18], [0, 1], [1, 2]]
+    far, near = features(40, 6, 0), features(9, 6, 1)
+    exact = ((near[:, None].astype(np.float64) - far[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(more_metrics.nearest_neighbours(far, near, 5)[0], np.argsort(exact)[:, :5])
+    twins = np.repeat(np.float32([[3], [1]]), 2, axis=0)
+    assert more_metrics.nearest_neighbours(twins, np.float32([[0]]), 9)[0].tolist() == [[2, 3, 0, 1]]
 
 
 def test_a_program_scores_its_own_images_as_the_evaluator_does(pair, capsys):
@@ -96,19 +102,60 @@ def test_a_program_scores_its_own_images_as_the_evaluator_does(pair, capsys):
     assert [f"{name}: {value}" for name, value in scores.items()] == out.splitlines()
 
 
-def export(path: Path) -> Path:
-    class Means(torch.nn.Module):
-        def forward(self, pixels):
-            return pixels.double().mean(dim=(2, 3))
+@pytest.mark.parametrize("half", [True, False])
+def test_no_score_depends_on_the_size_of_the_batches_or_the_order_of_the_images(half):
+    backend, gen = MeanColours(), images(90, seed=1)
+    reference = features_of_batches([backend(images(100))])
+    whole = evaluate(reference, [gen], backend, half)
+    assert 0 < whole["Precision"] < 1 and 0 < whole["Recall"] < 1 and whole["FID"] > 0
+    for batch_size in (1, 7, 64):
+        parts = (gen[start : start + batch_size] for start in range(0, 90, batch_size))
+        assert evaluate(reference, parts, backend, half) == whole
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(90)
+        shuffled_reference = features_of_batches([backend(images(100)[np.random.default_rng(seed).permutation(100)])])
+        assert evaluate(shuffled_reference, [gen[order]], backend, half) == pytest.approx(whole, rel=1e-6)
 
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    example = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    torch.export.save(torch.export.export(Means(), (example,), dynamic_shapes=({0: batch},)), path)
+
+def peak_memory(work) -> int:
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_images_but_for_what_manifolds_need():
+    def stream(batches):
+        return ((features(50, 40, seed), features(50, 40, seed)) for seed in range(batches))
+
+    statistics_only = [peak_memory(lambda n=n: features_of_batches(stream(n), keep_pool=False)) for n in (10, 200)]
+    assert statistics_only[1] < statistics_only[0] + 50_000  # the features of one kind are 1.6 MB
+    with_pool = peak_memory(lambda: features_of_batches(stream(200)))
+    needed = 200 * 50 * 40 * 4  # bytes of the pool features, of which no spatial ones are kept
+    assert with_pool < statistics_only[0] + 2.2 * needed
+
+
+def test_precision_and_recall_take_a_few_blocks_of_memory():
+    reference, samples = features(3000, 8, 0), features(2500, 8, 1)
+    peak = peak_memory(lambda: inside_manifolds(reference, samples, block=200))
+    assert peak < 8 * 200 * 200 * 4 + 30 * 3000 * 4  # all distances at once are 30 MB
+
+
+class Means(torch.nn.Module):
+    def forward(self, pixels):
+        return pixels.double().mean(dim=(2, 3))
+
+
+def export(path: Path, network: torch.nn.Module) -> Path:
+    example, batch = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.export.Dim("batch", min=1, max=4096)
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=({0: batch},)), path)
     return path
 
 
 def test_everything_at_once_is_printed_after_the_five_and_reported(pair, tmp_path, capsys):
-    exported = export(tmp_path / "means.pt2")
+    exported = export(tmp_path / "means.pt2", Means())
     out, page, picture = tmp_path / "report.json", tmp_path / "report.html", tmp_path / "nearest.png"
     options = ["--no_cache", "--kid", "--features", exported, "--ci", 5, "--per_class"]
     status, stdout, stderr = run(capsys, evaluator, *pair, *options, "--out", out, "--html", page, "--nearest", picture)
@@ -127,6 +174,7 @@ def test_everything_at_once_is_printed_after_the_five_and_reported(pair, tmp_pat
     html = page.read_text()
     assert html.count("<img src='data:image/png;base64,") == 2 and "Manifest of the samples" in html
     assert f"{report['metrics']['sFID']:.4f}" in html and "fewer than 2048" in html
+    assert html.count("src=") == 2 and "href=" not in html and "url(" not in html  # nothing outside the page
 
 
 def test_copies_of_real_images_head_the_picture_of_neighbours(tmp_path, capsys):
@@ -161,6 +209,9 @@ def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, caps
         ([*pair, "--html", tmp_path / "none" / "a.html"], "--html .*a.html: expected the name"),
         ([*pair, "--html", tmp_path / "taken.html"], "--html .*taken.html: exists; choose another name"),
         ([*pair, "--features", tmp_path / "none.pt2"], "--features .*none.pt2: no such file"),
+        ([*pair, "--features", tmp_path / "taken.html"], r"taken.html: expected a file that ends in .pt2 .* or .pb"),
+        ([*pair, "--features", bad, "--features_node", "x"], "--features_node x: has no effect without a graph"),
+        ([*pair, "--features_input", "x"], "--features_input x: has no effect without a graph"),
         ([*pair, "--features", bad], "--features .*bad.pt2: not a program that torch.export.save wrote"),
     ):
         status, stdout, err = run(capsys, evaluator, *arguments, "--no_cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import evaluator  # noqa: E402
 import make_reference  # noqa: E402
 from image_folders import open_image_folder  # noqa: E402
 from sample_sets import open_image_set  # noqa: E402
-from support import make_colour_folder, script  # noqa: E402
+from support import make_colour_folder, script, truncate  # noqa: E402
 
 
 class MeanColours:
@@ -219,6 +220,55 @@ def test_latents_stand_for_the_images_they_were_made_of(colour_folder, tiny_vae,
     assert f"latents of the images in {source}, which is not there" in refusal()
     (latents / "latents.json").rename(latents / "latents_unfinished.json")
     assert "its latents are unfinished" in refusal()
+
+
+@pytest.mark.parametrize("kind", ["images of any size", "folder of one size", "npz"])
+def test_an_image_that_cannot_be_read_is_found_before_the_features(kind, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MeanColours, "__call__", lambda self, batch: pytest.fail("features are computed"))
+    options = []
+    if kind == "images of any size":
+        source, options = make_colour_folder(tmp_path / "colours", per_class=3), ["--image_size", 16]
+        [bad] = truncate(source, "red/2.png")
+    elif kind == "folder of one size":
+        source = write_folder(tmp_path / "real", images(9))
+        [bad] = truncate(source, "sample_5.png")
+    else:
+        source = bad = tmp_path / "real.npz"
+        np.savez(source, arr_0=images(9))
+        content = bytearray(source.read_bytes())
+        content[len(content) // 2] ^= 1
+        source.write_bytes(content)
+    status, out, err = run(capsys, make_reference, source, tmp_path / "ref.npz", *options)
+    assert (status, out, err.count("\n")) == (2, "", 1) and f"make_reference.py: error: {bad}: " in err, err
+    assert "cannot be read" in err or "damaged" in err
+    assert not (tmp_path / "ref.npz").exists()
+
+
+def as_adm_reads_it(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Plain numpy and zipfile, as the suite's own evaluator uses them: statistics by name, arr_0 as a stream."""
+    with np.load(path) as file:
+        assert "mu" in file  # which is how it finds out whether a file brings statistics along
+        statistics = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
+        assert np.lib.format.read_magic(stream) == (1, 0)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+        assert not fortran_order and dtype == np.uint8
+        pixels = np.frombuffer(stream.read(), dtype).reshape(shape)
+    return statistics, pixels
+
+
+def test_a_reference_can_be_read_by_the_suites_own_evaluator(tmp_path, capsys):
+    pixels = images(40)
+    np.savez(tmp_path / "real.npz", arr_0=pixels)
+    assert run(capsys, make_reference, tmp_path / "real.npz", tmp_path / "ref.npz")[0] == 0
+    statistics, read_back = as_adm_reads_it(tmp_path / "ref.npz")
+    np.testing.assert_array_equal(read_back, pixels)
+    pool, spatial = MeanColours()(pixels)
+    for suffix, values in (("", pool), ("_s", spatial)):  # its own statistics: mean and np.cov, in float64
+        mu, sigma = statistics[f"mu{suffix}"], statistics[f"sigma{suffix}"]
+        assert mu.shape == (12,) and sigma.shape == (12, 12) and mu.dtype == sigma.dtype == np.float64
+        np.testing.assert_allclose(mu, np.mean(values, axis=0), rtol=1e-5)
+        np.testing.assert_allclose(sigma, np.cov(values, rowvar=False), rtol=1e-5, atol=1e-4)
 
 
 def test_what_cannot_become_a_reference_is_refused(tmp_path, capsys):

@@ -225,6 +225,41 @@ def test_distances_within_a_set_are_those_between_it_and_its_copy(half):
     )
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("scale", [1, 20, 42])
+def test_distances_both_ways_of_one_product_are_those_of_two(half, scale):
+    u, v = features(33, 16) * np.float32(scale), features(40, 16, seed=1) * np.float32(scale)
+    there, back = distances.mutual_distances(u, v, half)
+    np.testing.assert_array_equal(there, distances.squared_distances(u, v, half))
+    # The same but for the order in which a product's sums are taken.
+    np.testing.assert_allclose(back, distances.squared_distances(v, u, half), rtol=2e-3 if half else 1e-5)
+    assert back.shape == (40, 33) and not np.shares_memory(there, back)
+    if half and scale == 20:
+        assert (there != back.T).any()  # rounding goes by the direction
+
+
+def test_a_distance_that_overflows_one_way_only_is_computed_in_float32_there(monkeypatch):
+    u, v = features(5, 4), features(6, 4, seed=1)
+    finish, calls = distances._from_products, []
+    monkeypatch.setattr(
+        distances, "_from_products", lambda *x: calls.append(x) or (finish(*x) if len(calls) > 1 else None)
+    )
+    there, back = distances.mutual_distances(u, v)
+    np.testing.assert_array_equal(there, distances.squared_distances(u, v, half=False))
+    np.testing.assert_array_equal(back, back.astype(np.float16))
+
+
+def test_every_pair_of_blocks_of_a_set_is_multiplied_once(monkeypatch):
+    whole, asked = metrics.manifold_radii(features(17, 5)), []
+    for name in ("squared_distances", "mutual_distances"):
+        compute = getattr(distances, name)
+        monkeypatch.setattr(
+            metrics, name, lambda u, v, half, f=compute: asked.append((len(u), len(v))) or f(u, v, half)
+        )
+    np.testing.assert_array_equal(metrics.manifold_radii(features(17, 5), block=6), whole)
+    assert asked == [(6, 6), (6, 6), (6, 5), (6, 6), (6, 5), (5, 5)]
+
+
 @pytest.mark.parametrize("where", ["norm of u", "norm of v", "product", "distance"])
 def test_one_overflow_puts_a_whole_block_into_float32(where):
     u, v = features(20, 8), features(30, 8, seed=1)

@@ -62,16 +62,28 @@ def test_all_three_outputs_are_those_of_tensorflow(size, graph, network):
     assert max(differences.values()) < 1e-4, (differences, layers_that_differ(reference, network, batch))
 
 
+def test_each_layer_is_that_of_tensorflow_and_one_that_is_not_is_named(graph, network, monkeypatch):
+    reference, batch = InceptionGraph(graph, sha256_of(graph)), images(1, 64, 48)
+    assert layers_that_differ(reference, network, batch) == []
+    weight = network._network.get_submodule("Mixed_6d.branch7x7_2.conv").weight
+    monkeypatch.setattr(weight, "data", 1.01 * weight.data)
+    [(first, difference), *later] = layers_that_differ(reference, network, batch)
+    assert first == "mixed_6/tower/conv_1" and difference > 1e-3 and later[0][0] == "mixed_6/tower/conv_2"
+
+
 def layers_that_differ(
     reference: InceptionGraph, network: TorchInception, batch: np.ndarray
 ) -> list[tuple[str, float]]:
     """Every convolution, in the order of the network, whose output is not TensorFlow's."""
-    outputs = {}
+    outputs, hooks = {}, []
     for scope, module in graph_weights.SCOPES.items():
-        network._network.get_submodule(module).register_forward_hook(
+        hook = network._network.get_submodule(module).register_forward_hook(
             lambda module, inputs, output, scope=scope: outputs.update({scope: output.permute(0, 2, 3, 1).numpy()})
         )
+        hooks.append(hook)
     network(batch)
+    for hook in hooks:
+        hook.remove()
     fetches = {scope: f"{scope}:0" for scope in outputs}
     wanted = reference._session.run(fetches, {reference._images: batch.astype(np.float32)})
     differences = [(scope, relative(outputs[scope], wanted[scope])) for scope in graph_weights.SCOPES]

@@ -105,6 +105,18 @@ def test_the_cards_of_the_repository_can_be_read_or_say_that_they_are_empty():
             read_card(CARDS / f"{name}.json")
 
 
+def test_published_numbers_that_nobody_looked_up_say_so():
+    published = {
+        name: json.loads((CARDS / f"mdt_{name}.json").read_text())["published"] for name in ("s2", "b2", "xl2")
+    }
+    assert all(entry["source"] == "arXiv 2303.14389" for entries in published.values() for entry in entries)
+    for name in ("s2", "b2"):
+        assert all(entry["unverified"].startswith("FID and steps: ") for entry in published[name])
+    assert all(entry["unverified"].startswith("steps: ") for entry in published["xl2"])
+    found = [(entry["guided"], entry["FID"], entry["Inception Score"]) for entry in published["xl2"]]
+    assert found == [(False, 6.23, 143.02), (True, 1.79, 283.01)]
+
+
 def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     runs = [trained(0), trained(1)]
@@ -119,6 +131,21 @@ def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp
     assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["loss, all tokens", "loss, masked"]
     [first, second] = figure.axes[1].lines
     assert first.get_xdata().tolist() == [4, 8, 12, 16, 20, 24] and second.get_label() == "seed1"
+
+
+def test_curves_show_scores_where_there_are_some(trained, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    scored, plain = trained(0), trained(1)
+    write_log(scored, step=[1, 2, 3], eval_fid=[None, 9, 7], eval_is=[None, 2, 3], loss=[3, 2, 1])
+    runs = [read_progress(run) for run in (scored, plain)]
+    figure = script(CURVE).draw(Figure, runs, [script(CURVE).scales(run) for run in runs])
+    names = [panel.get_ylabel() for panel in figure.axes[::3]]
+    assert names == ["FID", "Inception Score", "loss, all tokens", "loss, masked"]
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[9, 7], []]
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [8, 12]
+    assert len(figure.axes[6].lines[1].get_ydata()) == 6
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ TABLE = [
         flags=f"--image_size {SIDE} --no_cache",
         makes="REF_FLOWERS.npz",
     ),
+    Row(r"--features classify_image_graph_def\.pb", says="KID (classify_image_graph_def): "),
     Row(r"--kid --ci 20", flags="--ci 2", makes="report.html", says="KID: "),
     Row(r"^python evaluations/evaluator\.py REF\.npz SAMPLE\.npz --out", makes="report.json", says="Recall: "),
 ]

@@ -1,11 +1,16 @@
 """Evaluating a training while it runs, with the evaluator itself, on one process and on two."""
 
 import json
+import re
 import signal
+import sys
 import time
+import types
 
+import numpy as np
 import pytest
 import torch
+from inception_2015 import write_inception_2015
 from support import TIMEOUT, TINY_DIGITS, begin, command, environment, rows, run, weights
 
 from masked_diffusion.training_eval import METRICS
@@ -45,6 +50,28 @@ def test_the_score_does_not_depend_on_the_number_of_processes(evaluated, tmp_pat
         assert scores[-1] == {name: report["metrics"][METRICS[name]] for name in METRICS}
         assert json.loads((folder / "best.json").read_text())["step"] == 2
     assert scores[0] == scores[1] and scores[0]["eval_fid"] > 0
+
+
+def test_the_torch_backend_scores_a_training_on_two_processes(tf, tmp_path, monkeypatch):
+    graph, reference = write_inception_2015(tf, tmp_path / "inception.pb"), tmp_path / "reference.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), "u1"))
+    flags = ["--eval_interval", 1, "--eval_ref", reference, "--eval_graph", graph]  # torch is the default
+    flags += ["--eval_num_samples", 3, "--eval_sampling_steps", 2, "--eval_batch_size", 2]
+    folder = tmp_path / "run"
+    run(TRAIN, folder, *TINY_DIGITS, *flags, "--max_steps", 1, processes=2, OPENAI_LOG_FORMAT="csv,log,tensorboard")
+    report = json.loads((folder / "evaluation" / "000001" / "report.json").read_text())
+    assert set(report["versions"]) == {"python", "numpy", "torch"}  # and not TensorFlow
+    [row] = rows(folder)
+    scores = {name: report["metrics"][METRICS[name]] for name in METRICS} | {"eval_num_samples": 3}
+    assert scores["eval_fid"] > 0 and {name: row[name] for name in scores} == scores
+    assert re.search(r"step 1: FID \d.* of 3 samples, the best so far", (folder / "log.txt").read_text())
+    assert json.loads((folder / "best.json").read_text())["step"] == 1
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert [event.value for event in events.Scalars("eval_fid")] == pytest.approx([scores["eval_fid"]])
+    assert [event.value for event in events.Scalars("eval_num_samples")] == [3]
 
 
 def test_a_signal_ends_an_evaluation_after_its_batches_and_the_run_with_it(evaluated, tmp_path):

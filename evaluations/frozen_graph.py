@@ -1,0 +1,119 @@
+"""TensorFlow graphs that take images: imported, read and run. TensorFlow is imported when a graph is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class FrozenGraph:
+    """A `.pb` file as TensorFlow reads it. definition: the GraphDef."""
+
+    def __init__(self, path: Path, instead: str) -> None:
+        """Read the file. instead: what else can be done where TensorFlow is missing.
+
+        Raises ImportError when it is, ValueError when the file is no graph.
+        """
+        self.path = path
+        self._tf = _import_tensorflow(instead)
+        self.version = str(self._tf.__version__)
+        self.definition = self._tf.compat.v1.GraphDef()
+        try:
+            self.definition.ParseFromString(path.read_bytes())
+        except Exception as error:  # protobuf's DecodeError: protobuf is TensorFlow's business, not imported here
+            raise ValueError(f"{path}: not a frozen TensorFlow graph ({error})") from error
+        self.names = [node.name for node in self.definition.node]
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the graph as it is in the file, for its type and shape."""
+        return self._as_it_is.get_tensor_by_name(name)
+
+    @cached_property
+    def _as_it_is(self) -> Any:
+        return self._imported({})
+
+    def on_images(self, input_node: str, dtype: Any = "float32") -> tuple[Any, Any, Any]:
+        """The graph with batches of images (n, H, W, 3) for any n in the place of a node.
+
+        Returns the graph, the tensor to feed images of this type to, and a session.
+        Raises ValueError when TensorFlow cannot do that.
+        """
+        tf1 = self._tf.compat.v1
+        graph = tf1.Graph()
+        with graph.as_default():
+            # Mapped, not fed: the real graph's own input has a fixed batch size of 1.
+            images = tf1.placeholder(dtype, [None, None, None, 3], name="evaluator_images")
+            self._imported({input_node: images}, graph)
+        config = tf1.ConfigProto()
+        config.gpu_options.allow_growth = True
+        return graph, images, tf1.Session(graph=graph, config=config)
+
+    def _imported(self, input_map: dict[str, Any], graph: Any = None) -> Any:
+        tf1 = self._tf.compat.v1
+        graph = graph or tf1.Graph()
+        with graph.as_default():
+            try:
+                tf1.import_graph_def(self.definition, input_map=input_map, name="")
+            except ValueError as error:
+                raise ValueError(f"{self.path}: TensorFlow cannot use this graph ({error})") from error
+        return graph
+
+
+def _import_tensorflow(instead: str) -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read by the C++ runtime while it is imported
+    try:
+        tf = importlib.import_module("tensorflow")
+    except ImportError as error:
+        raise ImportError(
+            f"TensorFlow is needed to compute features and cannot be imported ({error}); install it with: "
+            f"pip install -r evaluations/requirements.txt, or give {instead}"
+        ) from error
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # Published numbers are full float32 ones; Ampere and later would round the inputs of convolutions to 10 bits.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    return tf
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Drop what the process writes to file descriptor 2 inside the block.
+
+    TensorFlow's C++ start-up messages heed no log level. Python's errors are exceptions and not affected.
+    """
+    sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # no descriptor 2: nothing to hold back
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of TensorFlow says, without where the node was made and the stack trace that follows."""
+    text = str(error).strip()
+    at_node = re.search(r"^Node: '(.*)'\n(.+)$", text, re.MULTILINE)
+    return f"{at_node[1]}: {at_node[2]}" if at_node else text.partition("\n")[0]
+
+
+def run(session: Any, fetches: Any, tensor: Any, images: np.ndarray) -> Any:
+    """Values of some tensors for uint8 (n, H, W, 3) images."""
+    return session.run(fetches, {tensor: images.astype(tensor.dtype.as_numpy_dtype)})
