@@ -19,7 +19,7 @@ from masked_diffusion.bad_images import BadImages
 from masked_diffusion.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.config import RunConfig
 from masked_diffusion.data_stream import ReadAhead
-from masked_diffusion.dist_util import Ranks, no_sync
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
@@ -32,6 +32,7 @@ from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.sharding import no_sync, share
 from masked_diffusion.training_eval import Evaluation, EvaluationError, EvaluationStoppedError, Scores, describe_scores
 
 Batch = dict[str, Tensor]
@@ -212,7 +213,7 @@ class TrainLoop:
         self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch of the items, index of the images shown
         if start.step:
             self._load(start)
-        self.ddp_model = ranks.data_parallel(self.model)
+        self.ddp_model = share(self.model, ranks)
         self.masks = model.mask_ratio is not None
         names = self._loss_names()
         self.meter = Meter(names, diffusion.num_timesteps, ranks)
