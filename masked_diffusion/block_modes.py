@@ -6,9 +6,14 @@ from torch import nn
 from masked_diffusion.layers import Block
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The blocks in the order in which the model names them."""
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Keep of each block only its input for backward, which runs the block again (1604.06174)."""
-    for block in _blocks(model):
+    for block in blocks_of(model):
         block.recomputes = True
 
 
@@ -22,10 +27,6 @@ def compile_blocks(model: nn.Module, device: torch.device) -> str | None:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
     except Exception as error:  # each backend raises kinds of its own
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
-    for block in _blocks(model):
+    for block in blocks_of(model):
         block.compile()
     return None
-
-
-def _blocks(model: nn.Module) -> list[Block]:
-    return [module for module in model.modules() if isinstance(module, Block)]

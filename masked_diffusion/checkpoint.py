@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from masked_diffusion.files import atomic_write, sha256_of, write_json
+from masked_diffusion.sharding import whole
 
 BEST_NAME = "best.json"
 WEIGHTS_FORMATS = ("pt", "safetensors")
@@ -96,19 +97,24 @@ def _write_part(path: Path, part: Any) -> None:
             raise
 
 
-def snapshot(value: Any) -> Any:
-    """A copy of a state, nested dicts and lists with tensors, in host memory: further training does not change it."""
+def snapshot(value: Any, keep: bool = True) -> Any:
+    """A copy of a state, nested dicts and lists with tensors, in host memory: further training does not change it.
+
+    Of shards it is a copy of the whole, for which all ranks have to call it. keep: False leaves the tensors out, on a
+    rank that has no use for them.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        value = whole(value.detach())
+        return value.to("cpu", copy=True).contiguous() if keep else None
     if isinstance(value, Mapping):
-        return {name: snapshot(item) for name, item in value.items()}
+        return {name: snapshot(item, keep) for name, item in value.items()}
     if isinstance(value, list):
-        return [snapshot(item) for item in value]
+        return [snapshot(item, keep) for item in value]
     return value
 
 
 class CheckpointWriter:
-    """Writes checkpoints one at a time on a thread of its own, from a snapshot in host memory, while training goes on.
+    """Writes checkpoints one at a time on a thread of its own, while training goes on.
 
     A process that dies meanwhile leaves no manifest, so that the checkpoint before is the newest one. keep_last,
     keep_every: see :func:`prune`.
@@ -121,9 +127,12 @@ class CheckpointWriter:
         self._pending: tuple[int, Future[None]] | None = None
 
     def start(self, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
-        """Begin to write a checkpoint. The one before must have been collected with :meth:`outcome`."""
+        """Begin to write a checkpoint of parts that nobody changes, such as a :func:`snapshot`.
+
+        The one before must have been collected with :meth:`outcome`.
+        """
         assert self._pending is None
-        self._pending = step, self._thread.submit(self._write, step, snapshot(parts), config)
+        self._pending = step, self._thread.submit(self._write, step, parts, config)
 
     def outcome(self, wait: bool = False) -> tuple[int, OSError | None] | None:
         """Step of the checkpoint begun last, and what kept it from being written; None while that is not known, and

@@ -1,7 +1,6 @@
 """Process groups under every launcher. The only file that asks which rank or which device this is."""
 
 import contextlib
-import inspect
 import os
 import re
 import socket
@@ -195,17 +194,6 @@ class Ranks:
                 pass
             return self.from_main(lambda: task.result() if task is not None else None)
 
-    def data_parallel(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Wrap a model so that its gradients are averaged over the ranks."""
-        if self.world_size == 1:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        # Buffers are constant tables, so no forward has to send them around. Newer torch renamed the switch.
-        ddp = torch.nn.parallel.DistributedDataParallel
-        renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
-        switch: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-        return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **switch)
-
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -226,13 +214,6 @@ def abort_mpi(status: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(status)
-
-
-def no_sync(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Forward and backward in here leave the gradients of a data-parallel model unreduced, to be added to."""
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -6,11 +6,14 @@ import sys
 import time
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from masked_diffusion.block_modes import blocks_of
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models import LatentTransformer
-from masked_diffusion.optimizers import GatedOptimizer
+from masked_diffusion.optimizers import MOMENTS
+from masked_diffusion.sharding import SHARDINGS
 from masked_diffusion.train_util import TrainLoop
 
 GIGA = 1e9
@@ -38,9 +41,41 @@ def training_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]
     return 3 * sum(views_gflops(model, latent_shape))
 
 
-def state_gigabytes(model: LatentTransformer, optimizer: GatedOptimizer, num_emas: int) -> float:
-    """Weights, gradients, the optimizer's state and the EMAs, in float32."""
-    return 4 * (2 + optimizer.floats_per_parameter + num_emas) * sum(p.numel() for p in model.parameters()) / GIGA
+def state_gigabytes(model: LatentTransformer, opt: str, num_emas: int, shard: str, processes: int) -> float:
+    """Weights, gradients, the optimizer's state and the EMAs, in float32, of one of so many processes.
+
+    With fsdp, also what is gathered at a time: all that is outside the blocks, two blocks, and the gradient of one.
+    """
+    copies = {"weights and gradients": 2.0, "moments": MOMENTS[opt], "averages": num_emas}
+    if shard == "zero":
+        copies["moments"] /= processes
+    size = numel(model)
+    numbers = size * sum(copies.values())
+    if shard == "fsdp" and processes > 1:
+        blocks = [numel(block) for block in blocks_of(model)]
+        numbers = numbers / processes + (size - sum(blocks)) + 3 * max(blocks)
+    return 4 * numbers / GIGA
+
+
+def numel(module: nn.Module) -> int:
+    """Number of parameters, all shards of each taken together."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def state_table(model: LatentTransformer, opt: str, num_emas: int, processes: int) -> list[str]:
+    """:func:`state_gigabytes` under each sharding on this number of processes, and on two, four and eight times it."""
+    rows = [
+        (count, [state_gigabytes(model, opt, num_emas, shard, count) for shard in SHARDINGS])
+        for count in (processes, 2 * processes, 4 * processes, 8 * processes)
+    ]
+    return [
+        "memory per process for weights, gradients, optimizer, EMA, by --shard:",
+        *(
+            f"{count:6d} process{'es' if count > 1 else ''}: "
+            + ", ".join(f"{shard} {size:.2f} GB" for shard, size in zip(SHARDINGS, sizes, strict=True))
+            for count, sizes in rows
+        ),
+    ]
 
 
 def peak_gigabytes(ranks: Ranks) -> float:
@@ -55,16 +90,16 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
-    gflops = views_gflops(model, loop.run_config.model.latent_shape)
+    gflops = views_gflops(loop.stand_in, loop.run_config.model.latent_shape)
     passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
-    step = training_gflops(model, loop.run_config.model.latent_shape)
-    where = "GPU" if loop.ranks.device.type == "cuda" else "host"
-    state = state_gigabytes(model, loop.optimizer, len(loop.emas))
+    step = training_gflops(loop.stand_in, loop.run_config.model.latent_shape)
+    peak = peak_gigabytes(loop.ranks)
+    where = "on the GPU" if loop.ranks.device.type == "cuda" else "on the host"
     lines = [
-        f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M",
+        f"parameters: {numel(model) / 1e6:.1f} M",
         f"GFLOPs per image: forward {passes}, a training step {step:.4g} (a multiply-add counts as one)",
-        f"memory per process: {state:.2f} GB for weights, gradients, optimizer, EMA; "
-        f"peak of a step {peak_gigabytes(loop.ranks):.2f} GB on the {where}",
+        *state_table(model, config.opt, len(loop.emas), loop.ranks.world_size),
+        f"peak of a step here, --shard {config.shard}, activations and all: {peak:.2f} GB {where}",
         f"images per epoch: {num_images}, steps per epoch: {num_images / loop.global_batch:.1f} of {loop.global_batch}",
         f"seconds per step: {seconds:.4g} ({loop.global_batch / seconds:.1f} images/s)",
     ]
@@ -87,7 +122,7 @@ def _timed(loop: TrainLoop) -> float:
 
 def report(loop: TrainLoop, num_images: int) -> int:
     """Say on rank 0 what :func:`try_out` found. Returns the exit status, 0."""
-    loop.ddp_model.train()
+    loop.shared_model.train()
     for line in [*try_out(loop, num_images), "dry run: nothing was written"]:
         loop.logger.text(line)
     return 0

@@ -120,8 +120,9 @@ class RelativePositionBias(nn.Module):
         """
         if self.expanded is not None and index.dim() == 2:
             return self.expanded
-        # Not F.embedding: its backward takes many times as long, and its result has to be transposed.
-        bias = self.relative_position_bias_table.t().index_select(1, index.flatten())
+        # In float32 even where the table is a half: its gradient is a sum over very many pairs. Not F.embedding: its
+        # backward takes many times as long, and its result has to be transposed.
+        bias = self.relative_position_bias_table.float().t().index_select(1, index.flatten())
         return bias.view(-1, *index.reshape(-1, *index.shape[-2:]).shape).transpose(0, 1)
 
 

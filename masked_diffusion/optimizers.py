@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from masked_diffusion.dist_util import Ranks
+from masked_diffusion.sharding import shard_like, whole
 
 # The class and its settings. A fused optimizer can be told on the device not to move.
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -17,18 +18,16 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adan": (Adan, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
 }
 # Numbers that each keeps per parameter.
-_MOMENTS = {"adamw": 2, "adan": 4}
+MOMENTS = {"adamw": 2, "adan": 4}
 _ONLY_ADAN_KEEPS = "exp_avg_diff"
-# zero: each rank keeps the moments of its share of the parameters (ZeRO stage 1, 1910.02054).
-SHARDINGS = ("none", "zero")
 EMA_GROUP = 64
 
 
 class GatedOptimizer:
     """An optimizer whose step can be refused by a flag on the device.
 
-    opt: a key of OPTIMIZERS. shard: one of SHARDINGS; of no effect in a single process. The state it gives and takes
-    is the whole one, in the format of torch's optimizers, whatever the sharding.
+    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.sharding`; of no effect in a single process. The state
+    it gives and takes has the format of torch's optimizers, whatever the sharding.
     """
 
     def __init__(
@@ -38,17 +37,11 @@ class GatedOptimizer:
         settings = {**settings, "lr": lr, "weight_decay": weight_decay}
         self._opt = opt
         self._ranks = ranks
-        self.sharded = shard == "zero" and ranks.world_size > 1
         self.torch_optimizer: torch.optim.Optimizer
-        if self.sharded:
+        if shard == "zero" and ranks.world_size > 1:
             self.torch_optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class, **settings)
         else:
             self.torch_optimizer = optimizer_class(parameters, **settings)
-
-    @property
-    def floats_per_parameter(self) -> float:
-        """Size of this process's state, per parameter of the model."""
-        return _MOMENTS[self._opt] / (self._ranks.world_size if self.sharded else 1)
 
     def step(self, lr: float, good: Tensor) -> None:
         """Update the parameters from their gradients; neither they nor the state move where ``good``, () bool, is not.
@@ -73,11 +66,13 @@ class GatedOptimizer:
         optimizer = self.torch_optimizer
         return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The whole state on rank 0, None elsewhere. All ranks have to call it: with shards it is a collective."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parameters; under ``zero`` on rank 0 alone. All ranks have to call it."""
         if isinstance(self.torch_optimizer, ZeroRedundancyOptimizer):
             self.torch_optimizer.consolidate_state_dict(to=0)
-        return self.torch_optimizer.state_dict() if self._ranks.is_main else None
+            if not self._ranks.is_main:
+                return {}
+        return self.torch_optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> float:
         """Take the moments of a whole state, with the settings of this run. Returns the learning rate it was saved at.
@@ -90,6 +85,10 @@ class GatedOptimizer:
         former_lr = state["param_groups"][0]["lr"]
         for group, own in zip(state["param_groups"], self.torch_optimizer.param_groups, strict=True):
             group |= {name: value for name, value in own.items() if name != "params"}
+        parameters = [parameter for group in self.torch_optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            moments = state["state"].get(index, {})
+            moments |= {name: shard_like(value, parameter) for name, value in moments.items() if name != "step"}
         self.torch_optimizer.load_state_dict(state)
         for parameter, moments in self._moving.state.items():
             # A sharded optimizer loads it to the CPU, where fused kernels do not look.
@@ -120,11 +119,16 @@ class EMA:
 
     @contextlib.contextmanager
     def standing_in(self, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
-        """The model with these weights, to be called without gradients; it is in eval mode while in here."""
+        """The model with these weights, to be called without gradients; it is in eval mode while in here.
+
+        All ranks have to enter together. model: its parameters are whole, and not used. Shards are whole while in
+        here, on all ranks: that is less memory than a step takes.
+        """
 
         def averaged(*args: Any, **kwargs: Any) -> Tensor:
-            return torch.func.functional_call(model, self._state, args, kwargs)
+            return torch.func.functional_call(model, state, args, kwargs)
 
+        state = {name: whole(value) for name, value in self._state.items()}
         model.eval()
         try:
             with torch.no_grad():
@@ -137,4 +141,4 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self._parameters.items():
-            value.copy_(state[name])
+            value.copy_(shard_like(state[name], value))

@@ -19,19 +19,20 @@ from masked_diffusion.bad_images import BadImages
 from masked_diffusion.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.config import RunConfig
 from masked_diffusion.data_stream import ReadAhead
-from masked_diffusion.dist_util import Ranks, no_sync
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
 from masked_diffusion.meter import LateFlag, Meter
 from masked_diffusion.models import LatentTransformer, MDTv2, family_of
-from masked_diffusion.optimizers import EMA, OPTIMIZERS, SHARDINGS, GatedOptimizer
+from masked_diffusion.optimizers import EMA, OPTIMIZERS, GatedOptimizer
 from masked_diffusion.pictures import grid, save_picture
 from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.sharding import SHARDINGS, no_sync, share, total_norm
 from masked_diffusion.training_eval import Evaluation, EvaluationError, EvaluationStoppedError, Scores, describe_scores
 
 Batch = dict[str, Tensor]
@@ -115,6 +116,11 @@ class TrainConfig:
         return list(dict.fromkeys(rate.strip() for rate in self.ema_rate.split(",")))
 
     @property
+    def half(self) -> torch.dtype | None:
+        """What autocast computes in, None for full precision."""
+        return torch.float16 if self.use_fp16 else torch.bfloat16 if self.use_bf16 else None
+
+    @property
     def last_step(self) -> int | None:
         """Where the run ends, None for never."""
         ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
@@ -184,10 +190,14 @@ class TrainLoop:
         self.evaluation = evaluation
 
         self.model = model.to(ranks.device).train()
+        if start.step:
+            path = checkpoint.sibling(start, checkpoint.model_file)
+            checkpoint.load_weights(self.model, checkpoint.read_weights(path), path)
         if config.grad_checkpointing:
             recompute_blocks(self.model)
         if config.compile and (problem := compile_blocks(self.model, ranks.device)):
             logger.text(f"--compile True is ignored: this machine cannot compile ({problem})")
+        self.shared_model, self.stand_in = share(self.model, config.shard, ranks, config.half)
         self.optimizer = GatedOptimizer(
             model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks
         )
@@ -212,7 +222,6 @@ class TrainLoop:
         self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch of the items, index of the images shown
         if start.step:
             self._load(start)
-        self.ddp_model = ranks.data_parallel(self.model)
         self.masks = model.mask_ratio is not None
         names = self._loss_names()
         self.meter = Meter(names, diffusion.num_timesteps, ranks)
@@ -240,7 +249,7 @@ class TrainLoop:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
         stopping, failure, launcher = False, None, Launcher()
-        self.ddp_model.train()
+        self.shared_model.train()
         with StopSignals() as signals, self._progress_bar(end) as bar:
 
             def asked() -> bool:
@@ -326,7 +335,7 @@ class TrainLoop:
         terms: dict[str, Tensor] = {}
         for prefix, enable_mask in views:
             synchronize = is_last and enable_mask == self.masks
-            with contextlib.nullcontext() if synchronize else no_sync(self.ddp_model):
+            with contextlib.nullcontext() if synchronize else no_sync(self.shared_model):
                 view = self._losses(z, t, draws, prefix, enable_mask)
                 # Parts add up to the batch mean, whatever their number.
                 self.scaler.scale((weights * view["loss"]).sum() / batch_size).backward()
@@ -346,10 +355,9 @@ class TrainLoop:
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The model under the configured compute precision; parameters and losses stay float32."""
-        half = torch.float16 if self.config.use_fp16 else torch.bfloat16
-        enabled = self.config.use_fp16 or self.config.use_bf16
-        with torch.autocast(self.ranks.device.type, dtype=half, enabled=enabled):
-            return self.ddp_model(x, t, **kwargs)
+        half = self.config.half
+        with torch.autocast(self.ranks.device.type, dtype=half, enabled=half is not None):
+            return self.shared_model(x, t, **kwargs)
 
     def _update(self) -> Tensor:
         """Optimizer and EMA from the reduced gradients; neither moves where these are not finite.
@@ -358,7 +366,7 @@ class TrainLoop:
         """
         self.scaler.unscale_(self.optimizer.torch_optimizer)
         gradients = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+        norm = total_norm(p.grad for p in gradients if p.grad is not None)
         if self.config.grad_clip:
             nn.utils.clip_grads_with_norm_(gradients, self.config.grad_clip, norm)
         good = norm.isfinite()
@@ -408,7 +416,7 @@ class TrainLoop:
         """One row of means over all ranks since the last one, with the scores of an evaluation."""
         self._tell_bad_images()
         row = self.meter.flush()
-        row["param_norm"] = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()]).item()
+        row["param_norm"] = total_norm(p.detach() for p in self.model.parameters()).item()
         now, (then, step_then) = time.monotonic(), self._last_log
         rate = (self.step - step_then) / max(now - then, 1e-9)
         self._last_log = (now, self.step)
@@ -436,7 +444,7 @@ class TrainLoop:
         assert self.evaluation is not None
         began = time.monotonic()
         try:
-            with self.emas[0].standing_in(self.model) as averaged:
+            with self.emas[0].standing_in(self.stand_in) as averaged:
                 scores = self.evaluation.run(self.step, averaged, asked_to_stop)
         except EvaluationError as error:
             self._stopped_evaluating = isinstance(error, EvaluationStoppedError)
@@ -455,16 +463,20 @@ class TrainLoop:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to write a checkpoint, and draw a preview, on rank 0; the others meet it again in the next step."""
-        optimizer_state = self.optimizer.state_dict()
-        if not self.ranks.is_main:
-            return
+        """Begin to write a checkpoint, and draw a preview, on rank 0. All ranks have to call it, for their shards."""
         self._report_save(wait=True)  # one at a time: a snapshot takes as much memory as the training's state
+        parts = checkpoint.snapshot(self._parts(), keep=self.ranks.is_main)
+        if self.ranks.is_main:
+            self.writer.start(self.step, parts, self.run_config.as_json())
+        try:
+            self._preview()
+        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
+            self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
+
+    def _parts(self) -> dict[str, Any]:
+        """The files of a checkpoint and their content, in whichever way the ranks share it."""
         form = self.config.weights_format
-        parts: dict[str, Any] = {checkpoint.model_file(self.step, form): self.model.state_dict()}
-        parts |= {checkpoint.ema_file(ema.rate, self.step, form): ema.state_dict() for ema in self.emas}
-        parts[checkpoint.opt_file(self.step)] = optimizer_state
-        parts[checkpoint.state_file(self.step)] = {
+        state = {
             "step": self.step,
             "position": self.position,
             "batch_size": self.run_config.training["batch_size"],
@@ -472,16 +484,17 @@ class TrainLoop:
             "scaler": self.scaler.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
         }
-        self.writer.start(self.step, parts, self.run_config.as_json())
-        try:
-            self._preview()
-        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
-            self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
+        return {
+            checkpoint.model_file(self.step, form): self.model.state_dict(),
+            **{checkpoint.ema_file(ema.rate, self.step, form): ema.state_dict() for ema in self.emas},
+            checkpoint.opt_file(self.step): self.optimizer.state_dict(),
+            checkpoint.state_file(self.step): state,
+        }
 
     def save_and_wait(self) -> None:
         """Have the present state on disk. Raises OSError when it cannot be written."""
         self._report_save(wait=True)
-        # Only rank 0 knows what is written, and the optimizer's shards come from all.
+        # Only rank 0 knows what is written, and shards come from all.
         if self.ranks.from_main(lambda: self.saved_step != self.step):
             self.save()
             if error := self._report_save(wait=True):
@@ -502,9 +515,7 @@ class TrainLoop:
         return error
 
     def _load(self, start: checkpoint.Start) -> None:
-        """Everything a checkpoint has; published ones have no state file."""
-        path = checkpoint.sibling(start, checkpoint.model_file)
-        checkpoint.load_weights(self.model, checkpoint.read_weights(path), path)
+        """Everything a checkpoint has beside the weights; published ones have no state file."""
         for ema in self.emas:
             path = checkpoint.sibling(start, partial(checkpoint.ema_file, ema.rate))
             averaged = checkpoint.read_weights(path)
@@ -525,7 +536,7 @@ class TrainLoop:
 
     @torch.no_grad()
     def _preview(self) -> None:
-        """A grid of samples from the first EMA, the same seeds and labels each time."""
+        """A grid of samples from the first EMA, the same seeds and labels each time, drawn by rank 0."""
         count = self.config.preview_samples
         if not count:
             return
@@ -533,7 +544,9 @@ class TrainLoop:
         steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
         guidance = SAMPLING[family_of(self.run_config.model.model)]
         sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond, **guidance)
-        with self.emas[0].standing_in(self.model) as averaged:
+        with self.emas[0].standing_in(self.stand_in) as averaged:
+            if not self.ranks.is_main:
+                return
             make = ImageSampler(averaged, self.run_config, sampler, self.first_stage, self.ranks.device)
             images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
         save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")

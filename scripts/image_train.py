@@ -60,7 +60,8 @@ HELPS = {
     "grad_clip": "largest norm of the whole model's gradient; 0 = any; MDTv2 has 1 by default",
     "min_snr_gamma": "cap of the min-SNR loss weighting, such as 5; None weights all timesteps alike; MDTv2 has 5 by "
     "default",
-    "shard": "what several processes share out: none, or zero, the optimizer's state; MDTv2 has zero by default",
+    "shard": "what several processes share out: none; zero, the optimizer's state; fsdp, weights, gradients and EMA, "
+    "too; MDTv2 has zero by default",
     "use_zero": "True is --shard zero, False is --shard none; the published name of it",
     "log_interval": "steps between rows of the log",
     "save_interval": "steps between checkpoints; a last one is always written",

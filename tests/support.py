@@ -87,6 +87,23 @@ def run(path, folder, *arguments, processes=None, launcher="torch.distributed.ru
     return done
 
 
+def on_two_ranks(work, folder):
+    """Call ``work(rank, dist_url, folder)`` in two processes. Returns what each saved as ``{rank}.pt`` there."""
+    dist_url = f"tcp://127.0.0.1:{free_port()}"
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, dist_url, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
 def begin(arguments, env):
     """Start a command in a session of its own, stdout and stderr in one."""
     return subprocess.Popen(

@@ -570,7 +570,7 @@ def test_a_snapshot_does_not_follow_the_training(tmp_path):
     weight, history = torch.zeros(3), torch.zeros(2, 3)
     writer = checkpoint.CheckpointWriter(tmp_path)
     parts = {"model000001.pt": {"w": weight, "t": history.T}, "opt000001.pt": {"groups": [{"lr": 1.0, "m": weight}]}}
-    writer.start(1, parts, {})
+    writer.start(1, checkpoint.snapshot(parts), {})
     weight += 1
     history += 1
     assert writer.outcome(wait=True) == (1, None)
@@ -639,7 +639,7 @@ def test_a_checkpoint_is_found_checked_and_set_aside_in_either_format(tmp_path, 
     weights = {"w": torch.arange(6.0).reshape(2, 3).T}
     parts = {checkpoint.model_file(7, form): weights, checkpoint.ema_file("0.9", 7, form): weights}
     writer = checkpoint.CheckpointWriter(tmp_path)
-    writer.start(7, parts, {})
+    writer.start(7, checkpoint.snapshot(parts), {})
     assert writer.outcome(wait=True) == (7, None)
     path = checkpoint.sibling(checkpoint.Start(7, tmp_path), checkpoint.model_file)
     assert path.suffix == f".{form}" and torch.equal(checkpoint.read_weights(path)["w"], weights["w"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import free_port
+from support import free_port, on_two_ranks
 
 from masked_diffusion import dist_util
 from masked_diffusion.dist_util import (
@@ -18,7 +18,6 @@ from masked_diffusion.dist_util import (
     joined_ranks,
     launched_rank,
     local_world_size,
-    no_sync,
 )
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -164,15 +163,12 @@ def test_a_gpu_that_does_not_exist_is_refused(gpus, name, local_rank):
 
 
 def test_alone_everything_is_a_no_op():
-    model, tensor = torch.nn.Linear(2, 2), torch.arange(3.0)
+    tensor = torch.arange(3.0)
     with joined_ranks(Place(), CPU) as ranks:
         assert not torch.distributed.is_initialized()
         assert ranks.is_main and (ranks.rank, ranks.world_size, ranks.device) == (0, 1, CPU)
         assert ranks.sum_(tensor) is tensor and ranks.concat(tensor) is tensor
         assert ranks.from_main(lambda: {"a": 1}) == ranks.from_main_patiently(lambda: {"a": 1}, "") == {"a": 1}
-        assert ranks.data_parallel(model) is model
-        with no_sync(model):
-            pass
         with pytest.raises(KeyError, match="why"):
             ranks.from_main(lambda: {}["why"])
     assert tensor.tolist() == [0, 1, 2]
@@ -242,15 +238,6 @@ def two_ranks_talk(rank, dist_url, out):
             ranks.from_main_patiently(fail_on_main, "looking")
         except Exception as error:
             seen["slow error"] = (type(error).__name__, str(error))
-
-        model = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.constant_(model.weight, rank + 1.0)  # rank 0's is the one
-        parallel = ranks.data_parallel(model)
-        with no_sync(parallel):
-            parallel(torch.full((1, 1), 1.0 + rank)).sum().backward()
-        seen["gradient before"] = model.weight.grad.item()
-        parallel(torch.full((1, 1), 10.0 * (1 + rank))).sum().backward()
-        seen["gradient"], seen["weight"] = model.weight.grad.item(), model.weight.item()
     seen["left"] = not torch.distributed.is_initialized()
     torch.save(seen, f"{out}/{rank}.pt")
 
@@ -268,20 +255,7 @@ def fail_on_main():
 
 @pytest.fixture(scope="module")
 def seen(module_folder):
-    folder = module_folder("ranks")
-    dist_url = f"tcp://127.0.0.1:{free_port()}"
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=two_ranks_talk, args=(rank, dist_url, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(two_ranks_talk, module_folder("ranks"))
 
 
 def test_concat_is_in_the_order_of_the_ranks_on_both(seen):
@@ -311,12 +285,6 @@ def test_slow_work_of_rank_0_keeps_no_collective_waiting(seen):
     assert all(rank["news"] >= 4 for rank in seen)  # three times that it is not done, then the result
     assert seen[0]["said"].splitlines() == ["still looking"] * (seen[0]["news"] - 2) and seen[1]["said"] == ""
     assert [rank["slow error"] for rank in seen] == [("FileNotFoundError", "--data_dir: no such folder")] * 2
-
-
-def test_data_parallel_starts_from_rank_0_and_averages_gradients_but_not_under_no_sync(seen):
-    assert [rank["weight"] for rank in seen] == [1.0, 1.0]
-    assert [rank["gradient before"] for rank in seen] == [1.0, 2.0]
-    assert [rank["gradient"] for rank in seen] == [16.5, 16.5]
 
 
 def test_the_process_group_is_left_at_the_end(seen):

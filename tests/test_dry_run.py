@@ -7,9 +7,8 @@ import torch
 from support import TINY_DIGITS, call
 
 from masked_diffusion.config import ModelConfig
-from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.dry_run import forward_gflops, state_gigabytes
-from masked_diffusion.optimizers import GatedOptimizer
+from masked_diffusion.models import MODELS
 
 TRAIN = "scripts/image_train.py"
 
@@ -35,6 +34,9 @@ def test_the_numbers_of_a_run_are_said(dry, tmp_path):
     for expected in (
         r"parameters: 1\.6 M",
         r"GFLOPs per image: forward [\d.]+ with all tokens, [\d.]+ masked, a training step [\d.]+",
+        r"memory per process .*by --shard:\n +1 process: none 0\.04 GB, zero 0\.04 GB, fsdp 0\.04 GB\n +2 processes: ",
+        r"8 processes: none 0\.04 GB, zero 0\.03 GB, fsdp 0\.01 GB\n",
+        r"peak of a step here, --shard none, activations and all: [\d.]+ GB on the (host|GPU)",
         r"images per epoch: 1442, steps per epoch: 206\.0 of 7",
         r"steps to the end: 1000 \(4\.9 epochs\), days to the end: [\d.e-]+",
         "nothing was written",
@@ -78,11 +80,24 @@ def test_flops_are_those_of_the_papers():
     assert masked / full == pytest.approx(0.75, abs=0.005)
 
 
-@pytest.mark.parametrize("opt, gigabytes", [("adamw", 0.006), ("adan", 0.008)])
-def test_the_state_is_weights_gradients_moments_and_the_averages(opt, gigabytes):
-    model = torch.nn.Linear(1000, 250, bias=False)
-    optimizer = GatedOptimizer(model.parameters(), opt, 1e-3, 0.0, "none", Ranks(Place(), torch.device("cpu")))
-    assert state_gigabytes(model, optimizer, num_emas=2) == pytest.approx(gigabytes)
+COPIES = [("adamw", "none", 7), ("adamw", "zero", 5.5), ("adan", "none", 9), ("adan", "zero", 6)]
+
+
+@pytest.mark.parametrize("opt, shard, copies", COPIES)
+def test_the_state_is_weights_gradients_moments_and_the_averages(opt, shard, copies):
+    model = MODELS["MDT_Ti_2"](input_size=8, in_channels=1, num_classes=10)
+    numbers = sum(p.numel() for p in model.parameters())
+    size = state_gigabytes(model, opt, num_emas=3, shard=shard, processes=4)
+    assert size == pytest.approx(copies * 4 * numbers / 1e9)
+
+
+def test_fsdp_shares_out_everything_but_what_is_gathered_at_a_time():
+    model = MODELS["MDT_Ti_2"](input_size=8, in_channels=1, num_classes=10)
+    sizes = [state_gigabytes(model, "adamw", 1, "fsdp", processes) for processes in (1, 2, 4, 10**9)]
+    assert sizes[0] == pytest.approx(state_gigabytes(model, "adamw", 1, "none", 1))
+    gathered = sizes[3]
+    assert 0 < gathered < sizes[2] < sizes[1] < sizes[0]
+    assert sizes[1] - gathered == pytest.approx(sizes[0] / 2) and sizes[2] - gathered == pytest.approx(sizes[0] / 4)
 
 
 @pytest.mark.parametrize("model, views", [("DiT_Ti_2", ""), ("MDTv2_Ti_2", " with all tokens, ")])

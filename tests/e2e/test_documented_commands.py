@@ -102,6 +102,7 @@ def trains(folder, flags=TRAINING, step=1):
 
 TABLE = [
     Row(r"--dry_run True", flags=TRAINING, says="nothing was written"),
+    Row(r"--shard fsdp", **trains("output_sharded")),
     Row(r"^bash run\.sh$", elsewhere="test_learning.py runs it"),
     Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
     Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),

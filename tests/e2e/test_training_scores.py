@@ -30,7 +30,7 @@ def evaluated(module_folder):
     return [*TINY_DIGITS, *flags, "--eval_num_samples", 7, "--eval_sampling_steps", 3, "--eval_batch_size", 2]
 
 
-def test_the_score_does_not_depend_on_the_number_of_processes(evaluated, tmp_path):
+def test_the_score_does_not_depend_on_the_number_of_processes_nor_on_shards(evaluated, tmp_path):
     run(TRAIN, tmp_path / "start", *TINY_DIGITS)
     state = weights(tmp_path / "start", 2)
     generator = torch.Generator().manual_seed(0)
@@ -41,15 +41,15 @@ def test_the_score_does_not_depend_on_the_number_of_processes(evaluated, tmp_pat
     # Updates that are lost in rounding: both trainings end with the weights that they begin with.
     flags = [*evaluated, "--init_from", tmp_path / "model.pt", "--lr", "1e-30", "--ema_rate", "0.5"]
     scores = []
-    for processes, batch_size in ((None, 4), (2, 2)):
-        folder = tmp_path / f"on_{processes}"
-        done = run(TRAIN, folder, *flags, "--batch_size", batch_size, processes=processes, OPENAI_LOG_FORMAT="csv,log")
+    for processes, batch_size, shard in ((None, 4, "none"), (2, 2, "none"), (2, 2, "fsdp")):
+        folder, sizes = tmp_path / f"on_{processes}_{shard}", ["--batch_size", batch_size, "--shard", shard]
+        done = run(TRAIN, folder, *flags, *sizes, processes=processes, OPENAI_LOG_FORMAT="csv,log")
         report = json.loads((folder / "evaluation" / "000002" / "report.json").read_text())
         assert report["sample"]["N"] == 7, done.stderr
         scores.append({name: rows(folder)[-1][name] for name in METRICS})
         assert scores[-1] == {name: report["metrics"][METRICS[name]] for name in METRICS}
         assert json.loads((folder / "best.json").read_text())["step"] == 2
-    assert scores[0] == scores[1] and scores[0]["eval_fid"] > 0
+    assert scores[0] == scores[1] == scores[2] and scores[0]["eval_fid"] > 0
 
 
 def test_the_torch_backend_scores_a_training_on_two_processes(tf, tmp_path, monkeypatch):
