@@ -29,6 +29,7 @@ from masked_diffusion.image_files import (
     read_image,
 )
 from masked_diffusion.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.loader_processes import iterate
 from masked_diffusion.preemption import ignore_signals
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
@@ -484,6 +485,6 @@ def load_data(
 
 
 def _batches(loader: DataLoader[dict[str, Any]]) -> Generator[Batch, None, None]:
-    # The loader's iterator lives in this frame alone: when the generator is closed or collected, so are the workers.
-    for batch in loader:
+    # What iterates lives in this frame alone: when the generator is closed or collected, so is that.
+    for batch in iterate(loader):
         yield batch.pop("image"), batch

@@ -1,7 +1,8 @@
 """Encode all images of a data set into the shards of a latent cache: images -> autoencoder -> moments -> a file."""
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.image_datasets import ImageDataset
 from masked_diffusion.image_files import UnreadableImageError
 from masked_diffusion.latent_cache import ShardFiles
+from masked_diffusion.loader_processes import iterate
 from masked_diffusion.parts import make_parts
 from masked_diffusion.preemption import ignore_signals
 
@@ -57,12 +59,11 @@ def encode_shards(
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
-    loaded: Iterator[Tensor] = iter(loader)
 
     def encode_shard(shard: int, tell: Callable[[int], object]) -> None:
         moments: dict[str, list[Tensor]] = {"moments": [], "mirrored": []}
         for indices in of_shard[shard]:
-            images = next(loaded)  # (n, 3, H, W)
+            images: Tensor = next(loaded)  # (n, 3, H, W)
             _name_unreadable(dataset, indices, images)
             images = images.to(device, non_blocking=True)
             moments["moments"].append(autoencoder.moments(images).cpu())
@@ -71,7 +72,8 @@ def encode_shards(
             tell(len(images))
         shards.write_part(shard, {name: torch.cat(parts) for name, parts in moments.items() if parts})
 
-    make_parts(shards, encode_shard, rank, world_size, missing)
+    with contextlib.closing(iterate(loader)) as loaded:
+        make_parts(shards, encode_shard, rank, world_size, missing)
 
 
 def _batches(indices: range, batch_size: int) -> list[list[int]]:
