@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 # How often rank 0 lets the others know that it is still at work which may take longer than that.
 NEWS_INTERVAL = timedelta(minutes=1)
+# A model that ranks share keeps gloo's threads alive. One that lets the last collective's tensors go only while the
+# interpreter ends aborts the process (seen with sharded models): it gets the time to have done so.
+LETTING_GO = timedelta(seconds=0.5)
 
 
 @dataclass(frozen=True)
@@ -195,8 +199,13 @@ class Ranks:
             return self.from_main(lambda: task.result() if task is not None else None)
 
     def close(self) -> None:
+        """Leave the group. The last collective has to be one that all ranks have called."""
         if self.world_size > 1 and dist.is_initialized():
+            if self._asked is not None:
+                self._asked[1].wait()
             dist.destroy_process_group()
+            if self.device.type == "cpu":
+                time.sleep(LETTING_GO.total_seconds())
 
 
 def under_mpi() -> bool:
