@@ -19,7 +19,7 @@ from masked_diffusion import checkpoint, diffusion_defaults, dist_util
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import RunConfig
 from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
-from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES
+from masked_diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.models import family_of
 from masked_diffusion.pictures import check_picture_path
@@ -66,7 +66,6 @@ OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow":
 OWN_IMAGES = 20
 COLUMNS, MOST_COLUMNS = 3, 10
 SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
-GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
 SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
 HELPS = {
@@ -186,10 +185,7 @@ def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> d
     if config.model.in_channels <= GUIDED_CHANNELS:
         reasons["cfg_channels"] = f"there are no more than {GUIDED_CHANNELS} channels to guide"
     if swept != "guidance":
-        others = {name: schedule for name, schedule in SCHEDULES.items() if name != args.guidance}
-        reasons |= {
-            flag: f"it needs --guidance {name}" for name, schedule in others.items() for flag in schedule.settings
-        }
+        reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(args.guidance).items()}
     return reasons
 
 

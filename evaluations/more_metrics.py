@@ -102,7 +102,7 @@ def nearest_neighbours(reference: np.ndarray, samples: np.ndarray, k: int) -> tu
     squares = np.empty((len(samples), k), dtype=np.float32)
     for rows in slices(len(samples), _ROWS):
         block = squared_distances(samples[rows], reference, half=False)
-        nearest = np.sort(np.argpartition(block, k - 1, axis=1)[:, :k], axis=1)  # equal distances by their index
+        nearest = np.sort(np.argpartition(block, k - 1, axis=1)[:, :k], axis=1)  # of equal ones, the first is first
         distances = np.take_along_axis(block, nearest, axis=1)
         order = np.argsort(distances, axis=1, kind="stable")
         indices[rows] = np.take_along_axis(nearest, order, axis=1)

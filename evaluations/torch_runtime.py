@@ -39,7 +39,10 @@ def torch_device(name: str) -> str:
 
 @contextmanager
 def full_precision_inference(device: str) -> Iterator[None]:
-    """No gradients, and float32 as it is, whatever the calling program has set.
+    """No gradients, and float32 as it is, whatever the calling program has set by the same switches.
+
+    PyTorch refuses to mix them with its newer ``fp32_precision`` settings: a program that uses those sets them to
+    "ieee" itself.
 
     Published numbers are float32 ones. By default cuDNN rounds what goes into a convolution to 10 bits (TF32); a
     program may have allowed that, or bfloat16, for matrix products, too, and may call under autocast.

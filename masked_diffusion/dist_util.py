@@ -5,9 +5,10 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -184,19 +185,26 @@ class Ranks:
         No collective waits for it: after each ``NEWS_INTERVAL`` rank 0 tells the others that it is not done yet, and on
         stderr what it is doing.
         """
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            task = pool.submit(compute) if self.is_main else None
+        result: Future[Any] = Future()
 
-            def is_done() -> bool:
-                assert task is not None
-                wait([task], timeout=NEWS_INTERVAL.total_seconds())
-                if not task.done():
-                    sys.stderr.write(f"still {doing}\n")
-                return task.done()
+        def work() -> None:
+            try:
+                result.set_result(compute())
+            except Exception as error:
+                result.set_exception(error)
 
-            while not self.from_main(is_done):
-                pass
-            return self.from_main(lambda: task.result() if task is not None else None)
+        if self.is_main:  # a daemon: nobody waits for a disk that does not answer when the run is broken off
+            threading.Thread(target=work, daemon=True).start()
+
+        def is_done() -> bool:
+            wait([result], timeout=NEWS_INTERVAL.total_seconds())
+            if not result.done():
+                sys.stderr.write(f"still {doing}\n")
+            return result.done()
+
+        while not self.from_main(is_done):
+            pass
+        return self.from_main(result.result)
 
     def close(self) -> None:
         """Leave the group. The last collective has to be one that all ranks have called."""

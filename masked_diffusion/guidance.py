@@ -41,6 +41,10 @@ def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_inter
     return torch.where((t >= low) & (t <= high), cfg_scale, 1.0)
 
 
+# Flags that only guidance heeds.
+GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
+
+
 class WeightSchedule(NamedTuple):
     """How the guidance weight depends on time.
 
@@ -59,10 +63,10 @@ SCHEDULES = {
 }
 
 
-def foreign_settings(guidance: str) -> set[str]:
-    """Settings of the other schedules, which have no effect on this one."""
-    every = {name for schedule in SCHEDULES.values() for name in schedule.settings}
-    return every - set(SCHEDULES[guidance].settings)
+def foreign_settings(guidance: str) -> dict[str, str]:
+    """Settings of the other schedules, which have no effect on this one, and whose they are."""
+    others = {name: schedule for name, schedule in SCHEDULES.items() if name != guidance}
+    return {setting: name for name, schedule in others.items() for setting in schedule.settings}
 
 
 def combine(

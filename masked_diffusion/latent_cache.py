@@ -297,12 +297,12 @@ class LatentCache:
 
     def problems(self, number: int) -> dict[str, str]:
         """All that no training can use of a file, which is read as a whole: names of images, or its own, and why."""
-        path, first = self._local(shard_name(number)), number * self.record.shard_size
+        path, first = join(self.data_dir, shard_name(number)), number * self.record.shard_size
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(self._local(shard_name(number)), framework="pt") as file:
                 tensors = {name: file.get_tensor(name).float().flatten(1) for name in self.record.tensor_names}
         except (OSError, safetensors.SafetensorError) as error:
-            return {str(path): f"{' '.join(str(error).split())}; {ENCODE_AGAIN}"}
+            return {path: f"{' '.join(str(error).split())}; {ENCODE_AGAIN}"}
         found = {}
         for name, moments in tensors.items():  # (n, 2C * h * w)
             nothing = moments.isnan().all(dim=1)
@@ -333,6 +333,7 @@ class LatentCache:
             "gone": former.keys() - found.keys(),
             "of another size": {path for path in former.keys() & found.keys() if former[path] != found[path]},
         }
+        assert any(differing.values()), "both lists are sorted"
         counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in differing.items() if paths)
         example = min(min(paths) for paths in differing.values() if paths)
         raise ValueError(

@@ -4,6 +4,7 @@ Shapes: N samples, L tokens of width D; see ``models.py``.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,10 +121,28 @@ class RelativePositionBias(nn.Module):
         """
         if self.expanded is not None and index.dim() == 2:
             return self.expanded
-        # In float32 even where the table is a half: its gradient is a sum over very many pairs. Not F.embedding: its
-        # backward takes many times as long, and its result has to be transposed.
-        bias = self.relative_position_bias_table.float().t().index_select(1, index.flatten())
+        # In float32 even where the table is a half: its gradient is a sum over very many pairs.
+        bias = _LookUp.apply(self.relative_position_bias_table.float().t(), index.flatten())
         return bias.view(-1, *index.reshape(-1, *index.shape[-2:]).shape).transpose(0, 1)
+
+
+class _LookUp(torch.autograd.Function):
+    """Columns of a table (heads, T) by their index (M,): (heads, M).
+
+    An int32 index is kept for backward, at half the memory, and widened in passing: torch's kernels for it take several
+    times as long on a CPU. So does F.embedding, whose result has to be transposed, too. No GPU was measured.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = table.shape[1]
+        return table.index_select(1, index.long())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(len(grad), ctx.length).index_add_(1, index.long(), grad), None
 
 
 class Attention(nn.Module):

@@ -122,7 +122,7 @@ class EMA:
         """The model with these weights, to be called without gradients; it is in eval mode while in here.
 
         All ranks have to enter together. model: its parameters are whole, and not used. Shards are whole while in
-        here, on all ranks: that is less memory than a step takes.
+        here, on all ranks: 4 bytes per parameter.
         """
 
         def averaged(*args: Any, **kwargs: Any) -> Tensor:

@@ -35,16 +35,17 @@ class Shared(NamedTuple):
 
 
 def share(model: LatentTransformer, shard: str, ranks: Ranks, half: torch.dtype | None = None) -> Shared:
-    """Have the ranks share a model, which is on its device. With ``fsdp`` its parameters become shards.
+    """Have the ranks share a model, on their devices. With ``fsdp`` its parameters become shards.
 
     shard: one of SHARDINGS; of no effect in a single process. half: what autocast computes in, None without it.
     """
     if ranks.world_size == 1:
-        return Shared(model, model)
-    if shard == "fsdp":
+        return Shared(model.to(ranks.device), model)
+    if shard == "fsdp":  # which moves a block at a time to the device, so that no GPU has to hold all of them
         stand_in = _without_weights(model)
         _shard(model, ranks, half)
         return Shared(model, stand_in)
+    model.to(ranks.device)
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     # Buffers are constant tables, so no forward has to send them around. Newer torch renamed the switch.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters

@@ -189,7 +189,7 @@ class TrainLoop:
         self.folder = folder
         self.evaluation = evaluation
 
-        self.model = model.to(ranks.device).train()
+        self.model = model.train()
         if start.step:
             path = checkpoint.sibling(start, checkpoint.model_file)
             checkpoint.load_weights(self.model, checkpoint.read_weights(path), path)
@@ -468,10 +468,11 @@ class TrainLoop:
         parts = checkpoint.snapshot(self._parts(), keep=self.ranks.is_main)
         if self.ranks.is_main:
             self.writer.start(self.step, parts, self.run_config.as_json())
-        try:
-            self._preview()
-        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
-            self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
+        if self.config.preview_samples:
+            # Of shards, all ranks gather the average: what fails there on one of them has to end all.
+            with self.emas[0].standing_in(self.stand_in) as averaged:
+                if self.ranks.is_main:
+                    self._preview(averaged)
 
     def _parts(self) -> dict[str, Any]:
         """The files of a checkpoint and their content, in whichever way the ranks share it."""
@@ -534,22 +535,19 @@ class TrainLoop:
         if not self.config.lr_anneal_steps and former != now:
             self.logger.text(f"learning rate {now} from here on (the checkpoint had {former})")
 
-    @torch.no_grad()
-    def _preview(self) -> None:
-        """A grid of samples from the first EMA, the same seeds and labels each time, drawn by rank 0."""
+    def _preview(self, averaged: Callable[..., Tensor]) -> None:
+        """A grid of samples from an average, the same seeds and labels each time; a line where there can be none."""
         count = self.config.preview_samples
-        if not count:
-            return
         num_classes, class_cond = self.run_config.model.num_classes, self.run_config.class_cond
         steps = min(self.config.preview_steps, self.run_config.diffusion.diffusion_steps)
         guidance = SAMPLING[family_of(self.run_config.model.model)]
         sampler = SamplerConfig(num_sampling_steps=steps, sampler="ddim", cfg_cond=class_cond, **guidance)
-        with self.emas[0].standing_in(self.stand_in) as averaged:
-            if not self.ranks.is_main:
-                return
+        try:
             make = ImageSampler(averaged, self.run_config, sampler, self.first_stage, self.ranks.device)
             images = make(range(count), [i % num_classes if class_cond else num_classes for i in range(count)])
-        save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")
+            save_picture(grid(images), self.folder / f"preview_{self.step:06d}.png")
+        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
+            self.logger.text(f"no preview of step {self.step}: {error}")  # a picture is no reason to stop
 
 
 def training_record(config: TrainConfig, **further: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from masked_diffusion.models import LatentTransformer
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, torch_generator, training_draws
 from masked_diffusion.resample import UniformSampler
 from masked_diffusion.sample_util import SamplerConfig
+from masked_diffusion.sharding import no_sync
 from masked_diffusion.train_util import Batch, TrainConfig, TrainLoop
 
 SD_DOWNSAMPLE, SD_CHANNELS = 8, 4
@@ -202,8 +203,10 @@ def view_of(loop: TrainLoop, batch: tuple[Tensor, Batch], enable_mask: bool) -> 
     t, _ = loop.schedule_sampler.from_uniform(extras["t"], device)
 
     def forward_backward() -> None:
-        # The loop's own losses, so that what is measured is what it does.
-        loop._losses(z, t, draws, "m_" if enable_mask else "", enable_mask)["loss"].mean().backward()
+        # The loop's own losses, so that what is measured is what it does. One view alone does not reach all parameters,
+        # for whose gradients several processes would wait.
+        with no_sync(loop.shared_model):
+            loop._losses(z, t, draws, "m_" if enable_mask else "", enable_mask)["loss"].mean().backward()
         loop.optimizer.zero_grad()
 
     return forward_backward

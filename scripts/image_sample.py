@@ -21,7 +21,7 @@ from masked_diffusion.block_modes import compile_blocks
 from masked_diffusion.class_names import ClassNames
 from masked_diffusion.config import library_versions
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.guidance import GUIDED_CHANNELS, foreign_settings
+from masked_diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
 from masked_diffusion.recipes import SAMPLING, apply_recipe
 from masked_diffusion.run_folder import held, writing_to
@@ -72,7 +72,6 @@ HELPS = {
     "use_kl": "accepted for compatibility: a training loss",
     "rescale_learned_sigmas": "accepted for compatibility: a training loss",
 }
-GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
 IGNORED = ("mask_ratio", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
 
 
@@ -158,7 +157,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     if sampler.cfg_cond:
         say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
         if "guidance" not in explicit:  # else it was said above
-            for ignored in sorted(explicit & foreign_settings(args.guidance)):
+            for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
                 say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
     class_cond = args.class_cond and trained.config.class_cond
     labels, null = labels_of(args, trained), trained.config.model.num_classes
@@ -171,7 +170,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
 
     def claim(samples: SampleSet) -> bool:
         """Whether there is anything to do; on rank 0, before any work."""
-        stack.enter_context(held(samples.folder, "sampling"))
+        if not samples.is_complete():  # to find that out takes no right to write
+            stack.enter_context(held(samples.folder, "sampling"))
         if samples.is_complete():
             samples.remove_parts()
             say("these samples are already complete")
@@ -226,7 +226,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     else:
         found += [
             f"--{name} is ignored with --guidance {args.guidance}"
-            for name in sorted(explicit & foreign_settings(args.guidance))
+            for name in sorted(explicit & foreign_settings(args.guidance).keys())
         ]
     if args.device == "cpu" and "tf32" in explicit:
         found.append("--tf32 is ignored on a CPU")

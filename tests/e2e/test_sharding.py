@@ -96,3 +96,15 @@ def test_halves_are_computed_in_shards_as_in_whole_copies(tmp_path, precision):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert (a["grad_norm"] or 0) == pytest.approx(b["grad_norm"] or 0, rel=1e-3)  # skipped steps have none
     assert {value.dtype for value in weights(tmp_path / "fsdp", 10).values()} <= {torch.float32, torch.int64}
+
+
+def test_what_is_frozen_stays_so_in_shards(tmp_path):
+    flags = [*TINY_DIGITS, "--batch_size", "2", "--max_steps", "4", "--freeze", "blocks.0", "--preview_samples", "0"]
+    for shard in ("none", "fsdp"):
+        run(TRAIN, tmp_path / shard, *flags, "--shard", shard, processes=2)
+    plain, sharded = weights(tmp_path / "none", 4), weights(tmp_path / "fsdp", 4)
+    assert_same_weights(plain, sharded, atol=1e-5)
+    averages = weights(tmp_path / "fsdp", 4, "ema_0.9999_")
+    frozen = [name for name in sharded if name.startswith("blocks.0.")]
+    assert frozen and all(torch.equal(sharded[name], averages[name]) for name in frozen)
+    assert not torch.equal(sharded["x_embedder.proj.weight"], averages["x_embedder.proj.weight"])
