@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,3 +75,21 @@ def counter(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     yield counter
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def mean_colours(monkeypatch):
+    """The evaluator with a network that a test can check: mean colours in place of Inception's features."""
+    from test_evaluator_folders import MeanColours, evaluator
+
+    monkeypatch.setattr(evaluator, "load_backend", lambda options, script: MeanColours())
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A reference of 60 images and 40 samples, with labels of three classes."""
+    from test_evaluator_folders import images
+
+    for name, count, seed in (("ref", 60, 0), ("gen", 40, 1)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=images(count, seed=seed), arr_1=np.arange(count) % 3)
+    return tmp_path / "ref.npz", tmp_path / "gen.npz"

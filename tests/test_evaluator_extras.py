@@ -23,17 +23,7 @@ from feature_extraction import features_of_batches  # noqa: E402
 from fidelity_metrics import frechet_distance, inside_manifolds  # noqa: E402
 from scoring import evaluate, judge_manifolds, score  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    monkeypatch.setattr(evaluator, "load_backend", lambda options, script: MeanColours())
-
-
-@pytest.fixture
-def pair(tmp_path):
-    for name, count, seed in (("ref", 60, 0), ("gen", 40, 1)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=images(count, seed=seed), arr_1=np.arange(count) % 3)
-    return tmp_path / "ref.npz", tmp_path / "gen.npz"
+pytestmark = pytest.mark.usefixtures("mean_colours")
 
 
 def features(count: int, width: int, seed: int) -> np.ndarray:

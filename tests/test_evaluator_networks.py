@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_evaluator_extras import export
-from test_evaluator_folders import MeanColours, images, run
+from test_evaluator_folders import images, run
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "evaluations"))
@@ -23,17 +23,7 @@ from fidelity_metrics import frechet_distance  # noqa: E402
 from support import environment, run_command  # noqa: E402
 from torch_runtime import full_precision_inference  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    monkeypatch.setattr(evaluator, "load_backend", lambda options, script: MeanColours())
-
-
-@pytest.fixture
-def pair(tmp_path):
-    for name, count, seed in (("ref", 60, 0), ("gen", 40, 1)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=images(count, seed=seed))
-    return tmp_path / "ref.npz", tmp_path / "gen.npz"
+pytestmark = pytest.mark.usefixtures("mean_colours")
 
 
 @pytest.fixture(scope="session")

@@ -86,3 +86,12 @@ def test_a_dry_run_looks_at_a_folder_in_use(monkeypatch, tmp_path, impatient):
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
     with holding(tmp_path, "training"):
         assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", "3", "--dry_run", "True") == 0
+
+
+def test_samples_that_are_complete_are_named_although_nothing_may_be_written(monkeypatch, tmp_path, capsys, impatient):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
+    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
+    with holding(tmp_path, "sampling"):
+        assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
+    assert "already complete" in capsys.readouterr().err

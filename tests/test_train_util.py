@@ -392,6 +392,16 @@ def test_a_preview_that_fails_does_not_stop_the_training(train, monkeypatch):
     assert (folder / "checkpoint000002.json").exists() and not list(folder.glob("preview*"))
 
 
+def test_a_process_that_fails_to_gather_the_average_ends_and_leaves_no_other_waiting(train, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("no room for whole weights")
+
+    monkeypatch.setattr("masked_diffusion.train_util.EMA.standing_in", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="whole weights"):
+        train("--preview_samples", "2", "--save_interval", "1")
+    train("--preview_samples", "0", "--save_interval", "1")  # without previews nothing is gathered
+
+
 # -- families and their recipes ----------------------------------------------------------------------------------------
 
 V2 = ["--model", "MDTv2_Ti_2"]
