@@ -148,6 +148,18 @@ def test_a_cache_in_a_bucket_is_fetched_file_by_file(cache, tmp_path, monkeypatc
     kept.check_source()  # asks nothing of a bucket
 
 
+def test_a_file_that_a_bucket_does_not_have_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copy = shutil.copytree(cache, tmp_path / "bucket")
+    (copy / "00001.safetensors").unlink()
+    for module in (image_files, latent_cache):
+        monkeypatch.setattr(module, "is_remote", lambda path: True)
+    kept = LatentCache(str(copy))
+    assert kept.problems(0) == {}
+    [(name, reason)] = kept.problems(1).items()
+    assert name == f"{copy}/00001.safetensors" and "encode_latents.py" in reason
+
+
 # Encoding
 
 
