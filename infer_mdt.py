@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-from masked_diffusion import checkpoint, diffusion_defaults, dist_util
-from masked_diffusion.class_names import ClassNames
-from masked_diffusion.config import RunConfig
-from masked_diffusion.gallery import Row, draw, num_frames, parse_sweep
-from masked_diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
-from masked_diffusion.inpainting import image_channels, open_photo, side_interpolation
+from masked_diffusion import diffusion_defaults, dist_util
+from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.models import family_of
-from masked_diffusion.pictures import check_picture_path
-from masked_diffusion.recipes import SAMPLING
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
+from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.script_util import (
     CHECKPOINT_HELPS,
     SAMPLER_HELPS,
@@ -36,7 +38,6 @@ from masked_diffusion.script_util import (
     optional,
     run_script,
 )
-from masked_diffusion.trained import Trained, open_trained
 
 V1_FILE, V2_FILE = "mdt_xl2_v1_ckpt.pt", "mdt_xl2_v2_ckpt.pt"
 # What the published script draws with this file.

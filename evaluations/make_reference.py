@@ -69,8 +69,8 @@ class CroppedImages:
                 yield np.stack(list(readers.map(self._read, self.files[start : start + batch_size])))
 
     def _read(self, file: str) -> np.ndarray:
+        from masked_diffusion.data.image_files import read_image
         from masked_diffusion.image_datasets import center_crop_arr
-        from masked_diffusion.image_files import read_image
 
         return center_crop_arr(read_image(file), self.side)
 
@@ -92,7 +92,7 @@ def open_cropped(path: Path, side: int | None) -> CroppedImages:
     if not path.is_dir():
         raise ValueError(f"{path}: --image_size crops the images of a folder; an .npz holds images of one size")
     try:
-        from masked_diffusion.image_files import join, list_image_files
+        from masked_diffusion.data.image_files import join, list_image_files
     except ImportError as error:
         raise ImportError(
             f"{path}: its images are cropped as for a training, with the package masked_diffusion, which cannot be "
@@ -112,8 +112,8 @@ def images_behind_latents(path: Path) -> tuple[list[str], int]:
 
     Raises ValueError when the latents are unfinished or damaged, and when the images are gone or have changed.
     """
-    from masked_diffusion.image_files import is_remote
-    from masked_diffusion.latent_cache import LatentCache
+    from masked_diffusion.data.image_files import is_remote
+    from masked_diffusion.data.latent_cache import LatentCache
 
     cache = LatentCache(str(path))
     source = cache.record.data_dir

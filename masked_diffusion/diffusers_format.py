@@ -27,12 +27,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from masked_diffusion.class_names import ClassNames, names_by_label
-from masked_diffusion.config import DiffusionConfig, RunConfig
-from masked_diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, guided
-from masked_diffusion.layers import sincos_position_table
-from masked_diffusion.models import DiT, LatentTransformer, create_model, family_of
-from masked_diffusion.recipes import SAMPLING
+from masked_diffusion.data.class_names import ClassNames, names_by_label
+from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, guided
+from masked_diffusion.models import DiT, create_model, family_of
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.layers import sincos_position_table
+from masked_diffusion.runs.config import DiffusionConfig, RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
@@ -109,10 +110,11 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per entry of class_labels: numbers or names of classes.
 
-        guidance_scale, scale_pow: see :func:`masked_diffusion.guidance.power_cosine_weight`; a DiT's scale is constant.
-        A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent channels
-        that are guided; diffusers' own pipelines guide all of them. output_type: ``pil``, ``np`` (N, H, W, 3) in
-        [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have.
+        guidance_scale, scale_pow: see :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`; a DiT's scale is
+        constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent
+        channels that are guided; diffusers' own pipelines guide all of them. output_type: ``pil``, ``np``
+        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not
+        have.
         """
         config, device = self.transformer.config, self._execution_device
         y = torch.tensor([self.label(item) for item in class_labels], device=device)

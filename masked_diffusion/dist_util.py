@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from masked_diffusion.rendezvous import meet
+from masked_diffusion.processes.rendezvous import meet
 
 # A rank that does not join within this time is reported. Listing data and loading the first stage happen before.
 JOIN_TIMEOUT = timedelta(minutes=5)

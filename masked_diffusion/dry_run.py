@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from masked_diffusion.block_modes import blocks_of
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.models import LatentTransformer
-from masked_diffusion.optimizers import MOMENTS
-from masked_diffusion.sharding import SHARDINGS
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.block_modes import blocks_of
 from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.training.optimizers import MOMENTS
+from masked_diffusion.training.sharding import SHARDINGS
 
 GIGA = 1e9
 
@@ -90,9 +90,9 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
-    gflops = views_gflops(loop.stand_in, loop.run_config.model.latent_shape)
+    gflops = views_gflops(loop.skeleton, loop.run_config.model.latent_shape)
     passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
-    step = training_gflops(loop.stand_in, loop.run_config.model.latent_shape)
+    step = training_gflops(loop.skeleton, loop.run_config.model.latent_shape)
     peak = peak_gigabytes(loop.ranks)
     where = "on the GPU" if loop.ranks.device.type == "cuda" else "on the host"
     lines = [

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from masked_diffusion import samplers
-from masked_diffusion.samplers import Prediction, on_device_of
+from masked_diffusion.diffusion import samplers
+from masked_diffusion.diffusion.samplers import Prediction, on_device_of
 
 Model = Callable[..., Tensor]
 Terms = dict[str, Tensor]

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from masked_diffusion.data_stream import DataOrder, Item, RankBatches, candidates
-from masked_diffusion.fast_decode import read_resized
-from masked_diffusion.image_files import (
+from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
+from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.fast_decode import read_resized
+from masked_diffusion.data.image_files import (
     PathTable,
     UnreadableImageError,
     is_remote,
@@ -28,9 +29,9 @@ from masked_diffusion.image_files import (
     list_image_files,
     read_image,
 )
-from masked_diffusion.latent_cache import LatentCache, is_latent_cache
-from masked_diffusion.loader_processes import iterate
-from masked_diffusion.preemption import ignore_signals
+from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.processes.loader_processes import iterate
+from masked_diffusion.processes.preemption import ignore_signals
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -167,52 +168,6 @@ def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
 
 
 # Data sets
-
-
-class ImageDataset:
-    """What the stream asks of a data set.
-
-    image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
-    labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
-    None for images.
-    """
-
-    channels = 3
-    encoded_by: tuple[str, str] | None = None
-
-    def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:
-        if image_size < 1:
-            raise ValueError(f"--image_size {image_size}: must be at least 1 pixel")
-        self.image_size = image_size
-        self.class_names = class_names
-        self.labels = labels
-
-    @property
-    def num_classes(self) -> int:
-        """K: labels are 0 … K - 1, the null label is K. Without classes K is 1 and all labels are null."""
-        return max(1, len(self.class_names))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image.
-
-        Raises UnreadableImageError for a file that is no image, OSError when the storage fails.
-        """
-        raise NotImplementedError
-
-    def name_of(self, index: int) -> str:
-        """What to call an image in messages."""
-        return f"image {index}"
-
-    def __str__(self) -> str:
-        names = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
-        classes = f"{len(self.class_names)} classes ({names})" if self.class_names else "without classes"
-        return f"{len(self)} images, {classes}"
-
-    def check_source(self) -> None:
-        """Once per run: raise ValueError when what the data were made from has changed since."""
 
 
 class FolderDataset(ImageDataset):

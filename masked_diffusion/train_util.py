@@ -14,26 +14,33 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from masked_diffusion import checkpoint
-from masked_diffusion.bad_images import BadImages
-from masked_diffusion.block_modes import compile_blocks, recompute_blocks
-from masked_diffusion.config import RunConfig
-from masked_diffusion.data_stream import ReadAhead
+from masked_diffusion.data.bad_images import BadImages
+from masked_diffusion.data.data_stream import ReadAhead
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
-from masked_diffusion.meter import LateFlag, Meter
-from masked_diffusion.models import LatentTransformer, MDTv2, family_of
-from masked_diffusion.optimizers import EMA, OPTIMIZERS, GatedOptimizer
-from masked_diffusion.pictures import grid, save_picture
-from masked_diffusion.preemption import STOPPED, Launcher, StopSignals
+from masked_diffusion.models import MDTv2, family_of
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
+from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
-from masked_diffusion.recipes import SAMPLING
 from masked_diffusion.resample import ScheduleSampler
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig
-from masked_diffusion.sharding import SHARDINGS, no_sync, share, total_norm
-from masked_diffusion.training_eval import Evaluation, EvaluationError, EvaluationStoppedError, Scores, describe_scores
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.pictures import grid, save_picture
+from masked_diffusion.training.meter import DelayedFlag, Meter
+from masked_diffusion.training.optimizers import EMA, OPTIMIZERS, GuardedOptimizer
+from masked_diffusion.training.sharding import SHARDINGS, no_sync, share, total_norm, whole
+from masked_diffusion.training.training_eval import (
+    Evaluation,
+    EvaluationError,
+    EvaluationStoppedError,
+    Scores,
+    describe_scores,
+)
 
 Batch = dict[str, Tensor]
 
@@ -197,8 +204,8 @@ class TrainLoop:
             recompute_blocks(self.model)
         if config.compile and (problem := compile_blocks(self.model, ranks.device)):
             logger.text(f"--compile True is ignored: this machine cannot compile ({problem})")
-        self.shared_model, self.stand_in = share(self.model, config.shard, ranks, config.half)
-        self.optimizer = GatedOptimizer(
+        self.shared_model, self.skeleton = share(self.model, config.shard, ranks, config.half)
+        self.optimizer = GuardedOptimizer(
             model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks
         )
         self.scaler = torch.amp.GradScaler(
@@ -217,7 +224,7 @@ class TrainLoop:
         self.position = position
         self.writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
         self.saved_step = self.start_step  # nothing is saved at step 0, nor again at the step resumed from
-        self._bad_step = LateFlag(ranks.device)
+        self._bad_step = DelayedFlag(ranks.device)
         self._bad_steps = 0  # in a row
         self._last_batch: tuple[Tensor, Tensor, Tensor]  # t, epoch of the items, index of the images shown
         if start.step:
@@ -444,7 +451,7 @@ class TrainLoop:
         assert self.evaluation is not None
         began = time.monotonic()
         try:
-            with self.emas[0].standing_in(self.stand_in) as averaged:
+            with self.emas[0].averaged_model(self.skeleton) as averaged:
                 scores = self.evaluation.run(self.step, averaged, asked_to_stop)
         except EvaluationError as error:
             self._stopped_evaluating = isinstance(error, EvaluationStoppedError)
@@ -465,12 +472,12 @@ class TrainLoop:
     def save(self) -> None:
         """Begin to write a checkpoint, and draw a preview, on rank 0. All ranks have to call it, for their shards."""
         self._report_save(wait=True)  # one at a time: a snapshot takes as much memory as the training's state
-        parts = checkpoint.snapshot(self._parts(), keep=self.ranks.is_main)
+        parts = checkpoint.snapshot(self._parts(), whole, keep=self.ranks.is_main)
         if self.ranks.is_main:
             self.writer.start(self.step, parts, self.run_config.as_json())
         if self.config.preview_samples:
             # Of shards, all ranks gather the average: what fails there on one of them has to end all.
-            with self.emas[0].standing_in(self.stand_in) as averaged:
+            with self.emas[0].averaged_model(self.skeleton) as averaged:
                 if self.ranks.is_main:
                     self._preview(averaged)
 

@@ -53,7 +53,8 @@ from masked_diffusion import dist_util
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.image_datasets import load_data
 from masked_diffusion.randomness import training_draws
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, generate
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.sample_set import SampleSet, generate
 from masked_diffusion.script_util import add_dict_to_argparser, args_to_dict, optional, run_script, str2bool
 
 # A published sampling run: figures of a few steps are extrapolated to it.

@@ -28,7 +28,7 @@ from torch import Tensor
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage
 from masked_diffusion.models import FAMILIES, MDT, family_of
-from masked_diffusion.sample_util import ImageSampler
+from masked_diffusion.sampling.image_sampler import ImageSampler
 
 # Measures a case in a process of its own, or several under torchrun, with further flags.
 Child = Callable[..., dict[str, Any]]

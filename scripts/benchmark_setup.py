@@ -17,19 +17,20 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import dist_util
-from masked_diffusion.bad_images import BadImages
-from masked_diffusion.checkpoint import Start
-from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
+from masked_diffusion.data.bad_images import BadImages
+from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
-from masked_diffusion.image_datasets import ImageDataset, no_classes
+from masked_diffusion.image_datasets import no_classes
 from masked_diffusion.logger import HumanSink, Logger
-from masked_diffusion.models import LatentTransformer
+from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, torch_generator, training_draws
 from masked_diffusion.resample import UniformSampler
-from masked_diffusion.sample_util import SamplerConfig
-from masked_diffusion.sharding import no_sync
+from masked_diffusion.runs.checkpoint import Start
+from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
+from masked_diffusion.sampling.image_sampler import SamplerConfig
 from masked_diffusion.train_util import Batch, TrainConfig, TrainLoop
+from masked_diffusion.training.sharding import no_sync
 
 SD_DOWNSAMPLE, SD_CHANNELS = 8, 4
 MLP_RATIO, PRODUCTS = 4, 50

@@ -13,10 +13,10 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from masked_diffusion.bad_images import write_list
+from masked_diffusion.data.bad_images import write_list
+from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
 from masked_diffusion.image_datasets import FolderDataset, LatentDataset, center_crop_arr, open_dataset
-from masked_diffusion.image_files import UnreadableImageError
 from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
 
 DEFAULTS = {

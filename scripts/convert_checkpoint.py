@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from masked_diffusion import checkpoint, diffusion_defaults
-from masked_diffusion.config import CONFIG_NAME, RunConfig, read_config
+from masked_diffusion import diffusion_defaults
 from masked_diffusion.files import atomic_write, write_json
 from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, load_first_stage
 from masked_diffusion.models import DiT
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, read_config
+from masked_diffusion.runs.trained import check_contradictions, check_first_stage, config_of_weights
+from masked_diffusion.runs.weights import recognise
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     WEIGHTS_HELPS,
@@ -29,8 +32,6 @@ from masked_diffusion.script_util import (
     optional,
     run_script,
 )
-from masked_diffusion.trained import check_contradictions, check_first_stage, config_of_weights
-from masked_diffusion.weights import recognise
 
 UNRECORDED = "; for files without config.json"
 PROCESS_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small")

@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util
+from masked_diffusion.data.image_files import file_sizes, is_remote
+from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
+from masked_diffusion.data.latent_encoding import encode_shards
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, Autoencoder, load_first_stage
 from masked_diffusion.image_datasets import FolderDataset, open_dataset
-from masked_diffusion.image_files import file_sizes, is_remote
-from masked_diffusion.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
-from masked_diffusion.latent_encoding import encode_shards
 from masked_diffusion.script_util import (
     add_dict_to_argparser,
     add_launcher_flags,

@@ -13,8 +13,8 @@ import numpy as np
 
 from masked_diffusion.dry_run import training_gflops
 from masked_diffusion.files import atomic_write
-from masked_diffusion.progress import Progress, read_progress
 from masked_diffusion.script_util import run_script
+from masked_diffusion.training.run_log import RunLog, read_run_log
 
 PANELS = {"eval_fid": "FID", "eval_is": "Inception Score", "loss": "loss, all tokens", "m_loss": "loss, masked"}
 FORMATS = (".png", ".svg")
@@ -41,7 +41,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("plotting needs matplotlib: pip install 'masked-diffusion[plot]'") from error
-    runs = [read_progress(folder.expanduser()) for folder in args.runs]
+    runs = [read_run_log(folder.expanduser()) for folder in args.runs]
     axes = [scales(run) for run in runs]
 
     def work() -> None:
@@ -53,14 +53,14 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
     return work
 
 
-def scales(run: Progress) -> dict[str, np.ndarray]:
+def scales(run: RunLog) -> dict[str, np.ndarray]:
     """What a run is plotted against: title -> (rows,). A multiply-add counts as one, as in the papers."""
     config, images = run.config(), run.columns["samples"]
     gflops = training_gflops(config.model.build(), config.model.latent_shape)
     return {"steps": run.steps, "images": images, "training compute, TFLOPs": images * gflops / 1000}
 
 
-def draw(new_figure: Callable[..., Any], runs: list[Progress], axes: list[dict[str, np.ndarray]]) -> Any:
+def draw(new_figure: Callable[..., Any], runs: list[RunLog], axes: list[dict[str, np.ndarray]]) -> Any:
     """A row of panels for each number that some run has, a column for each scale, a line for each run."""
     names = [name for name in PANELS if any(len(run.points(name)[0]) for run in runs)]
     width, height = PANEL_SIZE

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 
 from masked_diffusion import dist_util, model_and_diffusion_defaults
-from masked_diffusion.block_modes import compile_blocks
-from masked_diffusion.class_names import ClassNames
-from masked_diffusion.config import library_versions
+from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.logger import output_folder
-from masked_diffusion.recipes import SAMPLING, apply_recipe
-from masked_diffusion.run_folder import held, writing_to
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig, SampleSet, choose_labels, generate
+from masked_diffusion.models.block_modes import compile_blocks
+from masked_diffusion.runs.config import library_versions
+from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
+from masked_diffusion.runs.run_folder import held, writing_to
+from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
+from masked_diffusion.sampling.sample_set import SampleSet, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     SAMPLER_HELPS,
@@ -39,7 +41,6 @@ from masked_diffusion.script_util import (
     place_from_args,
     run_script,
 )
-from masked_diffusion.trained import Trained, open_trained
 
 RECORDED = "; the checkpoint's config.json or its weights say, where they can"
 HELPS = {
@@ -152,7 +153,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     if args.cfg_cond and "cfg_channels" in explicit and trained.config.model.in_channels <= GUIDED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
     name = trained.config.model.model
-    apply_recipe(SAMPLING, name, args, explicit)
+    apply_family_defaults(SAMPLING, name, args, explicit)
     sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
     if sampler.cfg_cond:
         say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")

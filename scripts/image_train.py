@@ -14,9 +14,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from masked_diffusion import checkpoint, dist_util, dry_run, model_and_diffusion_defaults
-from masked_diffusion.bad_images import LIST_NAME, BadImages
-from masked_diffusion.config import (
+from masked_diffusion import dist_util, dry_run, model_and_diffusion_defaults
+from masked_diffusion.data.bad_images import LIST_NAME, BadImages
+from masked_diffusion.data.data_stream import DataOrder
+from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
+from masked_diffusion.image_datasets import load_data, open_dataset
+from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
+from masked_diffusion.models import can_mask
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.randomness import DrawSpec, global_generator
+from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.config import (
     CONFIG_NAME,
     DiffusionConfig,
     ModelConfig,
@@ -25,16 +35,9 @@ from masked_diffusion.config import (
     check_resume,
     read_config,
 )
-from masked_diffusion.data_stream import DataOrder
-from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
-from masked_diffusion.image_datasets import ImageDataset, load_data, open_dataset
-from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
-from masked_diffusion.models import LatentTransformer, can_mask
-from masked_diffusion.optimizers import OPTIMIZERS
-from masked_diffusion.randomness import DrawSpec, global_generator
-from masked_diffusion.recipes import TRAINING, apply_recipe
-from masked_diffusion.resample import create_named_schedule_sampler
-from masked_diffusion.run_folder import check_folder, claim_folder, held
+from masked_diffusion.runs.family_defaults import TRAINING, apply_family_defaults
+from masked_diffusion.runs.run_folder import check_folder, claim_folder, held
+from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     SAMPLER_HELPS,
@@ -49,8 +52,8 @@ from masked_diffusion.script_util import (
     run_script,
 )
 from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
-from masked_diffusion.training_eval import EvalConfig, Evaluation
-from masked_diffusion.weights import fit_labels, fit_positions, freeze, recognise
+from masked_diffusion.training.optimizers import OPTIMIZERS
+from masked_diffusion.training.training_eval import EvalConfig, Evaluation
 
 HELPS = {
     **MODEL_AND_DIFFUSION_HELPS,
@@ -373,7 +376,7 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
 
     Raises ValueError for an unknown model, and where --shard and --use_zero contradict each other.
     """
-    apply_recipe(TRAINING, args.model, args, explicit)
+    apply_family_defaults(TRAINING, args.model, args, explicit)
     if "use_zero" in explicit:
         asked = "zero" if args.use_zero else "none"
         if "shard" in explicit and args.shard != asked:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from masked_diffusion.dry_run import training_gflops
 from masked_diffusion.files import write_json
-from masked_diffusion.progress import Progress, make_columns, read_progress, recipe_settings
 from masked_diffusion.script_util import run_script
+from masked_diffusion.training.run_log import RunLog, make_columns, read_run_log, recipe_settings
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError("one run alone shows no spread: give two or more that differ in their seeds")
     if args.every < 1:
         raise ValueError(f"--every {args.every}: must be at least 1")
-    runs = [read_progress(folder.expanduser()) for folder in args.runs]
+    runs = [read_run_log(folder.expanduser()) for folder in args.runs]
     settings = [recipe_settings(run) for run in runs]
     for run, other in zip(runs, settings, strict=True):
         if other != settings[0]:
@@ -62,7 +62,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
     return work
 
 
-def cost(runs: list[Progress], hardware: str) -> dict[str, object]:
+def cost(runs: list[RunLog], hardware: str) -> dict[str, object]:
     """What one run takes."""
     config, images = runs[0].config(), int(runs[0].columns["samples"][-1])
     gflops = training_gflops(config.model.build(), config.model.latent_shape)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_diffusion.progress import compare, read_card, read_progress, recipe_settings
 from masked_diffusion.script_util import run_script
+from masked_diffusion.training.run_log import compare, read_card, read_run_log, recipe_settings
 
 OUTSIDE = 1
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Raises ValueError or OSError where there is nothing to compare."""
-    card, run = read_card(args.card), read_progress(args.run.expanduser())
+    card, run = read_card(args.card), read_run_log(args.run.expanduser())
     found = compare(run, card)
     if not found:
         first = min(min(column["steps"]) for column in card["columns"].values())

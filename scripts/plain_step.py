@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masked_diffusion.diffusion.guidance import power_cosine_weight
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.guidance import power_cosine_weight
-from masked_diffusion.layers import Attention
-from masked_diffusion.models import MDT, KeptTokens
+from masked_diffusion.models import MDT
+from masked_diffusion.models.layers import Attention
+from masked_diffusion.models.tokens import KeptTokens
 from masked_diffusion.resample import UniformSampler
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from masked_diffusion import checkpoint, diffusion_defaults, dist_util
-from masked_diffusion.gallery import masked_inputs, reconstruction, relative_bias
+from masked_diffusion import diffusion_defaults, dist_util
+from masked_diffusion.data.latent_cache import is_latent_cache, read_record
 from masked_diffusion.image_datasets import open_dataset
-from masked_diffusion.latent_cache import is_latent_cache, read_record
-from masked_diffusion.pictures import check_picture_path, save_picture
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.sampling.gallery import masked_inputs, reconstruction, relative_bias
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.pictures import check_picture_path, save_picture
 from masked_diffusion.script_util import (
     CHECKPOINT_HELPS,
     SAMPLER_HELPS,
@@ -29,7 +31,6 @@ from masked_diffusion.script_util import (
     optional,
     run_script,
 )
-from masked_diffusion.trained import open_trained
 
 MODES = ("relative_bias", "reconstruction")
 DEFAULT_MASK_RATIO = 0.3

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from masked_diffusion.data_stream import DataOrder
+from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.image_datasets import open_dataset
 
 REPO = Path(__file__).parent.parent

@@ -17,7 +17,6 @@ from golden_arrays import set_golden_weights
 from test_first_stage import save_tiny_autoencoder
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.diffusers_format import (
     MaskedDiffusionPipeline,
     diffusers_dit,
@@ -26,11 +25,12 @@ from masked_diffusion.diffusers_format import (
     scheduler_of,
     use_dit_frequencies,
 )
+from masked_diffusion.diffusion.guidance import guided, power_cosine_weight
 from masked_diffusion.first_stage import load_first_stage
-from masked_diffusion.guidance import guided, power_cosine_weight
-from masked_diffusion.layers import sincos_position_table
+from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import torch_generator
-from masked_diffusion.sample_util import ImageSampler, SamplerConfig
+from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 
 NAMES = ["cat", "dog", "otter"]
 

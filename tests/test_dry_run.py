@@ -6,9 +6,9 @@ import pytest
 import torch
 from support import TINY_DIGITS, call
 
-from masked_diffusion.config import ModelConfig
 from masked_diffusion.dry_run import forward_gflops, state_gigabytes
 from masked_diffusion.models import MODELS
+from masked_diffusion.runs.config import ModelConfig
 
 TRAIN = "scripts/image_train.py"
 

@@ -13,13 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion.image_datasets import (
-    center_crop_arr,
-    class_table,
-    load_data,
-    open_dataset,
-    random_crop_arr,
-)
+from masked_diffusion.image_datasets import center_crop_arr, class_table, load_data, open_dataset, random_crop_arr
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 CROPS = np.load(Path(__file__).parent / "goldens" / "center_crop.npz")

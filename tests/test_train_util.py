@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, script, weights
 
-from masked_diffusion.checkpoint import read_weights
-from masked_diffusion.meter import Meter
+from masked_diffusion.runs.checkpoint import read_weights
 from masked_diffusion.train_util import TrainConfig
+from masked_diffusion.training.meter import Meter
 
 TRAIN = "scripts/image_train.py"
 
@@ -258,7 +258,7 @@ def test_old_checkpoints_are_pruned_but_never_the_last_two(train):
 
 
 def test_a_save_that_fails_is_reported_and_tried_again_and_training_goes_on(train, monkeypatch):
-    from masked_diffusion import checkpoint
+    from masked_diffusion.runs import checkpoint
 
     save, failures = checkpoint.save_checkpoint, []
 
@@ -396,7 +396,7 @@ def test_a_process_that_fails_to_gather_the_average_ends_and_leaves_no_other_wai
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("no room for whole weights")
 
-    monkeypatch.setattr("masked_diffusion.train_util.EMA.standing_in", out_of_memory)
+    monkeypatch.setattr("masked_diffusion.train_util.EMA.averaged_model", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="whole weights"):
         train("--preview_samples", "2", "--save_interval", "1")
     train("--preview_samples", "0", "--save_interval", "1")  # without previews nothing is gathered

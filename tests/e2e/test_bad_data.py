@@ -13,7 +13,7 @@ from support import (
     weights,
 )
 
-from masked_diffusion.bad_images import LIST_NAME, read_list
+from masked_diffusion.data.bad_images import LIST_NAME, read_list
 
 pytestmark = pytest.mark.e2e
 

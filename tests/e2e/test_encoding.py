@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import TIMEOUT, begin, command, environment, kill_run, make_colour_folder, pid_of_rank, run
 
-from masked_diffusion.latent_cache import INDEX_NAME, RECORD_NAME, UNFINISHED_NAME
+from masked_diffusion.data.latent_cache import INDEX_NAME, RECORD_NAME, UNFINISHED_NAME
 
 pytestmark = pytest.mark.e2e
 

@@ -15,7 +15,7 @@ next(data)
 """
 # An error in a loader process; as at an interactive prompt, the traceback stays, and what it has seen.
 FAIL = """
-from masked_diffusion.image_datasets import ImageDataset
+from masked_diffusion.data.dataset import ImageDataset
 def load(self, index, rng=None):
     raise ValueError("no image")
 type(data.gi_frame.f_locals["loader"].dataset.dataset).load = load

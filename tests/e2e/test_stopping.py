@@ -26,8 +26,8 @@ from support import (
     weights,
 )
 
-from masked_diffusion.checkpoint import newest_complete_step
-from masked_diffusion.preemption import STOPPED
+from masked_diffusion.processes.preemption import STOPPED
+from masked_diffusion.runs.checkpoint import newest_complete_step
 
 pytestmark = pytest.mark.e2e
 

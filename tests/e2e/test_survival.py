@@ -52,7 +52,7 @@ def assert_ends_as(folder, undisturbed):
 
 SLOW_DISK = f"""
 import sys, time
-from masked_diffusion import checkpoint
+from masked_diffusion.runs import checkpoint
 
 class Slowly(dict):
     def items(self):

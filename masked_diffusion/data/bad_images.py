@@ -1,0 +1,158 @@
+"""Images that cannot be read: counted over all processes, listed in ``bad_files.txt``; too many of them end a run.
+
+What takes their place is decided where images are loaded (``image_datasets.py``).
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masked_diffusion.data.data_stream import Item, candidates
+from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.files import atomic_write, move_aside
+
+LIST_NAME = "bad_files.txt"
+SHOWN = 10  # in one message; the list has them all
+
+
+def write_list(path: Path, reasons: Mapping[str, str]) -> None:
+    """One line per file: its name, a tab, the reason."""
+    lines = "".join(f"{name}\t{reason}\n" for name, reason in reasons.items())
+    with atomic_write(path) as file:
+        file.write(lines.encode("utf-8", "surrogateescape"))
+
+
+def read_list(path: Path) -> list[str]:
+    """The names that :func:`write_list` wrote, none where there is no such file."""
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    return [line.partition("\t")[0] for line in lines if line]
+
+
+class BadImages:
+    """The unreadable images of a run. All ranks know the same of them, after each :meth:`gather`.
+
+    dataset, seed: those of the stream. max_bad_share: of the data set's images, in [0, 1]; one image is always let
+    pass, unless the share is 0. path: of the list, which rank 0 writes.
+    """
+
+    def __init__(self, dataset: ImageDataset, *, seed: int, max_bad_share: float, ranks: Ranks, path: Path) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.max_bad_share = max_bad_share
+        self.ranks = ranks
+        self.path = path
+        self.allowed = max(1, int(max_bad_share * len(dataset))) if max_bad_share else 0
+        self.found: dict[int, str] = {}  # index -> reason, which rank 0 knows
+        self._new: set[int] = set()  # found by this rank, not yet told to the others
+
+    def check(self, items: Iterable[Item]) -> None:
+        """Load the images that a run will start with, so that a folder of bad ones stops it before the work starts.
+
+        items: of the stream, such as its first batch; repeated images are loaded once.
+        Raises ValueError, naming one of them, when half of them or more than the allowed number cannot be read.
+        """
+        indices = list(dict.fromkeys(index for _, index in items))
+        errors = {index: error for index in indices if (error := self._error(index)) is not None}
+        if 2 * len(errors) >= len(indices) or len(errors) > self.allowed:
+            example = next(iter(errors.values()))
+            raise ValueError(f"--data_dir: {len(errors)} of the first {len(indices)} images are bad, such as {example}")
+        self._new |= set(errors)
+
+    def take_up(self, resumed: bool) -> list[str]:
+        """Go on from the list of a resumed run; that of another run is moved aside. Returns messages for the log.
+
+        What is no longer in the data set, or can be read now, is taken off it; what :meth:`check` found is added.
+        Raises ValueError when this is too many.
+        """
+        if not resumed:
+            self.ranks.from_main(lambda: move_aside(self.path))
+        listed, self.found = self.ranks.from_main(self._listed)
+        gone = listed - len(self.found)
+        messages = [f"{gone} files are no longer listed in {self.path}: they can be read, or are gone"] if gone else []
+        messages += self.gather()
+        if problem := self.problem():
+            raise ValueError(problem)
+        return messages
+
+    def _listed(self) -> tuple[int, dict[int, str]]:
+        """Length of the list as it was, and its images that cannot be read now, either."""
+        found = {}
+        names = read_list(self.path)
+        for name in names:
+            index = bisect_left(range(len(self.dataset)), name, key=self.dataset.name_of)  # files are sorted
+            is_ours = index < len(self.dataset) and self.dataset.name_of(index) == name
+            if is_ours and (error := self._error(index)) is not None:
+                found[index] = error.reason
+        if len(found) < len(names):
+            self._write(found)
+        return len(names), found
+
+    def note(self, batch: Mapping[str, Tensor]) -> None:
+        """Take in which images of this rank's batch were replaced: all candidates before the one that was used."""
+        replaced = batch["used"] != batch["index"]
+        columns = (batch[name][replaced].tolist() for name in ("epoch", "index", "used"))
+        for epoch, index, used in zip(*columns, strict=True):
+            for candidate in candidates((epoch, index), len(self.dataset), self.seed):
+                if candidate == used:
+                    break
+                self._new.add(candidate)
+        self._new -= self.found.keys()
+
+    def gather(self) -> list[str]:
+        """Tell all ranks what each has found since the last time, and list it; all must call this together.
+
+        Returns messages for the log.
+        """
+        mine, self._new = sorted(self._new), set()
+        total = int(self.ranks.sum_(torch.tensor(len(mine), device=self.ranks.device)))
+        if not total:
+            return []
+        padded = torch.full((total,), -1)
+        padded[: len(mine)] = torch.tensor(mine, dtype=torch.int64)
+        everyones = self.ranks.concat(padded.to(self.ranks.device)).tolist()
+        new = sorted(set(everyones) - {-1} - self.found.keys())
+        self.found |= {index: self._reason(index) if self.ranks.is_main else "" for index in new}
+        if not new or not self.ranks.is_main:
+            return []
+        messages = [f"{self.dataset.name_of(i)} is replaced by another image: {self.found[i]}" for i in new[:SHOWN]]
+        if len(new) > SHOWN:
+            messages.append(f"so are {len(new) - SHOWN} others")
+        try:
+            self._write(self.found)
+        except OSError as error:  # no reason to stop; the next time all are written again
+            messages.append(f"could not write {self.path} ({error})")
+        return messages
+
+    def problem(self) -> str | None:
+        """What to say when more images are bad than allowed, the same on all ranks; else None."""
+        if len(self.found) <= self.allowed:
+            return None
+        return (
+            f"{len(self.found)} of {len(self.dataset)} images cannot be read, more than --max_bad_share "
+            f"{self.max_bad_share} allows; {self.path} lists them: replace them, or allow more"
+        )
+
+    def _write(self, found: Mapping[int, str]) -> None:
+        write_list(self.path, {self.dataset.name_of(index): reason for index, reason in found.items()})
+
+    def _error(self, index: int) -> UnreadableImageError | None:
+        try:
+            self.dataset.load(index)
+        except UnreadableImageError as error:
+            return error
+        return None
+
+    def _reason(self, index: int) -> str:
+        """Why an image that some rank could not read is bad."""
+        try:
+            error = self._error(index)
+        except OSError as failure:
+            return str(failure)
+        return "another process could not read it, rank 0 can" if error is None else error.reason

@@ -1,0 +1,49 @@
+"""What the stream of batches asks of a data set."""
+
+import numpy as np
+
+
+class ImageDataset:
+    """What the stream asks of a data set.
+
+    image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
+    labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
+    None for images.
+    """
+
+    channels = 3
+    encoded_by: tuple[str, str] | None = None
+
+    def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:
+        if image_size < 1:
+            raise ValueError(f"--image_size {image_size}: must be at least 1 pixel")
+        self.image_size = image_size
+        self.class_names = class_names
+        self.labels = labels
+
+    @property
+    def num_classes(self) -> int:
+        """K: labels are 0 … K - 1, the null label is K. Without classes K is 1 and all labels are null."""
+        return max(1, len(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image.
+
+        Raises UnreadableImageError for a file that is no image, OSError when the storage fails.
+        """
+        raise NotImplementedError
+
+    def name_of(self, index: int) -> str:
+        """What to call an image in messages."""
+        return f"image {index}"
+
+    def __str__(self) -> str:
+        names = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
+        classes = f"{len(self.class_names)} classes ({names})" if self.class_names else "without classes"
+        return f"{len(self)} images, {classes}"
+
+    def check_source(self) -> None:
+        """Once per run: raise ValueError when what the data were made from has changed since."""

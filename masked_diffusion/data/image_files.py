@@ -1,0 +1,342 @@
+"""Finding image files in a folder or bucket, and reading one as a viewer would show it. Knows no classes or batches."""
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from masked_diffusion.data.listing_cache import keep_listing, kept_listing
+from masked_diffusion.files import atomic_write
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+# 1 GiB / 4 / 3, from where on Pillow suspects a decompression bomb; it warns there and refuses at twice as many.
+MAX_PIXELS = 2**30 // 12
+# The short side is what is scaled to the image size: a line of pixels would become a huge picture.
+MAX_ASPECT = 100
+# Seconds before storage that failed is asked again.
+RETRY_WAITS = (1.0, 5.0)
+# Files whose sizes one thread asks for, and how many threads do.
+FILES_AT_ONCE, ASKED_AT_A_TIME = 1000, 16
+EXIF_ORIENTATION = 0x0112
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+Picture = TypeVar("Picture")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path (gs://, az://, https://) is read through blobfile instead of the local file system."""
+    return "://" in path
+
+
+def join(folder: str, relative: str) -> str:
+    """A path below a local or remote folder; ``relative`` has forward slashes."""
+    return f"{folder.rstrip('/')}/{relative}" if relative else folder
+
+
+def list_image_files(data_dir: str) -> list[str]:
+    """Paths below ``data_dir`` of all its images, sorted: the order that image indices refer to.
+
+    Extensions count in any case; hidden files and folders are left out. Links are followed, but a folder is listed
+    once however many links lead to it (under its own name if it lies in ``data_dir`` itself), and a link that leads
+    back to a folder around it is not followed. A link to a file is a file of its own, for folders of links are how
+    subsets are made.
+    Raises FileNotFoundError for a missing folder, ValueError for a file, a folder without images or one that cannot
+    be read.
+    """
+    if is_remote(data_dir):
+        files = _list_remote(data_dir)
+    elif Path(data_dir).is_file():
+        raise ValueError(f"--data_dir {data_dir}: is a file; give the folder that holds the images")
+    elif not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; give the folder that holds the images")
+    else:
+        kept = kept_listing(Path(data_dir))
+        files = _list_anew(data_dir) if kept is None else kept
+    if not files:
+        kinds = " ".join(extension[1:] for extension in EXTENSIONS)
+        raise ValueError(f"--data_dir {data_dir}: no images in it or below it; give a folder with files of {kinds}")
+    return sorted(files)
+
+
+def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
+    """(N,) int64 bytes of the files below a folder; -1 for remote ones, where each answer would cost a request."""
+    if is_remote(folder):
+        return np.full(len(paths), -1, dtype=np.int64)
+
+    def sizes(start: int) -> list[int]:
+        return [os.stat(f"{folder}/{path}").st_size for path in paths[start : start + FILES_AT_ONCE]]  # noqa: PTH116
+
+    # Several are asked at a time: a network disk takes a while for each answer.
+    with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
+        answers = pool.map(sizes, range(0, len(paths), FILES_AT_ONCE))
+        return np.fromiter(chain.from_iterable(answers), dtype=np.int64, count=len(paths))
+
+
+def _wanted(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _list_anew(data_dir: str) -> list[str]:
+    try:
+        files, folders, met_links = _list_local(data_dir)
+    except OSError as error:
+        raise ValueError(
+            f"--data_dir {data_dir}: cannot list {error.filename} ({error.strerror}); make it readable or move it"
+        ) from error
+    files.sort()
+    if not met_links:
+        keep_listing(Path(data_dir), folders, files)
+    return files
+
+
+def _list_local(root: str) -> tuple[list[str], list[str], bool]:
+    """The files, the folders they were found in, and whether there were links."""
+    files: list[str] = []
+    listed_folders: list[str] = []
+    met_links = False
+    listed: set[tuple[int, int]] = set()
+    folders, links = [""], list[str]()
+    while folders or links:
+        # Links wait until every real folder is listed, so that an image's class is its own folder's and not a link's.
+        if not folders:
+            links.sort(reverse=True)
+            link = links.pop()
+            if not _leads_back(root, link):
+                folders.append(link)
+            continue
+        folder = folders.pop()
+        status = Path(join(root, folder)).stat()
+        if (status.st_dev, status.st_ino) in listed:
+            continue
+        listed.add((status.st_dev, status.st_ino))
+        listed_folders.append(folder)
+        with os.scandir(join(root, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                # Path, not entry, for links: a link to itself is an OSError there and plainly absent here.
+                if entry.is_symlink():
+                    met_links = True
+                    if Path(entry.path).is_dir():
+                        links.append(relative)
+                    elif _wanted(entry.name) and Path(entry.path).is_file():
+                        files.append(relative)
+                elif entry.is_dir():
+                    folders.append(relative)
+                elif _wanted(entry.name) and entry.is_file():
+                    files.append(relative)
+    return files, listed_folders, met_links
+
+
+def _leads_back(root: str, link: str) -> bool:
+    """Whether a link points to the data folder, a folder around it, or a folder around the link."""
+    path = Path(join(root, link))
+    target = path.resolve()
+    return Path(root).resolve().is_relative_to(target) or path.parent.resolve().is_relative_to(target)
+
+
+def _blobfile(path: str) -> Any:
+    try:
+        import blobfile
+    except ImportError as error:
+        raise ValueError(f"{path}: remote files are read with blobfile; install it: pip install blobfile") from error
+    return blobfile
+
+
+def is_file(path: str) -> bool:
+    """Whether there is a file of this name, local or remote; False, too, where a bucket gives no answer."""
+    if not is_remote(path):
+        return Path(path).is_file()
+    try:
+        return _blobfile(path).exists(path)
+    except Exception:  # whoever then lists or reads the folder says what is wrong with it
+        return False
+
+
+def local_copy(path: str, folder: Path) -> Path:
+    """Fetch a remote file into a local folder, unless it is there. Returns its path."""
+    target = folder / path.rpartition("/")[2]
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as file:
+            file.write(read_bytes(path))
+    return target
+
+
+def _list_remote(root: str) -> list[str]:
+    blobfile = _blobfile(root)
+    files: list[str] = []
+    try:
+        if not blobfile.isdir(root):
+            raise FileNotFoundError(f"--data_dir {root}: no such remote folder; give the folder that holds the images")
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            for entry in blobfile.scandir(join(root, folder)):
+                if entry.name.startswith("."):
+                    continue
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir:
+                    folders.append(relative)
+                elif _wanted(entry.name):
+                    files.append(relative)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # network, credentials, an unknown scheme: blobfile's errors have no common base
+        raise ValueError(
+            f"--data_dir {root}: cannot be listed ({error}); check the path and the credentials"
+        ) from error
+    return files
+
+
+class PathTable:
+    """Read-only list of paths in two arrays.
+
+    A million Python strings would be copied into every loader worker (reference counts touch their pages); two
+    arrays are shared by fork and quickly sent otherwise.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PathTable):
+            return NotImplemented
+        return np.array_equal(self._ends, other._ends) and np.array_equal(self._text, other._text)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"path {index} of {len(self)}")
+        start = self._ends[index - 1] if index else 0
+        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+# Of the extensions. Pillow knows others, and some can be more than pictures: EPS is a program.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image to train on, however often it is read. reason: why, in a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.reason = " ".join(reason.split())
+        super().__init__(f"{path}: cannot be read as an image ({self.reason}); remove it or replace it")
+
+
+def read_image(path: str) -> Image.Image:
+    """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
+
+    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
+    Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
+    an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
+    """
+    return read_with(path, lambda content, image: as_shown(image))
+
+
+def read_with(path: str, decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
+    """What ``decode`` makes of a file's content and of the image as Pillow opened it: the size is known and no absurd
+    one, and no pixel is decoded. Raises as :func:`read_image` does, also for whatever ``decode`` raises.
+    """
+    try:
+        content = read_bytes(path)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UnreadableImageError(path, error.strerror or str(error)) from error
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check_size(*image.size)  # before anything of this size is allocated
+        return decode(content, image)
+    except MemoryError:  # of this machine, not of the file: its size is bounded
+        raise
+    # Damaged files raise almost anything in Pillow's decoders: OSError, SyntaxError, struct.error, IndexError, …
+    except Exception as error:
+        raise UnreadableImageError(path, str(error) or type(error).__name__) from error
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Decode an opened image as a viewer shows it."""
+    image.load()
+    return _to_rgb(_upright(image))
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height} pixels are none")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}, perhaps a decompression bomb")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+
+
+def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
+    """A local or remote file's content; where the storage fails for a moment, it is asked again after each wait.
+
+    Raises OSError: FileNotFoundError, IsADirectoryError and PermissionError at once, others after the last try.
+    """
+    open_file = _blobfile(path).BlobFile if is_remote(path) else open
+    try:
+        with open_file(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # blobfile's errors have no common base
+        if waits:
+            time.sleep(waits[0])
+            return read_bytes(path, waits[1:])
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(
+            f"{path}: the storage failed {len(RETRY_WAITS) + 1} times ({reason}); check disk, network and credentials, "
+            "or replace the file if it is the only one"
+        ) from error
+
+
+def orientation(image: Image.Image) -> int:
+    """How an opened image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number where it is upright."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # damaged metadata: viewers show the pixels as stored
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turned = orientation(image)
+    return image.transpose(TO_UPRIGHT[turned]) if turned in TO_UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bit_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey (mode "I" in older Pillow) as L, or as LA where one grey value is marked transparent."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey

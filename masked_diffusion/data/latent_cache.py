@@ -1,0 +1,342 @@
+"""A folder of latents: what an autoencoder makes of each image and of its mirror image, kept so that no training has to
+encode them again.
+
+=====================  =================================================================================
+``latents.json``       a :class:`CacheRecord`; it is written last, so a folder without it is unfinished
+``index.safetensors``  ``labels`` (N,) int64; ``sizes`` (N,) int64, bytes of each image file; ``paths``, their
+                       paths below the source folder, UTF-8, separated by NUL
+``00000.safetensors``  ``moments`` (n, 2C, h, w) of images 0 ... n - 1: the posterior's mean, then its log-variance;
+``00001.safetensors``  ``mirrored``, the same of their mirror images; and so on
+=====================  =================================================================================
+
+safetensors: a file maps into memory, its header says where each row lies, bfloat16 is one of its types, and reading it
+runs no code.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from masked_diffusion.data.image_files import (
+    PathTable,
+    UnreadableImageError,
+    file_sizes,
+    is_file,
+    is_remote,
+    join,
+    list_image_files,
+    local_copy,
+    read_bytes,
+)
+from masked_diffusion.data.listing_cache import pack_paths, unpack_paths
+from masked_diffusion.files import atomic_write, cache_folder, remove_unfinished, write_json
+from masked_diffusion.processes.resumable_parts import Parts
+
+RECORD_NAME = "latents.json"
+UNFINISHED_NAME = "latents_unfinished.json"
+INDEX_NAME = "index.safetensors"
+ENCODE_AGAIN = "remove that file and run the same scripts/encode_latents.py command again"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """What ``latents.json`` says.
+
+    vae_path, vae_sha256, scaling_factor, shift_factor: the autoencoder, its name and the hash of its weights.
+    image_size, preprocessing: how an image became its input. latent_shape: [C, h, w]. dtype: a key of DTYPES.
+    mirrored: whether mirror images were encoded, too. shard_size: images per file. class_names: in label order, None
+    without classes. data_dir, source_sha256: the images, and the hash of their paths, sizes and labels.
+    """
+
+    vae_path: str
+    vae_sha256: str
+    scaling_factor: float
+    shift_factor: float
+    image_size: int
+    latent_shape: list[int]
+    dtype: str
+    mirrored: bool
+    shard_size: int
+    num_images: int
+    class_names: list[str] | None
+    data_dir: str
+    source_sha256: str
+    preprocessing: str = "center_crop_arr"
+    format: int = 1
+
+    @property
+    def moments_shape(self) -> list[int]:
+        channels, *sides = self.latent_shape
+        return [2 * channels, *sides]
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Of each file."""
+        return ["moments", "mirrored"] if self.mirrored else ["moments"]
+
+    @property
+    def digest(self) -> str:
+        """A short name of this cache's content."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def difference(self, other: "CacheRecord") -> str | None:
+        """The first setting in which the latents of two records differ, in words; None when they are the same.
+
+        Where autoencoder and images lay says nothing: their hashes do.
+        """
+        for name, value in dataclasses.asdict(self).items():
+            if name not in ("vae_path", "data_dir") and value != getattr(other, name):
+                return f"{name} {value} instead of {getattr(other, name)}"
+        return None
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """The images behind a cache. paths: below the source folder; sizes: (N,) int64 bytes; labels: (N,) int64."""
+
+    paths: list[str]
+    sizes: np.ndarray
+    labels: np.ndarray
+
+    def as_bytes(self) -> bytes:
+        paths = np.frombuffer(pack_paths(self.paths), dtype=np.uint8)
+        arrays = {"labels": self.labels, "sizes": self.sizes, "paths": paths.copy()}
+        return to_safetensors({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "SourceIndex":
+        arrays = {name: tensor.numpy() for name, tensor in from_safetensors(content).items()}
+        return cls(unpack_paths(arrays["paths"].tobytes()), arrays["sizes"], arrays["labels"])
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.as_bytes()).hexdigest()
+
+
+def is_latent_cache(data_dir: str) -> bool:
+    """Whether a local or remote folder holds latents, be they complete or not."""
+    return any(is_file(join(data_dir, name)) for name in (RECORD_NAME, UNFINISHED_NAME))
+
+
+def read_record(data_dir: str) -> CacheRecord:
+    """Raises ValueError, naming --data_dir and the remedy, for a cache that is unfinished, of another format, or of
+    images that were prepared in another way.
+    """
+    path = join(data_dir, RECORD_NAME)
+    if not is_file(path):
+        raise ValueError(
+            f"--data_dir {data_dir}: its latents are unfinished; run the same scripts/encode_latents.py command again, "
+            "it goes on where it was"
+        )
+    record = _parse_record(path)
+    if (record.preprocessing, record.format) != (CacheRecord.preprocessing, CacheRecord.format):
+        raise ValueError(
+            f"--data_dir {data_dir}: its latents have preprocessing {record.preprocessing} and format {record.format}, "
+            f"not {CacheRecord.preprocessing} and {CacheRecord.format}; encode the images again into another folder"
+        )
+    return record
+
+
+def _parse_record(path: str) -> CacheRecord:
+    try:
+        return CacheRecord(**json.loads(read_bytes(path)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a record of latents that this version reads ({error}); encode again") from error
+
+
+# Files
+
+
+def shard_name(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
+class ShardFiles(Parts):
+    """The files of a cache in a local folder, each a part of the work of encoding."""
+
+    def __init__(self, folder: Path, record: CacheRecord) -> None:
+        super().__init__(record.num_images, record.shard_size, folder)
+        self.record = record
+
+    def claim(self, index: SourceIndex) -> bool:
+        """Make the folder ready, on one rank, or find it so. Returns whether there is anything to do.
+
+        Raises ValueError when it holds latents that differ.
+        """
+        complete, unfinished = self.parts_folder / RECORD_NAME, self.parts_folder / UNFINISHED_NAME
+        for path in (complete, unfinished):
+            if path.is_file() and (difference := _parse_record(str(path)).difference(self.record)):
+                raise ValueError(
+                    f"--out {self.parts_folder}: it holds latents with {difference}; give another folder, or the "
+                    "settings and images of before to go on"
+                )
+        if complete.is_file() and not self.missing(0, 1):
+            return False
+        self.parts_folder.mkdir(parents=True, exist_ok=True)
+        write_json(unfinished, dataclasses.asdict(self.record))
+        complete.unlink(missing_ok=True)
+        self.forget_failures()
+        remove_unfinished(self.parts_folder, lambda name: name.endswith((".safetensors", ".json")))
+        with atomic_write(self.parts_folder / INDEX_NAME) as file:
+            file.write(index.as_bytes())
+        return True
+
+    def finish(self) -> None:
+        """All parts are there: declare the cache complete."""
+        write_json(self.parts_folder / RECORD_NAME, dataclasses.asdict(self.record))
+        (self.parts_folder / UNFINISHED_NAME).unlink()
+
+    def path(self, batch: int) -> Path:
+        return self.parts_folder / shard_name(batch)
+
+    def has_part(self, batch: int) -> bool:
+        shape = [len(self.indices(batch)), *self.record.moments_shape]
+        try:
+            # Opening compares the header with the file's length.
+            with safetensors.safe_open(self.path(batch), framework="pt") as file:
+                return all(file.get_slice(name).get_shape() == shape for name in self.record.tensor_names)
+        except (OSError, safetensors.SafetensorError):
+            return False
+
+    def write_part(self, batch: int, moments: dict[str, Tensor]) -> None:
+        """moments: ``moments`` and, if wanted, ``mirrored``, each (n, 2C, h, w) float32."""
+        dtype = DTYPES[self.record.dtype]
+        stored = {name: moments[name].to(dtype).contiguous() for name in self.record.tensor_names}
+        error = torch.cat([stored[name].float() - moments[name] for name in self.record.tensor_names]).nan_to_num()
+        rounding = [error.abs().max().item(), error.square().mean().item()]
+        with atomic_write(self.path(batch)) as file:
+            file.write(to_safetensors(stored, metadata={"rounding": json.dumps(rounding)}))
+
+    def rounding(self) -> tuple[float, float]:
+        """How far storing moved a number of the moments: at most, and as root mean square over the parts."""
+        errors = []
+        for batch in range(self.num_batches):
+            with safetensors.safe_open(self.path(batch), framework="pt") as file:
+                errors.append(json.loads(file.metadata()["rounding"]))
+        largest, mean_square = zip(*errors, strict=True)
+        return max(largest), float(np.sqrt(np.mean(mean_square)))
+
+
+class LatentCache:
+    """A complete cache, read image by image. From a bucket, each file is fetched once, when it is first needed.
+
+    record: see :class:`CacheRecord`. labels: (N,) int64. Raises ValueError, naming --data_dir and the remedy, for a
+    cache that is unfinished or damaged.
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = data_dir
+        self.record = read_record(data_dir)
+        index = self._read_index()
+        self.paths, self.labels, self._sizes = PathTable(index.paths), index.labels, index.sizes
+        self._opened: dict[int, Any] = {}
+        self._check_files()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}  # maps do not travel to workers; each opens its own
+
+    def _local(self, name: str) -> Path:
+        """A file of the cache on this machine."""
+        if not is_remote(self.data_dir):
+            return Path(self.data_dir) / name
+        return local_copy(join(self.data_dir, name), cache_folder() / "latents" / self.record.digest)
+
+    def _read_index(self) -> SourceIndex:
+        content = self._local(INDEX_NAME).read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.record.source_sha256:
+            raise ValueError(
+                f"--data_dir {self.data_dir}: {INDEX_NAME} is damaged; copy it again, or encode into another folder"
+            )
+        return SourceIndex.from_bytes(content)
+
+    def _check_files(self) -> None:
+        """See that no file is missing or cut off. Remote ones show it when they are read."""
+        if is_remote(self.data_dir):
+            return
+        shards = ShardFiles(Path(self.data_dir), self.record)
+        if damaged := shards.missing(0, 1):
+            raise ValueError(
+                f"--data_dir {self.data_dir}: {shard_name(damaged[0])} is missing or damaged (so are {len(damaged)} of "
+                f"{shards.num_batches} files); copy it again, or run the same scripts/encode_latents.py command again"
+            )
+
+    def name_of(self, index: int) -> str:
+        """Path of the image itself."""
+        return join(self.record.data_dir, self.paths[index])
+
+    def moments(self, index: int, mirrored: bool) -> np.ndarray:
+        """(2C, h, w) float32: mean, then log-variance of an image or of its mirror image.
+
+        Raises UnreadableImageError for an image that could not be read when it was its turn to be encoded.
+        """
+        number, row = divmod(index, self.record.shard_size)
+        if number not in self._opened:
+            self._opened[number] = safetensors.safe_open(self._local(shard_name(number)), framework="pt")
+        moments = self._opened[number].get_slice("mirrored" if mirrored else "moments")[row].float().numpy()
+        if np.isnan(moments[0, 0, 0]):
+            raise UnreadableImageError(self.name_of(index), self._left_out)
+        return moments
+
+    @property
+    def _left_out(self) -> str:
+        return f"or could not when the latents in {self.data_dir} were encoded"
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.record.num_images // self.record.shard_size)
+
+    def problems(self, number: int) -> dict[str, str]:
+        """All that no training can use of a file, which is read as a whole: names of images, or its own, and why."""
+        path, first = join(self.data_dir, shard_name(number)), number * self.record.shard_size
+        try:
+            with safetensors.safe_open(self._local(shard_name(number)), framework="pt") as file:
+                tensors = {name: file.get_tensor(name).float().flatten(1) for name in self.record.tensor_names}
+        except (OSError, safetensors.SafetensorError) as error:
+            return {path: f"{' '.join(str(error).split())}; {ENCODE_AGAIN}"}
+        found = {}
+        for name, moments in tensors.items():  # (n, 2C * h * w)
+            nothing = moments.isnan().all(dim=1)
+            for row in (~moments.isfinite().all(dim=1)).nonzero().flatten().tolist():
+                reason = self._left_out if nothing[row] else f"{name} in {path} are not all finite; {ENCODE_AGAIN}"
+                found[self.name_of(first + row)] = reason
+        return found
+
+    def check_source(self) -> None:
+        """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.
+
+        Raises ValueError where they differ. Images in a bucket are not looked at: listing them takes minutes.
+        """
+        source = self.record.data_dir
+        if is_remote(source) or not Path(source).is_dir():
+            return
+        try:
+            paths = list_image_files(source)
+            sizes = file_sizes(source, paths)
+        except (OSError, ValueError):  # such as an empty folder where a disk is not mounted
+            return
+        if PathTable(paths) == self.paths and np.array_equal(sizes, self._sizes):
+            return
+        found = dict(zip(paths, sizes.tolist(), strict=True))
+        former = dict(zip((self.paths[i] for i in range(len(self.paths))), self._sizes.tolist(), strict=True))
+        differing = {
+            "new": found.keys() - former.keys(),
+            "gone": former.keys() - found.keys(),
+            "of another size": {path for path in former.keys() & found.keys() if former[path] != found[path]},
+        }
+        assert any(differing.values()), "both lists are sorted"
+        counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in differing.items() if paths)
+        example = min(min(paths) for paths in differing.values() if paths)
+        raise ValueError(
+            f"--data_dir {self.data_dir}: its images in {source} have changed since they were encoded ({counts}, such "
+            f"as {example}); encode them again into another folder"
+        )

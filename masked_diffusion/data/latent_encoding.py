@@ -1,0 +1,88 @@
+"""Encode all images of a data set into the shards of a latent cache: images -> autoencoder -> moments -> a file."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.latent_cache import ShardFiles
+from masked_diffusion.first_stage import Autoencoder
+from masked_diffusion.processes.loader_processes import iterate
+from masked_diffusion.processes.preemption import ignore_signals
+from masked_diffusion.processes.resumable_parts import make_parts
+
+
+class _Images(Dataset[np.ndarray]):
+    """Index -> image, NaN throughout where it cannot be read: its moments are NaN then, and its neighbours' are not."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            return self.dataset.load(index)
+        except UnreadableImageError:
+            side = self.dataset.image_size
+            return np.full((self.dataset.channels, side, side), np.nan, dtype=np.float32)
+
+
+def encode_shards(
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    shards: ShardFiles,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Write this rank's shards, those that are there already excepted; rank 0 then waits for the others'.
+
+    dataset: gives centre crops. batch_size: images that are encoded at once. Images that cannot be read are named on
+    stderr, and are in the cache as what cannot be read.
+    """
+    missing = shards.missing(rank, world_size)
+    of_shard = {shard: _batches(shards.indices(shard), batch_size) for shard in missing}
+    # One loader over all shards, so that it reads the next one's images while this one's are encoded.
+    loader = DataLoader(
+        _Images(dataset),
+        batch_sampler=[batch for shard in missing for batch in of_shard[shard]],
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda",
+    )
+
+    def encode_shard(shard: int, tell: Callable[[int], object]) -> None:
+        moments: dict[str, list[Tensor]] = {"moments": [], "mirrored": []}
+        for indices in of_shard[shard]:
+            images: Tensor = next(loaded)  # (n, 3, H, W)
+            _name_unreadable(dataset, indices, images)
+            images = images.to(device, non_blocking=True)
+            moments["moments"].append(autoencoder.moments(images).cpu())
+            if shards.record.mirrored:
+                moments["mirrored"].append(autoencoder.moments(images.flip(-1)).cpu())
+            tell(len(images))
+        shards.write_part(shard, {name: torch.cat(parts) for name, parts in moments.items() if parts})
+
+    with contextlib.closing(iterate(loader)) as loaded:
+        make_parts(shards, encode_shard, rank, world_size, missing)
+
+
+def _batches(indices: range, batch_size: int) -> list[list[int]]:
+    return [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+
+
+def _name_unreadable(dataset: ImageDataset, indices: Sequence[int], images: Tensor) -> None:
+    for row in images[:, 0, 0, 0].isnan().nonzero().flatten().tolist():
+        try:
+            dataset.load(indices[row])
+        except UnreadableImageError as error:
+            sys.stderr.write(f"left out: {error}\n")

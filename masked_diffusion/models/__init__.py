@@ -1,0 +1,88 @@
+"""Builders and registry of the models: MDT and MDTv2 (2303.14389), and the baseline they start from (DiT, 2212.09748).
+
+Read in this order: ``backbone.py`` (what all share, and DiT), ``tokens.py`` (masking), ``mdt.py`` (what masking adds to
+the baseline, and what version 2 changes). Their common layers are in ``layers.py``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from masked_diffusion.models.backbone import DiT, LatentTransformer
+from masked_diffusion.models.mdt import MDT, MDTv2
+
+Model = TypeVar("Model", bound=LatentTransformer)
+
+SIZES: dict[str, dict[str, Any]] = {
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "Ti": {"depth": 4, "hidden_size": 128, "num_heads": 4},  # ours: learns 8 x 8 digits in minutes on a laptop
+}
+
+
+FAMILIES: dict[str, type[LatentTransformer]] = {"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT}
+MODELS: dict[str, Callable[..., LatentTransformer]] = {}
+
+
+def _builder(family: type[Model], size: str, patch_size: int) -> Callable[..., Model]:
+    """A function of the model's further keyword arguments, also found in MODELS by its name."""
+    build = partial(family, patch_size=patch_size, **SIZES[size])
+    MODELS[f"{family.__name__}_{size}_{patch_size}"] = build
+    return build
+
+
+MDT_XL_2 = _builder(MDT, "XL", 2)
+MDT_XL_4 = _builder(MDT, "XL", 4)
+MDT_XL_8 = _builder(MDT, "XL", 8)
+MDT_L_2 = _builder(MDT, "L", 2)
+MDT_L_4 = _builder(MDT, "L", 4)
+MDT_L_8 = _builder(MDT, "L", 8)
+MDT_B_2 = _builder(MDT, "B", 2)
+MDT_B_4 = _builder(MDT, "B", 4)
+MDT_B_8 = _builder(MDT, "B", 8)
+MDT_S_2 = _builder(MDT, "S", 2)
+MDT_S_4 = _builder(MDT, "S", 4)
+MDT_S_8 = _builder(MDT, "S", 8)
+MDT_Ti_2 = _builder(MDT, "Ti", 2)
+MDTv2_XL_2 = _builder(MDTv2, "XL", 2)
+MDTv2_L_2 = _builder(MDTv2, "L", 2)
+MDTv2_B_2 = _builder(MDTv2, "B", 2)
+MDTv2_S_2 = _builder(MDTv2, "S", 2)
+MDTv2_Ti_2 = _builder(MDTv2, "Ti", 2)
+DiT_XL_2 = _builder(DiT, "XL", 2)
+DiT_XL_4 = _builder(DiT, "XL", 4)
+DiT_XL_8 = _builder(DiT, "XL", 8)
+DiT_L_2 = _builder(DiT, "L", 2)
+DiT_L_4 = _builder(DiT, "L", 4)
+DiT_L_8 = _builder(DiT, "L", 8)
+DiT_B_2 = _builder(DiT, "B", 2)
+DiT_B_4 = _builder(DiT, "B", 4)
+DiT_B_8 = _builder(DiT, "B", 8)
+DiT_S_2 = _builder(DiT, "S", 2)
+DiT_S_4 = _builder(DiT, "S", 4)
+DiT_S_8 = _builder(DiT, "S", 8)
+DiT_Ti_2 = _builder(DiT, "Ti", 2)
+
+
+def family_of(name: str) -> str:
+    """``MDTv2_S_2`` -> ``MDTv2``, a key of FAMILIES. Raises ValueError, listing the names, for an unknown one."""
+    if name not in MODELS:
+        raise ValueError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}")
+    return name.split("_")[0]
+
+
+def can_mask(name: str) -> bool:
+    """Whether the model called ``name`` takes mask_ratio and decode_layer."""
+    return issubclass(FAMILIES[family_of(name)], MDT)
+
+
+def create_model(name: str, **kwargs: Any) -> LatentTransformer:
+    """Build the model called ``name`` (a key of MODELS). Raises ValueError, listing the names, for an unknown one.
+
+    mask_ratio and decode_layer are left out for a model that has no use for them.
+    """
+    if not can_mask(name):
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("mask_ratio", "decode_layer")}
+    return MODELS[name](**kwargs)

@@ -1,0 +1,59 @@
+"""Masking: which tokens leave, how they come back, how the relative positions follow them.
+
+Shapes: N samples, L tokens of width D, L_keep tokens when some are masked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """A random subset of each sample's tokens (MAE, 2111.06377, with two argsorts and a gather).
+
+    ids_keep: (N, L_keep) positions of the kept tokens. ids_restore: (N, L), where each position's token went, so
+    that ``ids_restore < L_keep`` says which positions are kept. dropped: (N, L) bool.
+    """
+
+    ids_keep: Tensor
+    ids_restore: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def from_noise(cls, token_noise: Tensor, num_keep: int) -> "KeptTokens":
+        """Keep the ``num_keep`` tokens of each sample with the smallest noise. token_noise: (N, L)."""
+        ids_shuffle = token_noise.argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        return cls(ids_shuffle[:, :num_keep], ids_restore, ids_restore >= num_keep)
+
+    @classmethod
+    def all_but(cls, dropped: Tensor) -> "KeptTokens":
+        """Keep the tokens that are not dropped. dropped: (N, L) bool, the same number in each row."""
+        order = torch.linspace(0, 0.5, dropped.shape[1], device=dropped.device)
+        return cls.from_noise(dropped + order, int((~dropped[0]).sum()))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Take the kept tokens out: (N, L, D) -> (N, L_keep, D)."""
+        return x.gather(1, self.ids_keep[..., None].expand(-1, -1, x.shape[-1]))
+
+    def come_back(self, x: Tensor, filler: Tensor) -> Tensor:
+        """Put the kept tokens where they were, ``filler`` elsewhere: (N, L_keep, D), (1, 1, D) -> (N, L, D)."""
+        num_dropped = self.ids_restore.shape[1] - x.shape[1]
+        x = torch.cat([x, filler.to(x.dtype).expand(len(x), num_dropped, -1)], dim=1)
+        return x.gather(1, self.ids_restore[..., None].expand(-1, -1, x.shape[-1]))
+
+    def relative_index(self, index: Tensor) -> Tensor:
+        """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep)."""
+        return index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]
+
+
+def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
+    """``int(L (1 - mask_ratio))``, as published. Raises ValueError outside [0, 1) or when no token would be left."""
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f"mask_ratio {mask_ratio}: must be in [0, 1)")
+    num_keep = int(num_tokens * (1 - mask_ratio))
+    if num_keep < 1:
+        raise ValueError(f"mask_ratio {mask_ratio}: keeps none of the {num_tokens} tokens; use a smaller ratio")
+    return num_keep

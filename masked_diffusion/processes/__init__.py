@@ -1,0 +1,1 @@
+"""How processes find each other, stop, and share resumable work."""

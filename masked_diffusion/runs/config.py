@@ -1,0 +1,198 @@
+"""Settings that make a checkpoint usable: they are written to ``config.json`` beside it, and read back for sampling."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from masked_diffusion import create_diffusion
+from masked_diffusion.models import create_model
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.respace import SpacedDiffusion
+
+CONFIG_NAME = "config.json"
+# Settings that the weights or the meaning of their output depend on.
+FIXED_MODEL_SETTINGS = (
+    "model",
+    "image_size",
+    "downsample",
+    "in_channels",
+    "num_classes",
+    "decode_layer",
+    "learn_sigma",
+)
+FIXED_PROCESS_SETTINGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "learn_sigma")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a network is built from. Raises ValueError, naming the flag, for sizes that do not fit together."""
+
+    model: str
+    image_size: int
+    downsample: int
+    in_channels: int
+    num_classes: int
+    mask_ratio: float | None = None
+    decode_layer: int | None = None
+    learn_sigma: bool = True
+    class_dropout_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.image_size % self.downsample:
+            raise ValueError(
+                f"--image_size {self.image_size}: must be a multiple of {self.downsample}, the first stage's"
+            )
+        if self.num_classes < 1:
+            raise ValueError(f"--num_classes {self.num_classes}: must be at least 1")
+
+    def build(self) -> LatentTransformer:
+        """A fresh model. Raises ValueError for an unknown name or a mask, decoder or patch that does not fit."""
+        try:
+            return create_model(
+                self.model,
+                input_size=self.image_size // self.downsample,
+                in_channels=self.in_channels,
+                num_classes=self.num_classes,
+                mask_ratio=self.mask_ratio,
+                decode_layer=self.decode_layer,
+                learn_sigma=self.learn_sigma,
+                class_dropout_prob=self.class_dropout_prob,
+            )
+        except ValueError as error:
+            raise ValueError(_as_flags(str(error), self)) from None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.image_size // self.downsample
+        return (self.in_channels, side, side)
+
+
+def _as_flags(message: str, config: ModelConfig) -> str:
+    """The model speaks of its arguments; whoever started a script knows its flags."""
+    if message.startswith("input_size"):
+        return f"--image_size {config.image_size} --model {config.model}: {message}"
+    return f"--{message}" if message.startswith(("decode_layer", "mask_ratio")) else message
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What a diffusion process is built from, see :func:`masked_diffusion.create_diffusion`."""
+
+    diffusion_steps: int = 1000
+    noise_schedule: str = "linear"
+    timestep_respacing: str = ""
+    use_kl: bool = False
+    predict_xstart: bool = False
+    learn_sigma: bool = True
+    sigma_small: bool = False
+    rescale_learned_sigmas: bool = False
+    min_snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise ValueError(f"--min_snr_gamma {self.min_snr_gamma}: must be positive, or None for no weighting")
+
+    def build(self) -> SpacedDiffusion:
+        """The process. Raises ValueError for an unknown schedule or an impossible respacing."""
+        return create_diffusion(**dataclasses.asdict(self))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The content of ``config.json``.
+
+    class_names: names of the classes, in the order of their labels; empty without classes or when unknown.
+    first_stage: see :class:`masked_diffusion.first_stage.FirstStage`. training: the training's further settings.
+    """
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    first_stage: dict[str, Any]
+    class_names: list[str] = dataclasses.field(default_factory=list)
+    class_cond: bool = True
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "versions": library_versions()}
+
+    @classmethod
+    def from_json(cls, value: Any, source: Path) -> "RunConfig":
+        """Raises ValueError, naming ``source``, when the value is no such configuration."""
+        try:
+            fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            fields["model"] = ModelConfig(**fields["model"])
+            fields["diffusion"] = DiffusionConfig(**fields["diffusion"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{source}: not a configuration of this code ({error})") from None
+        return cls(**fields)
+
+
+def read_config(folder: Path) -> RunConfig | None:
+    """The configuration beside the checkpoints in ``folder``, None where there is none.
+
+    Raises ValueError for a file that is damaged or of another kind.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return RunConfig.from_json(value, path)
+
+
+def contradiction(former: RunConfig, now: RunConfig) -> str | None:
+    """The first setting that makes two runs' weights or their meaning different, None where there is none."""
+    pairs = [
+        *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
+        *(
+            (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))
+            for name in FIXED_PROCESS_SETTINGS
+        ),
+        *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
+        ("--class_cond", former.class_cond, now.class_cond),
+        ("the list of class names", former.class_names, now.class_names),
+    ]
+    return next((f"{name} {_short(old)}, this one {_short(new)}" for name, old, new in pairs if old != new), None)
+
+
+def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
+    """Raise ValueError, naming ``source`` and the setting, where a resumed run would silently become another one."""
+    if difference := contradiction(former, now):
+        raise ValueError(
+            f"{source}: the run to resume has {difference}; resume with the same setting, or start a new run from its "
+            "weights with --init_from"
+        )
+
+
+def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
+    """Settings of the training that a resumed run has in another way than before, to be said to the user."""
+    olds, news = (
+        {**c.training, "mask_ratio": c.model.mask_ratio, "min_snr_gamma": c.diffusion.min_snr_gamma}
+        for c in (former, now)
+    )
+    return [
+        f"{name} was {_short(olds[name])}, is {_short(new)}"
+        for name, new in news.items()
+        if name in olds and olds[name] != new
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that results depend on; those that are not installed are left out."""
+    versions = {}
+    for name in ("masked-diffusion", "torch", "numpy", "timm", "diffusers", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

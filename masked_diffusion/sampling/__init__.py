@@ -1,0 +1,1 @@
+"""From sample numbers to images, files and pictures."""

@@ -1,0 +1,223 @@
+"""Filling a region of an image by a trained model, with or without MDT's side-interpolater (2303.14389).
+
+Inpainting wraps what a sampler is given, as guidance does, so every sampler and guidance can be used: wherever the
+prediction is asked for, the known region of x_t is the known latents at that noise level, and its estimate of x_0 is
+the known latents themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from masked_diffusion.data.image_files import read_image
+from masked_diffusion.diffusion.guidance import Denoiser
+from masked_diffusion.diffusion.samplers import Predict
+from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion
+from masked_diffusion.image_datasets import center_crop_arr, to_model_range
+from masked_diffusion.models import MDT
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.randomness import SampleNoise
+from masked_diffusion.runs.config import RunConfig
+
+MODES = ("side", "plain")
+WHITE_FROM = 128  # grey level of a mask from which a pixel is to be filled
+
+
+@dataclass(frozen=True)
+class SideInterpolation:
+    """How a model's side-interpolater fills a hole.
+
+    patch_size: side of a token's square of latents. halves: mask one random half of the hole at a time, in two passes,
+    each token taking the prediction of the pass that saw it; else the whole hole in one pass.
+    """
+
+    patch_size: int
+    halves: bool
+
+    @classmethod
+    def of(cls, model: MDT) -> "SideInterpolation":
+        """What fits a model: the whole hole at once where its decoder sees the masked tokens' latents, too.
+
+        Elsewhere the noise of a masked token cannot be predicted, and the prediction of it is near zero.
+        """
+        return cls(model.patch_size, halves=not model.decoder_sees_all)
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """Known latents and the hole in them.
+
+    known: (N or 1, C, h, w). hole: (N or 1, 1, h, w) bool, True where to fill. side: mask the tokens that touch the
+    hole, and interpolate them; None gives all tokens to the encoder. With it, each row needs the same number of such
+    tokens.
+    """
+
+    known: Tensor
+    hole: Tensor
+    side: SideInterpolation | None = None
+
+    def denoiser(self, model: Denoiser, seed: int, indices: Sequence[int]) -> Denoiser:
+        """The model with the side-interpolater, or as it is. indices: numbers of the samples, for the draws."""
+        if self.side is None:
+            return model
+        hole_tokens = F.max_pool2d(self.hole.float(), self.side.patch_size).flatten(1).bool()
+        hole_tokens = hole_tokens.expand(len(indices), -1)
+        if not self.side.halves:
+            return interpolated_at_once(model, hole_tokens)
+        return interpolated_by_halves(model, hole_tokens, self.side.patch_size, SampleNoise(seed, indices, "halves"))
+
+    def hold(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t with the known region as it is at t. noise: (N, C, h, w), the same at all t.
+
+        One noise for all steps is the path of the ODE through the known latents, which solvers stay on.
+        """
+        return torch.where(self.hole, x_t, diffusion.q_sample(self.known.expand_as(noise), t, noise))
+
+    def predictor(
+        self,
+        diffusion: GaussianDiffusion,
+        denoiser: Denoiser,
+        noise: Tensor,
+        clip_denoised: bool,
+        model_kwargs: dict[str, Any],
+    ) -> Predict:
+        """``diffusion.predictor`` with the known region held. noise: as of :meth:`hold`."""
+
+        def fill(pred_xstart: Tensor) -> Tensor:
+            return torch.where(self.hole, pred_xstart, self.known)
+
+        predict = diffusion.predictor(denoiser, clip_denoised, denoised_fn=fill, model_kwargs=model_kwargs)
+        return lambda x_t, t: predict(self.hold(diffusion, x_t, t, noise), t)
+
+
+def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:
+    """The model with all tokens of the hole masked, as in training. Arguments as of :func:`interpolated_by_halves`."""
+    some_known = not bool(hole_tokens[0].all())
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if not some_known:  # nothing to interpolate from
+            return model(x, t, y)
+        return model(x, t, y, kept=KeptTokens.all_but(_for_batch(hole_tokens, x)))
+
+    return denoise
+
+
+def _for_batch(tokens: Tensor, x: Tensor) -> Tensor:
+    """Guidance asks for two halves of a batch, of the same samples."""
+    return tokens.repeat(len(x) // len(tokens), 1)
+
+
+def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int, noise: SampleNoise) -> Denoiser:
+    """The model with the hole masked by halves: each token of it is predicted by a pass that sees it.
+
+    In each of two passes, one half of the hole is masked and interpolated from the known region and the other half;
+    the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N, L) bool, the same number
+    in each row. noise: draws (N, L) values per call.
+    """
+    num_hole = int(hole_tokens[0].sum())
+
+    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if num_hole < 2:  # nothing to halve
+            return model(x, t, y)
+        draw = noise.randn(hole_tokens.shape[1:], x.device).masked_fill(~hole_tokens, torch.inf)
+        rank = draw.argsort(dim=1).argsort(dim=1)
+        first = rank < num_hole // 2  # (N, L)
+        first, hole = _for_batch(first, x), _for_batch(hole_tokens, x)
+        sees_first = model(x, t, y, kept=KeptTokens.all_but(hole & ~first))
+        sees_rest = model(x, t, y, kept=KeptTokens.all_but(first))
+        grid_size = x.shape[-1] // patch_size
+        squares = first.view(-1, 1, grid_size, grid_size).float()
+        return torch.where(F.interpolate(squares, scale_factor=patch_size) > 0, sees_first, sees_rest)
+
+    return denoise
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An image to be filled. pixels: (S, S, 3) uint8; mask: (S, S) bool, True where to fill."""
+
+    pixels: np.ndarray
+    mask: np.ndarray
+
+    def paste_around(self, images: np.ndarray) -> np.ndarray:
+        """Images (N, S, S, 3) with the photo's own pixels outside of the mask."""
+        return np.where(self.mask[..., None], images, self.pixels)
+
+    def inpainting(
+        self, first_stage: FirstStage, side: SideInterpolation | None, device: torch.device | str
+    ) -> Inpainting:
+        """Encode the photo, by the posterior's mean. side: see :func:`side_interpolation`.
+
+        A latent belongs to the hole when any of its pixels is to be filled, and so does a token with ``side``.
+        """
+        image = torch.from_numpy(to_model_range(self.pixels[..., : image_channels(first_stage)])).to(device)[None]
+        mask = torch.from_numpy(self.mask).to(device)[None, None]
+        hole = F.max_pool2d(mask.float(), first_stage.downsample).bool()
+        return Inpainting(encode_mean(first_stage, image), hole, side)
+
+
+def encode_mean(first_stage: FirstStage, images: Tensor) -> Tensor:
+    """The latents of images (N, 1 or 3, H, W) in [-1, 1], without the noise of the posterior."""
+    side = images.shape[-1] // first_stage.downsample
+    no_noise = torch.zeros(len(images), first_stage.latent_channels, side, side, device=images.device)
+    return first_stage.encode(images, no_noise)
+
+
+def image_channels(first_stage: FirstStage) -> int:
+    """1 where the latents are grey images, else 3."""
+    return 1 if first_stage.latent_channels == 1 else 3
+
+
+def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -> SideInterpolation | None:
+    """What ``--inpaint_mode`` means for a model. Raises ValueError for an unknown mode, or one it cannot do."""
+    if mode not in MODES:
+        raise ValueError(f"--inpaint_mode {mode}: unknown; choose one of {', '.join(MODES)}")
+    if mode == "plain":
+        return None
+    if reason := no_interpolater(model, config):
+        raise ValueError(f"--inpaint_mode side: {reason}; use --inpaint_mode plain")
+    assert isinstance(model, MDT)
+    return SideInterpolation.of(model)
+
+
+def no_interpolater(model: LatentTransformer, config: RunConfig) -> str | None:
+    """Why a model cannot interpolate masked tokens; None where it can."""
+    if not isinstance(model, MDT):
+        return f"{config.model.model} has no side-interpolater"
+    # Without masking the mask token stays zero, unless the training began with weights that had learned one.
+    if not model.mask_token.any() or (config.training and config.model.mask_ratio is None):
+        return "this model was trained without masking, so its side-interpolater has learned nothing"
+    return None
+
+
+def open_photo(image: Path, mask: Path, image_size: int, grey: bool) -> Photo:
+    """Read a photo and its mask and cut them to the model's size, as training images are.
+
+    mask: white where to fill, of the photo's size or already of the model's. grey: for models of grey images. Raises
+    ValueError for files that cannot be read, sizes that differ, or a mask without white.
+    """
+    photo, white = read_image(str(image)), read_image(str(mask))
+    if white.size not in (photo.size, (image_size, image_size)):
+        raise ValueError(
+            f"--mask {mask}: it is {white.size[0]} x {white.size[1]} pixels, the image is {photo.size[0]} x "
+            f"{photo.size[1]}; make them equal (or the mask {image_size} x {image_size}, for the middle of the image)"
+        )
+    pixels = center_crop_arr(photo, image_size)
+    if grey:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"))
+    filled = np.asarray(Image.fromarray(center_crop_arr(white, image_size)).convert("L")) >= WHITE_FROM
+    if not filled.any():
+        raise ValueError(
+            f"--mask {mask}: nothing to fill, it is black where the model's {image_size} x {image_size} pixels are; "
+            "paint white what should be filled"
+        )
+    return Photo(pixels, filled)

@@ -1,0 +1,81 @@
+"""Numbers of a training that stay on the device until somebody reads them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from masked_diffusion.dist_util import Ranks
+
+QUARTILES = 4
+
+
+class Meter:
+    """Running means that stay on the device: losses of the full and the masked (``m_``) view, over all timesteps and
+    by quartile (``_q0`` ... ``_q3``), the gradient's norm, and how many updates were skipped.
+
+    The names are fixed from the start, so that a quartile nobody hit takes part in the reduction over ranks.
+    """
+
+    def __init__(self, loss_names: list[str], num_timesteps: int, ranks: Ranks) -> None:
+        self._losses = loss_names
+        self._num_timesteps = num_timesteps
+        self._ranks = ranks
+        self._quartiles = torch.arange(QUARTILES, device=ranks.device)
+        self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
+        self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
+        self._updates = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # sum of norms, made, skipped
+
+    def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
+        """t: (n,) timesteps; losses: name -> (n,)."""
+        # Not one_hot, which reads its input on a CPU to check the range.
+        quartile = (t[:, None] * QUARTILES // self._num_timesteps == self._quartiles).double()  # (n, 4)
+        self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
+        self._counts += quartile.sum(dim=0)
+
+    def add_update(self, norm: Tensor, good: Tensor) -> None:
+        """norm, good: (), alike on all ranks; a gradient norm that is not finite belongs to a skipped update."""
+        self._updates += torch.stack([torch.where(good, norm, 0), good, ~good]).double()
+
+    def flush(self) -> dict[str, float]:
+        """Means over all ranks since the last flush, NaN where there was nothing, and the ``skipped`` updates.
+
+        Reduces once, copies once.
+        """
+        numbers = torch.cat([self._sums.flatten(), self._counts, self._updates])
+        *values, norms, made, skipped = self._ranks.sum_(numbers).tolist()
+        for running in (self._sums, self._counts, self._updates):
+            running.zero_()
+        counts = values[-QUARTILES:]
+        row = {}
+        for i, name in enumerate(self._losses):
+            sums = values[QUARTILES * i : QUARTILES * (i + 1)]
+            row[name] = _mean(sum(sums), sum(counts))
+            row |= {f"{name}_q{q}": _mean(sums[q], counts[q]) for q in range(QUARTILES)}
+        return row | {"grad_norm": _mean(norms, made), "skipped": skipped / self._ranks.world_size}
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+class DelayedFlag:
+    """A flag set on the device and read on the host a step later, so that the host does not wait for the step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._value = self._host.numpy()  # the same memory
+        self._arrived = torch.cuda.Event() if self._on_gpu else None
+
+    def put(self, flag: Tensor) -> None:
+        """flag: () bool on the device."""
+        self._host.copy_(flag, non_blocking=self._on_gpu)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def get(self) -> bool:
+        """The flag that was put last."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)

@@ -1,0 +1,144 @@
+"""What a step moves and leaves untouched where it is not finite: optimizers, whole or sharded, and averages."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from timm.optim import Adan
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.training.sharding import shard_like, whole
+
+# The class and its settings. A fused optimizer can be told on the device not to move.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adan": (Adan, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+}
+# Numbers that each keeps per parameter.
+MOMENTS = {"adamw": 2, "adan": 4}
+_ONLY_ADAN_KEEPS = "exp_avg_diff"
+EMA_GROUP = 64
+
+
+class GuardedOptimizer:
+    """An optimizer whose step can be refused by a flag on the device.
+
+    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; of no effect in a single process.
+    The state it gives and takes has the format of torch's optimizers, whatever the sharding.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], opt: str, lr: float, weight_decay: float, shard: str, ranks: Ranks
+    ) -> None:
+        optimizer_class, settings = OPTIMIZERS[opt]
+        settings = {**settings, "lr": lr, "weight_decay": weight_decay}
+        self._opt = opt
+        self._ranks = ranks
+        self.torch_optimizer: torch.optim.Optimizer
+        if shard == "zero" and ranks.world_size > 1:
+            self.torch_optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class, **settings)
+        else:
+            self.torch_optimizer = optimizer_class(parameters, **settings)
+
+    def step(self, lr: float, good: Tensor) -> None:
+        """Update the parameters from their gradients; neither they nor the state move where ``good``, () bool, is not.
+
+        Only AdamW does without the host's waiting for ``good``: Adan counts its steps there.
+        """
+        for group in self.torch_optimizer.param_groups:
+            group["lr"] = lr
+        if self._opt == "adamw":
+            moving: Any = self._moving
+            moving.grad_scale, moving.found_inf = None, (~good).float()
+        elif not good.item():
+            return
+        self.torch_optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.torch_optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _moving(self) -> torch.optim.Optimizer:
+        """The optimizer of the parameters that this rank moves."""
+        optimizer = self.torch_optimizer
+        return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parameters; under ``zero`` on rank 0 alone. All ranks have to call it."""
+        if isinstance(self.torch_optimizer, ZeroRedundancyOptimizer):
+            self.torch_optimizer.consolidate_state_dict(to=0)
+            if not self._ranks.is_main:
+                return {}
+        return self.torch_optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> float:
+        """Take the moments of a whole state, with the settings of this run. Returns the learning rate it was saved at.
+
+        Raises ValueError for the state of another optimizer, and what torch raises for that of another model.
+        """
+        for moments in state["state"].values():
+            if (_ONLY_ADAN_KEEPS in moments) != (self._opt == "adan"):
+                raise ValueError(f"it holds {', '.join(sorted(moments))}, which is not what --opt {self._opt} keeps")
+        former_lr = state["param_groups"][0]["lr"]
+        for group, own in zip(state["param_groups"], self.torch_optimizer.param_groups, strict=True):
+            group |= {name: value for name, value in own.items() if name != "params"}
+        parameters = [parameter for group in self.torch_optimizer.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            moments = state["state"].get(index, {})
+            moments |= {name: shard_like(value, parameter) for name, value in moments.items() if name != "step"}
+        self.torch_optimizer.load_state_dict(state)
+        for parameter, moments in self._moving.state.items():
+            # A sharded optimizer loads it to the CPU, where fused kernels do not look.
+            if "step" in moments:
+                moments["step"] = moments["step"].to(parameter.device)
+        return former_lr
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, float32 like them."""
+
+    def __init__(self, model: nn.Module, rate: str) -> None:
+        self.rate = rate
+        self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # In the order of the model's own state dict, buffers among them, so that the files are alike.
+        self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, good: Tensor) -> None:
+        """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
+        weight = good * (1 - float(self.rate))
+        parameters = [p.detach() for p in model.parameters()]
+        for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
+            averaged = list(self._parameters.values())[start : start + EMA_GROUP]
+            change = torch._foreach_sub(parameters[start : start + EMA_GROUP], averaged)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averaged, change)
+
+    @contextlib.contextmanager
+    def averaged_model(self, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
+        """The model with these weights, to be called without gradients; it is in eval mode while in here.
+
+        All ranks have to enter together. model: its parameters are whole, and not used. Shards are whole while in
+        here, on all ranks: 4 bytes per parameter.
+        """
+
+        def averaged(*args: Any, **kwargs: Any) -> Tensor:
+            return torch.func.functional_call(model, state, args, kwargs)
+
+        state = {name: whole(value) for name, value in self._state.items()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield averaged
+        finally:
+            model.train()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in self._parameters.items():
+            value.copy_(shard_like(state[name], value))

@@ -1,0 +1,331 @@
+"""Scores of a training: its EMA is sampled on all ranks, and the evaluator judges the samples.
+
+The evaluator runs as a program of its own beside rank 0: its libraries and the training's never share a process, and
+when it crashes, the training does not. Every draw of a sample has a key, so that the training's own are not touched.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion.diffusion.guidance import Denoiser
+from masked_diffusion.diffusion.samplers import SAMPLERS
+from masked_diffusion.dist_util import Ranks
+from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.models import family_of
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.config import RunConfig, library_versions
+from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
+from masked_diffusion.sampling.sample_set import SampleSet
+
+BACKENDS = ("torch", "tensorflow")
+FOLDER_NAME = "evaluation"
+REPORT_NAME = "report.json"
+LOG_NAME = "evaluator.log"
+POLL_SECONDS = 0.2
+TRIAL_IMAGES = 8
+# The log's columns and the evaluator's names of the same numbers.
+METRICS = {
+    "eval_fid": "FID",
+    "eval_sfid": "sFID",
+    "eval_is": "Inception Score",
+    "eval_precision": "Precision",
+    "eval_recall": "Recall",
+}
+COUNT = "eval_num_samples"
+# What launchers tell their processes. The evaluator is alone.
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+OF_MPI_AND_SLURM = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a training is evaluated; named as the flags. eval_interval: steps, 0 for never. eval_ref: the reference
+    batch. eval_graph: the network's file, empty for where the evaluator looks for it. eval_cfg_scale: 0 for no
+    guidance. Raises ValueError or FileNotFoundError for what cannot be."""
+
+    eval_interval: int = 0
+    eval_num_samples: int = 10000
+    eval_ref: str = ""
+    eval_graph: str = ""
+    eval_backend: str = "torch"
+    eval_sampler: str = "ddpm"
+    eval_sampling_steps: int = 250
+    eval_cfg_scale: float = 0.0
+    eval_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("eval_interval", 0),
+            ("eval_num_samples", 2),
+            ("eval_sampling_steps", 1),
+            ("eval_batch_size", 1),
+            ("eval_cfg_scale", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {least} or more")
+        for name, choices in (("eval_backend", BACKENDS), ("eval_sampler", tuple(SAMPLERS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
+        if not self.eval_interval:
+            return
+        if not self.eval_ref:
+            raise ValueError(
+                f"--eval_interval {self.eval_interval}: give the reference batch to compare with --eval_ref"
+            )
+        if not Path(self.eval_ref).expanduser().exists():
+            raise FileNotFoundError(f"--eval_ref {self.eval_ref}: no such file; evaluations/README.md says what it is")
+        if self.eval_graph and not Path(self.eval_graph).expanduser().is_file():
+            raise FileNotFoundError(
+                f"--eval_graph {self.eval_graph}: no such file; evaluations/README.md says where to get the network"
+            )
+
+    def sampler(self, run_config: RunConfig) -> SamplerConfig:
+        """The published sampling of the model's family with these settings. Raises ValueError for what the trained
+        process or model cannot do."""
+        if self.eval_sampling_steps > (steps := run_config.diffusion.diffusion_steps):
+            raise ValueError(f"--eval_sampling_steps {self.eval_sampling_steps}: the process has {steps}")
+        if self.eval_cfg_scale and not run_config.class_cond:
+            raise ValueError(
+                f"--eval_cfg_scale {self.eval_cfg_scale}: guidance needs classes, and --class_cond is False"
+            )
+        settings: dict[str, Any] = {"sampler": self.eval_sampler, "num_sampling_steps": self.eval_sampling_steps}
+        if self.eval_cfg_scale:
+            recipe = SAMPLING[family_of(run_config.model.model)]
+            settings |= {"cfg_cond": True, **recipe, "cfg_scale": self.eval_cfg_scale}
+        return SamplerConfig(**settings)
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that came to no score, on all ranks alike."""
+
+
+class EvaluationStoppedError(EvaluationError):
+    """One that ended because some rank is asked to stop."""
+
+
+class Evaluation:
+    """Evaluates one training. program: the evaluator's script. folder: of the run; each evaluation has a folder in it.
+
+    Its methods are called by all ranks together. Raises ValueError or FileNotFoundError where it cannot work.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        program: Path,
+        run_config: RunConfig,
+        first_stage: FirstStage,
+        ranks: Ranks,
+        folder: Path,
+    ) -> None:
+        if not program.is_file():
+            raise FileNotFoundError(
+                f"--eval_interval {config.eval_interval}: the evaluator is not part of the installed package, and "
+                f"{program} does not exist; train with the script of a clone of the repository"
+            )
+        self.config = config
+        self._program = program
+        self._run_config = run_config
+        self._first_stage = first_stage
+        self._ranks = ranks
+        self._folder = folder
+        self._sampler = config.sampler(run_config)
+        self._labels = self._choose_labels()
+
+    @property
+    def no_scores(self) -> Scores:
+        """The columns of a row of the log where nothing was evaluated."""
+        return dict.fromkeys([*METRICS, COUNT], math.nan)
+
+    def is_due(self, step: int) -> bool:
+        return step > 0 and step % self.config.eval_interval == 0
+
+    def is_done(self, step: int) -> bool:
+        """Whether this step has a score."""
+        return self._ranks.from_main(lambda: (self._step_folder(step) / REPORT_NAME).is_file())
+
+    def try_out(self, leave_no_trace: bool = False) -> None:
+        """Score a few images of noise: this finds out what is wrong with reference, network and libraries, and leaves
+        the reference's features in the evaluator's cache. Raises ValueError with what the evaluator says."""
+        with contextlib.ExitStack() as stack:
+            noise = None
+            if self._ranks.is_main:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                side = self._run_config.model.image_size
+                pixels = np.random.default_rng(0).integers(0, 256, (TRIAL_IMAGES, side, side, 3), dtype=np.uint8)
+                noise = folder / "noise.npz"
+                np.savez(noise, arr_0=pixels)
+            try:
+                self._score(noise, lambda: False, ["--no_cache"] if leave_no_trace else [])
+            except EvaluationError as error:
+                raise ValueError(
+                    f"--eval_ref {self.config.eval_ref}: the evaluator cannot work with it: {error}"
+                ) from None
+
+    def run(self, step: int, model: Denoiser, asked_to_stop: Callable[[], bool]) -> Scores:
+        """Sample ``model``, in eval mode, and score it. asked_to_stop: may differ between ranks; ends the work soon.
+
+        The samples are removed once they have a report: the checkpoint can make them again. Those without stay, and
+        the next attempt goes on from them. Raises EvaluationError, on all ranks.
+        """
+        settings = self._settings(step)
+        size, count = self._run_config.model.image_size, self.config.eval_num_samples
+        samples = SampleSet(self._step_folder(step), count, size, self.config.eval_batch_size, settings)
+        self._on_main(lambda: samples.open({"processes": self._ranks.world_size, "versions": library_versions()}))
+        self._sample(samples, model, asked_to_stop)
+        with_labels = self._run_config.class_cond
+        self._on_main(lambda: samples.assemble(self._labels if with_labels else None))
+        self._score(samples.path, asked_to_stop, ["--out", str(samples.folder / REPORT_NAME)])
+        scores: Scores = self._on_main(lambda: self._read_report(samples))
+        self._on_main(lambda: samples.path.unlink())
+        return scores
+
+    def note_best(self, step: int, scores: Scores) -> str:
+        """Record the checkpoint of ``step`` if no other one has a lower FID, on rank 0. Returns what to say of it."""
+        former = checkpoint.read_best(self._folder)
+        # A record of this step or a later one is of steps that ran again.
+        if former is not None and former["step"] < step and former.get("eval_fid", math.inf) <= scores["eval_fid"]:
+            return f"; the best is step {former['step']}"
+        known = {name: value for name, value in scores.items() if not math.isnan(value)}
+        try:
+            checkpoint.record_best(self._folder, {"step": step, **known})
+        except OSError as error:
+            return f", the best so far, which cannot be recorded ({error})"
+        return ", the best so far"
+
+    def _step_folder(self, step: int) -> Path:
+        return self._folder / FOLDER_NAME / f"{step:06d}"
+
+    def _choose_labels(self) -> np.ndarray:
+        model, count = self._run_config.model, self.config.eval_num_samples
+        if not self._run_config.class_cond:
+            return np.full(count, model.num_classes, dtype=np.int64)  # the null label
+        names = ClassNames(model.num_classes, self._run_config.class_names)
+        return choose_labels("random", count, model.num_classes, names, self._sampler.seed)
+
+    def _settings(self, step: int) -> dict[str, Any]:
+        """What determines the images, for their manifest."""
+        of_training = ("ema_rate", "seed", "lr", "data_dir")
+        return {
+            "step": step,
+            "model": dataclasses.asdict(self._run_config.model),
+            "training": {name: self._run_config.training.get(name) for name in of_training},
+            "sampler": dataclasses.asdict(self._sampler),
+            "labels": "random" if self._run_config.class_cond else None,
+            "num_samples": self.config.eval_num_samples,
+            "batch_size": self.config.eval_batch_size,
+        }
+
+    def _sample(self, samples: SampleSet, model: Denoiser, asked_to_stop: Callable[[], bool]) -> None:
+        """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
+        one of them meets is known to all."""
+        ranks = self._ranks
+        make = ImageSampler(model, self._run_config, self._sampler, self._first_stage, ranks.device)
+        for first in range(0, samples.num_batches, ranks.world_size):
+            batch, failure = first + ranks.rank, None
+            try:
+                if batch < samples.num_batches and not samples.has_part(batch):
+                    samples.make_part(batch, make, self._labels)
+            except Exception as error:  # of whatever kind: a score is no reason to lose a training
+                failure = error
+            self._agree(failure, asked_to_stop())
+        missing = samples.missing(0, 1) if ranks.is_main else []
+        where = f"{len(missing)} parts are not in {samples.parts_folder}: on several machines it must be shared"
+        self._agree(FileNotFoundError(where) if missing else None)
+
+    def _score(self, samples: Path | None, asked_to_stop: Callable[[], bool], flags: list[str]) -> None:
+        """Run the evaluator beside rank 0. samples: on rank 0. The ranks meet now and then, so that a long score is
+        no reason for any of them to give up."""
+        child: subprocess.Popen[bytes] | None = None
+        failure: Exception | None = None
+        if samples is not None and self._ranks.is_main:
+            if self._ranks.device.type == "cuda":
+                torch.cuda.empty_cache()  # the evaluator has the same GPU
+            try:
+                with samples.with_name(LOG_NAME).open("w") as log:
+                    command = self._command(samples, flags)
+                    child = subprocess.Popen(command, env=lone_environment(), stdout=log, stderr=log)
+            except OSError as error:
+                failure = error
+        self._agree(failure)
+        running = True
+        try:
+            while running:
+                status = child.poll() if child is not None else None
+                running = self._any(child is not None and status is None)
+                self._agree(None, asked_to_stop())
+                if running:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            if child is not None and child.poll() is None:
+                child.kill()
+                child.wait()
+        if samples is not None and child is not None and child.returncode:
+            failure = EvaluationError(_last_line(samples.with_name(LOG_NAME)))
+        self._agree(failure)
+
+    def _command(self, samples: Path, flags: list[str]) -> list[str]:
+        config = self.config
+        graph = ["--graph", str(Path(config.eval_graph).expanduser())] if config.eval_graph else []
+        reference = str(Path(config.eval_ref).expanduser())
+        program = [sys.executable, str(self._program), reference, str(samples)]
+        return [*program, "--backend", config.eval_backend, *graph, *flags]
+
+    def _read_report(self, samples: SampleSet) -> Scores:
+        metrics = json.loads((samples.folder / REPORT_NAME).read_text(encoding="utf-8"))["metrics"]
+        values = {column: metrics.get(name) for column, name in METRICS.items()}
+        scores = {column: math.nan if value is None else value for column, value in values.items()}
+        return {**scores, COUNT: samples.num_samples}
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """Do something on rank 0 and give its result to all. Raises EvaluationError everywhere where that fails."""
+        try:
+            return self._ranks.from_main(work)
+        except Exception as error:  # of whatever kind: a score is no reason to lose a training
+            raise EvaluationError(str(error)) from error
+
+    def _any(self, flag: bool) -> bool:
+        return self._ranks.sum_(torch.tensor(float(flag), device=self._ranks.device)).item() > 0
+
+    def _agree(self, failure: Exception | None, stop: bool = False) -> None:
+        """Raise EvaluationError on all ranks if one of them has failed or is asked to stop."""
+        if self._any(stop):
+            raise EvaluationStoppedError("the run is asked to stop")
+        if self._any(failure is not None):
+            raise EvaluationError(str(failure) if failure is not None else "another process failed") from failure
+
+
+def describe_scores(scores: Scores) -> str:
+    """For the log: the numbers by the evaluator's names, and how many samples they are of."""
+    numbers = [f"{name} {scores[column]:.4g}" for column, name in METRICS.items() if not math.isnan(scores[column])]
+    return f"{', '.join(numbers)} of {scores[COUNT]:.0f} samples"
+
+
+def lone_environment() -> dict[str, str]:
+    """This process's environment without what a launcher told it."""
+    told = OF_TORCHRUN + OF_MPI_AND_SLURM
+    return {name: value for name, value in os.environ.items() if not name.startswith(told)}
+
+
+def _last_line(log: Path) -> str:
+    """What the evaluator said last, which is why it ended."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"it ended without a word, see {log}"

@@ -1,0 +1,97 @@
+"""An output folder belongs to one training and one sampling at a time."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from support import TINY_DIGITS, call, environment
+
+from masked_diffusion.runs import run_folder
+from masked_diffusion.runs.run_folder import held
+
+TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from masked_diffusion.runs.run_folder import held
+with held(Path(sys.argv[1]), sys.argv[2]):
+    child = os.fork()  # as loader processes are made; it outlives its parent
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def holding(folder, work):
+    """Another process, with a child, that holds a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), work], env=environment(folder), stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        os.kill(child, signal.SIGKILL)
+        process.stdout.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.0)
+
+
+def test_another_process_is_refused_while_the_first_one_is_there(tmp_path, impatient):
+    with holding(tmp_path, "training") as process:
+        said = f"process {process.pid} of .* is training there"
+        with pytest.raises(ValueError, match=said), held(tmp_path, "training"):
+            pass
+        with held(tmp_path, "sampling"):  # which may go on beside a training
+            pass
+
+
+def test_a_killed_process_is_waited_for_and_its_loader_processes_are_not(tmp_path):
+    with holding(tmp_path, "training") as process:
+        killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+        with held(tmp_path, "training"):
+            assert killer.wait(5) == 0 and str(os.getpid()) in (tmp_path / ".training.lock").read_text()
+
+
+def test_a_second_training_and_a_second_sampling_change_nothing(monkeypatch, tmp_path, capsys, impatient):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
+    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+
+    def contents():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    for path, arguments, work in [
+        (TRAIN, [*TINY_DIGITS, "--overwrite", "True"], "training"),
+        (SAMPLE, sample, "sampling"),
+    ]:
+        with holding(tmp_path, work) as process:
+            before = contents()
+            assert call(monkeypatch, path, tmp_path, *arguments) == 2
+            assert contents() == before
+        said = capsys.readouterr().err
+        assert f"process {process.pid}" in said and f"is {work} there" in said and "OPENAI_LOGDIR" in said
+    assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
+
+
+def test_a_dry_run_looks_at_a_folder_in_use(monkeypatch, tmp_path, impatient):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
+    with holding(tmp_path, "training"):
+        assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", "3", "--dry_run", "True") == 0
+
+
+def test_samples_that_are_complete_are_named_although_nothing_may_be_written(monkeypatch, tmp_path, capsys, impatient):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
+    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
+    with holding(tmp_path, "sampling"):
+        assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
+    assert "already complete" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Imports point downwards: every module stands in a room, and a room imports itself and the rooms before it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import masked_diffusion
+
+PACKAGE = Path(masked_diffusion.__file__).parent
+
+# From the bottom to the top, as in docs/architecture.md. A public module belongs to a room, whatever its path.
+ROOMS = [
+    {"files", "randomness", "first_stage"},
+    {"processes", "dist_util", "logger"},
+    {"diffusion", "gaussian_diffusion", "respace", "resample", "__init__"},
+    {"models"},
+    {"data", "image_datasets"},
+    {"runs"},
+    {"sampling"},
+    {"training", "train_util", "dry_run"},
+    {"script_util", "diffusers_format"},
+]
+RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(source):
+    """Names below ``masked_diffusion`` that a module imports, wherever in it that stands: "data.dataset", ..."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where they point"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.partition(".")[2] or "__init__" for name in names if name.split(".")[0] == "masked_diffusion"}
+
+
+def top_of(name):
+    """The folder or public module that an imported name lives in; the package's own names are its front door's."""
+    top = name.split(".")[0]
+    return top if top in RANK else "__init__"
+
+
+def module_of(name):
+    """The longest part of an imported name that is a module: "data.dataset.ImageDataset" -> "data.dataset"."""
+    parts = name.split(".")
+    while parts:
+        path = PACKAGE.joinpath(*parts)
+        if path.with_suffix(".py").is_file():
+            return ".".join(parts)
+        if (path / "__init__.py").is_file():
+            return ".".join([*parts, "__init__"])
+        parts.pop()
+    return "__init__"
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_no_room_above_its_own(path):
+    own = name_of(path).split(".")[0]
+    assert own in RANK, f"{own} stands in no room"
+    above = {name for name in imported(path.read_text(encoding="utf-8")) if RANK[top_of(name)] > RANK[own]}
+    assert not above
+
+
+def test_no_imports_run_in_a_circle():
+    graph = {
+        name_of(path): {module_of(name) for name in imported(path.read_text(encoding="utf-8"))} for path in MODULES
+    }
+    while leaves := {name for name, targets in graph.items() if not targets & graph.keys()}:
+        for name in leaves:
+            del graph[name]
+    assert not graph
+
+
+def test_an_import_that_points_up_or_in_a_circle_would_be_found():
+    assert RANK[top_of("training.meter.Meter")] > RANK["models"]
+    assert imported("def f():\n    from masked_diffusion.training.meter import Meter") == {"training.meter.Meter"}
+    assert imported("import masked_diffusion") == {"__init__"} and top_of("create_diffusion") == "__init__"
+    assert module_of("data.dataset.ImageDataset") == "data.dataset" and module_of("models.MDT") == "models.__init__"
+
+
+def test_public_paths_are_real_files():
+    """No module at the top only hands on what another one has."""
+    for path in PACKAGE.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body), path.name
