@@ -113,8 +113,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         guidance_scale, scale_pow: see :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`; a DiT's scale is
         constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent
         channels that are guided; diffusers' own pipelines guide all of them. output_type: ``pil``, ``np``
-        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not
-        have.
+        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model
+        does not have.
         """
         config, device = self.transformer.config, self._execution_device
         y = torch.tensor([self.label(item) for item in class_labels], device=device)
