@@ -515,7 +515,7 @@ def sources():
         "convert_checkpoint",
     )
     scripts = [REPO / f"scripts/{name}.py" for name in names]
-    return [*(path for folder in folders for path in sorted(folder.glob("*.py"))), *scripts, REPO / "infer_mdt.py"]
+    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
 
 def quoted_messages():
