@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, and moving old ones aside instead of losing them."""
+"""Write files so that a crash leaves the old or the new one, and move old files aside instead of losing them."""
 
 import contextlib
 import hashlib
@@ -45,7 +45,7 @@ def remove_unfinished(folder: Path, is_owned: Callable[[str], bool]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable: the folder's entries are data of their own."""
+    """Write a folder's entries to disk, so that a rename in it is durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,5 +83,5 @@ def sha256_of(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: ``masked_diffusion`` in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Folder for what can be made again: ``masked_diffusion`` in $XDG_CACHE_HOME, else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masked_diffusion"

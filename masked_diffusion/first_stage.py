@@ -113,7 +113,7 @@ class Autoencoder:
 
 
 class CachedPosterior:
-    """An autoencoder whose posteriors were kept: what it encodes are their moments, (N, 2C, h, w), in place of images.
+    """An autoencoder for cached posteriors: it encodes their moments, (N, 2C, h, w), in place of images.
 
     weights_sha256: of the autoencoder that made them. Raises ValueError when this is another one.
     """
@@ -145,7 +145,7 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
     """Load the first stage.
 
     vae_path: a hub name or a local folder of an ``AutoencoderKL``, or ``none`` for pixel space. image_channels: of the
-    data. Raises FileNotFoundError, naming the flag, when there is no autoencoder to be had under that name.
+    data. Raises FileNotFoundError, naming the flag, when no autoencoder of that name can be loaded.
     """
     if vae_path.lower() == PIXEL_SPACE:
         return PixelSpace(image_channels)

@@ -1,4 +1,4 @@
-"""How a model's blocks are run: compiled, or once more in backward. Weights, names and results stay as they are."""
+"""Run a model's blocks compiled, or recompute them in backward. Weights, names and results stay as they are."""
 
 import torch
 from torch import nn
@@ -12,15 +12,15 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep of each block only its input for backward, which runs the block again (1604.06174)."""
+    """Keep only each block's input for backward, and run the block again there (1604.06174)."""
     for block in blocks_of(model):
         block.recomputes = True
 
 
 def compile_blocks(model: nn.Module, device: torch.device) -> str | None:
-    """Compile the blocks, one code for all of the same kind, at the first pass of each shape.
+    """Compile the blocks at the first pass of each shape; blocks of the same kind share their code.
 
-    The blocks are what training, guidance and previews have in common, whichever method of the model they call.
+    Training, guidance and previews all run the blocks, whichever method of the model they call.
     Returns None, or why this machine cannot compile; then nothing changes.
     """
     try:

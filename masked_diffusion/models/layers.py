@@ -110,7 +110,7 @@ class RelativePositionBias(nn.Module):
 
     @torch.no_grad()
     def expand(self) -> None:
-        """Look the bias of all tokens up now, for all passes to come: a table that changes later has no effect."""
+        """Look up the bias of all tokens once, for all passes to come. Later changes of the table have no effect."""
         self.expanded = None
         self.expanded = self(self.relative_position_index)
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, SIGINT or SIGUSR1 lets a run finish its step and save, a second one ends it at once."""
+"""Stop on request: SIGTERM, SIGINT or SIGUSR1 lets a run finish its step and save; a second one ends it at once."""
 
 import os
 import signal
@@ -18,26 +18,31 @@ _PARENT = os.getppid()
 
 
 def ignore_signals(_: int = 0) -> None:
-    """In a loader process: signals to the whole process group, such as torchrun sends, are the run's to follow. Its
-    loaders end with it; without them it could not finish its step."""
+    """Ignore signals in a loader process. torchrun signals the whole process group; only the training follows.
+
+    A training needs its loaders to finish its step, and ends them when it ends.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class Launcher:
-    """torchrun, if it started this process. Its ranks are in sessions of their own and survive when it is killed: left
-    to themselves, they would write into the folder in which the same command already runs again."""
+    """The torchrun that started this process, if one did.
+
+    Ranks have sessions of their own and survive when torchrun is killed. They have to notice and stop: otherwise they
+    would write into a folder in which the same command already runs again.
+    """
 
     def __init__(self) -> None:
         self._pid = _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def has_ended(self) -> bool:
-        """Whether there was one, and it is gone."""
+        """True when torchrun started this process and has ended since."""
         return self._pid is not None and os.getppid() != self._pid
 
 
 class StopSignals:
-    """Inside the context, the first signal is noted in ``received``; a later one has its default effect."""
+    """Note the first signal in ``received`` while inside the context. A later signal has its default effect."""
 
     def __init__(self) -> None:
         self.received: int | None = None

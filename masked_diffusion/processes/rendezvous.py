@@ -1,4 +1,4 @@
-"""The processes of a run find each other in a key-value store, which may still hold what former processes wrote."""
+"""Let the processes of a run meet in a key-value store, which may still hold what former processes wrote."""
 
 import hashlib
 import time
@@ -11,7 +11,7 @@ POLL_SECONDS = 0.1
 
 
 def meet(store: "dist.Store", rank: int, world_size: int, timeout: timedelta) -> str:
-    """Wait until all ranks are there. Returns a name for this meeting, the same on all of them and used by no other.
+    """Wait until all ranks are there. Returns a name for this meeting, equal on all ranks and unique.
 
     A launcher that restarts a job keeps its store, so keys alone prove nothing: every process brings a number of its
     own. Rank 0 calls the roll of the numbers it finds, each rank confirms a roll with its own number in it, and only
@@ -37,5 +37,5 @@ def meet(store: "dist.Store", rank: int, world_size: int, timeout: timedelta) ->
 
 
 def _read(store: "dist.Store", key: str) -> str:
-    """The value of a key, empty where there is none; ``get`` alone would wait for it."""
+    """Read a key without waiting. Returns an empty value when the key is missing; ``get`` alone would wait."""
     return store.get(key).decode() if store.check([key]) else ""

@@ -1,5 +1,7 @@
-"""Work in batches that any number of ranks make, a file each: it goes on after a kill, and no rank waits for another
-one but rank 0, at the end."""
+"""Resumable work split over ranks: one file per batch.
+
+Finished files survive a kill. Only rank 0 waits for the others, once, at the end.
+"""
 
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +17,7 @@ STALL_SECONDS = 2 * 3600.0
 
 
 class Parts(ABC):
-    """num_items items in batches of batch_size, the last of which may be smaller; their files lie in parts_folder."""
+    """Batches of a work of ``num_items`` items, one file per batch in ``parts_folder``; the last may be smaller."""
 
     def __init__(self, num_items: int, batch_size: int, parts_folder: Path) -> None:
         self.num_items = num_items
@@ -32,22 +34,22 @@ class Parts(ABC):
 
     @abstractmethod
     def has_part(self, batch: int) -> bool:
-        """Whether a batch is there, from this run or one before."""
+        """True when a batch's file is complete, from this run or an earlier one."""
 
     def missing(self, rank: int, world_size: int) -> list[int]:
-        """The batches that a rank still has to make: k belongs to rank k mod W."""
+        """List the batches that a rank still has to make. Batch k belongs to rank k mod W."""
         return [batch for batch in range(rank, self.num_batches, world_size) if not self.has_part(batch)]
 
     def mark_failed(self, rank: int) -> None:
-        """Let rank 0 know that this rank will write no more parts."""
+        """Tell rank 0 that this rank will write no more parts."""
         (self.parts_folder / f"rank{rank}.failed").touch()
 
     def failed(self) -> list[str]:
-        """Ranks that will write no more parts."""
+        """Names of the ranks that will write no more parts."""
         return sorted(path.stem for path in self.parts_folder.glob("*.failed"))
 
     def forget_failures(self) -> None:
-        """Remove what an earlier run said of its ranks."""
+        """Remove the marks of failed ranks that an earlier run left."""
         for marker in self.parts_folder.glob("*.failed"):
             marker.unlink()
 
@@ -59,12 +61,12 @@ def make_parts(
     world_size: int,
     missing: list[int] | None = None,
 ) -> None:
-    """Make this rank's batches and, on rank 0, wait until the others' are there too.
+    """Make this rank's batches. On rank 0, then wait for the other ranks' batches.
 
-    make: writes the part of one batch, and tells its second argument of every few items that are done. missing: what
-    ``parts.missing`` said, where ``make`` is prepared for just these batches in this order. Raises RuntimeError when
-    torchrun has ended, also through what ``make`` tells, and on rank 0 when another one failed or nothing has come for
-    ``STALL_SECONDS``; all parts stay.
+    make: writes the part of one batch and calls its second argument with the number of items done, every few items.
+    missing: the batches to make, in the order that ``make`` expects; None asks ``parts.missing``.
+    Raises RuntimeError when torchrun has ended, and on rank 0 when another rank failed or no part came for
+    ``STALL_SECONDS``. All finished parts stay.
     """
     launcher = Launcher()
 

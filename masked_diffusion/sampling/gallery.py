@@ -1,4 +1,4 @@
-"""Pictures that compare: samples of several settings, states of the denoising, masked images filled, biases."""
+"""Draw pictures that compare: samples of several settings, states of the denoising, filled masks, biases."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -84,7 +84,7 @@ def num_frames(frames: int, out: Path, swept: bool) -> int:
 
 
 def draw(rows: Sequence[Row], frames: int, columns: int | None, class_names: Sequence[str], out: Path) -> None:
-    """Sample and save: a grid of one row's samples, a strip of their states, a table of several rows, or a GIF.
+    """Sample and save a grid of one row's samples, a strip of their states, a table of several rows, or a GIF.
 
     columns: of a grid; None makes a square. class_names: of the labels; those that are missing are shown as numbers.
     """
@@ -150,7 +150,7 @@ def masked_inputs(
 
 
 def reconstruction(inputs: MaskedInputs, make: ImageSampler) -> Image.Image:
-    """A column for each image: itself, masked, and filled in both modes."""
+    """Draw a column for each image: itself, masked, and filled in both modes."""
     rows = [inputs.pixels, np.where(inputs.masked, np.uint8(MASKED_GREY), inputs.pixels)]
     for side in (inputs.side, None):
         inpainting = Inpainting(inputs.known, inputs.hole, side)
@@ -169,7 +169,7 @@ UNUSED_ROWS = 3  # of the table, see models.RelativePositionBias
 
 
 def relative_bias(state: Mapping[str, Tensor], path: Path) -> tuple[Image.Image, float]:
-    """Heat maps of the learned position biases, one row per block, one column per head.
+    """Draw heat maps of the learned position biases, one row per block, one column per head.
 
     In each map the middle is a token's bias towards itself, and above it are those towards tokens above it.
     state: of a model; path: its file, for the message. Returns the picture, and the bias that is shown as full colour.

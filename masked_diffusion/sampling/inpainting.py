@@ -1,8 +1,8 @@
-"""Filling a region of an image by a trained model, with or without MDT's side-interpolater (2303.14389).
+"""Fill a region of an image with a trained model, with or without MDT's side-interpolater (2303.14389).
 
-Inpainting wraps what a sampler is given, as guidance does, so every sampler and guidance can be used: wherever the
-prediction is asked for, the known region of x_t is the known latents at that noise level, and its estimate of x_0 is
-the known latents themselves.
+Inpainting wraps the prediction that a sampler is given, so every sampler and guidance works with it. Before each
+prediction it sets the known region of x_t to the known latents at that noise level; after it, it sets their estimate of
+x_0 to the known latents.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Inpainting:
         return interpolated_by_halves(model, hole_tokens, self.side.patch_size, SampleNoise(seed, indices, "halves"))
 
     def hold(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t with the known region as it is at t. noise: (N, C, h, w), the same at all t.
+        """Set the known region of x_t to the known latents at t. noise: (N, C, h, w), the same at all t.
 
         One noise for all steps is the path of the ODE through the known latents, which solvers stay on.
         """
@@ -143,13 +143,13 @@ def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int
 
 @dataclass(frozen=True)
 class Photo:
-    """An image to be filled. pixels: (S, S, 3) uint8; mask: (S, S) bool, True where to fill."""
+    """An image to fill. pixels: (S, S, 3) uint8; mask: (S, S) bool, True where to fill."""
 
     pixels: np.ndarray
     mask: np.ndarray
 
     def paste_around(self, images: np.ndarray) -> np.ndarray:
-        """Images (N, S, S, 3) with the photo's own pixels outside of the mask."""
+        """Put the photo's own pixels outside of the mask into images (N, S, S, 3)."""
         return np.where(self.mask[..., None], images, self.pixels)
 
     def inpainting(
@@ -178,7 +178,7 @@ def image_channels(first_stage: FirstStage) -> int:
 
 
 def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -> SideInterpolation | None:
-    """What ``--inpaint_mode`` means for a model. Raises ValueError for an unknown mode, or one it cannot do."""
+    """Translate ``--inpaint_mode`` for a model. Raises ValueError for an unknown mode, or one the model cannot do."""
     if mode not in MODES:
         raise ValueError(f"--inpaint_mode {mode}: unknown; choose one of {', '.join(MODES)}")
     if mode == "plain":
@@ -190,7 +190,7 @@ def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -
 
 
 def no_interpolater(model: LatentTransformer, config: RunConfig) -> str | None:
-    """Why a model cannot interpolate masked tokens; None where it can."""
+    """Say why a model cannot interpolate masked tokens; None when it can."""
     if not isinstance(model, MDT):
         return f"{config.model.model} has no side-interpolater"
     # Without masking the mask token stays zero, unless the training began with weights that had learned one.

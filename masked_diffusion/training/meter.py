@@ -1,4 +1,4 @@
-"""Numbers of a training that stay on the device until somebody reads them."""
+"""Collect a training's numbers on the device until they are read."""
 
 import math
 
@@ -11,10 +11,10 @@ QUARTILES = 4
 
 
 class Meter:
-    """Running means that stay on the device: losses of the full and the masked (``m_``) view, over all timesteps and
-    by quartile (``_q0`` ... ``_q3``), the gradient's norm, and how many updates were skipped.
+    """Keep running means on the device: losses of each view, over all timesteps and by quartile (``_q0`` ... ``_q3``),
+    the gradient's norm, and the number of skipped updates.
 
-    The names are fixed from the start, so that a quartile nobody hit takes part in the reduction over ranks.
+    The names are fixed from the start, so a quartile that no image hit still takes part in the reduction over ranks.
     """
 
     def __init__(self, loss_names: list[str], num_timesteps: int, ranks: Ranks) -> None:
@@ -34,13 +34,13 @@ class Meter:
         self._counts += quartile.sum(dim=0)
 
     def add_update(self, norm: Tensor, good: Tensor) -> None:
-        """norm, good: (), alike on all ranks; a gradient norm that is not finite belongs to a skipped update."""
+        """Add an update. norm, good: (), equal on all ranks; a norm that is not finite marks a skipped update."""
         self._updates += torch.stack([torch.where(good, norm, 0), good, ~good]).double()
 
     def flush(self) -> dict[str, float]:
-        """Means over all ranks since the last flush, NaN where there was nothing, and the ``skipped`` updates.
+        """Return means over all ranks since the last flush (NaN without values), and the number of ``skipped`` updates.
 
-        Reduces once, copies once.
+        Collective: every rank must call it. It reduces once and copies to the host once.
         """
         numbers = torch.cat([self._sums.flatten(), self._counts, self._updates])
         *values, norms, made, skipped = self._ranks.sum_(numbers).tolist()
@@ -60,7 +60,7 @@ def _mean(total: float, count: float) -> float:
 
 
 class DelayedFlag:
-    """A flag set on the device and read on the host a step later, so that the host does not wait for the step."""
+    """Read a flag on the host one step after the device set it, so that the host never waits for a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -75,7 +75,7 @@ class DelayedFlag:
             self._arrived.record()
 
     def get(self) -> bool:
-        """The flag that was put last."""
+        """Return the flag that was put last."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return bool(self._value)

@@ -1,4 +1,4 @@
-"""What a step moves and leaves untouched where it is not finite: optimizers, whole or sharded, and averages."""
+"""Optimizers and weight averages that skip an update whose gradients are not finite, sharded or not."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +24,10 @@ EMA_GROUP = 64
 
 
 class GuardedOptimizer:
-    """An optimizer whose step can be refused by a flag on the device.
+    """An optimizer that skips a step when a flag on the device says so.
 
-    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; of no effect in a single process.
-    The state it gives and takes has the format of torch's optimizers, whatever the sharding.
+    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; a single process ignores it.
+    The state dict has the format of torch's optimizers, whatever the sharding.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class GuardedOptimizer:
             self.torch_optimizer = optimizer_class(parameters, **settings)
 
     def step(self, lr: float, good: Tensor) -> None:
-        """Update the parameters from their gradients; neither they nor the state move where ``good``, () bool, is not.
+        """Update the parameters from their gradients. good: () bool; False leaves parameters and state unchanged.
 
-        Only AdamW does without the host's waiting for ``good``: Adan counts its steps there.
+        AdamW needs no wait of the host for ``good``; Adan does, because it counts its steps on the host.
         """
         for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
@@ -62,12 +62,12 @@ class GuardedOptimizer:
 
     @property
     def _moving(self) -> torch.optim.Optimizer:
-        """The optimizer of the parameters that this rank moves."""
+        """The optimizer of the parameters that this rank updates."""
         optimizer = self.torch_optimizer
         return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all parameters; under ``zero`` on rank 0 alone. All ranks have to call it."""
+        """Return the state of all parameters, under ``zero`` on rank 0 only. Collective: every rank must call it."""
         if isinstance(self.torch_optimizer, ZeroRedundancyOptimizer):
             self.torch_optimizer.consolidate_state_dict(to=0)
             if not self._ranks.is_main:
@@ -75,7 +75,7 @@ class GuardedOptimizer:
         return self.torch_optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> float:
-        """Take the moments of a whole state, with the settings of this run. Returns the learning rate it was saved at.
+        """Load the moments of a full state and keep this run's settings. Returns the learning rate saved in the state.
 
         Raises ValueError for the state of another optimizer, and what torch raises for that of another model.
         """
@@ -108,7 +108,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, good: Tensor) -> None:
-        """Take the parameters in. good: () bool on the model's device; False leaves the average as it is."""
+        """Average the parameters in. good: () bool on the model's device; False leaves the average unchanged."""
         weight = good * (1 - float(self.rate))
         parameters = [p.detach() for p in model.parameters()]
         for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
@@ -119,10 +119,10 @@ class EMA:
 
     @contextlib.contextmanager
     def averaged_model(self, model: nn.Module) -> Iterator[Callable[..., Tensor]]:
-        """The model with these weights, to be called without gradients; it is in eval mode while in here.
+        """Call ``model`` with the averaged weights, in eval mode and without gradients, inside this context.
 
-        All ranks have to enter together. model: its parameters are whole, and not used. Shards are whole while in
-        here, on all ranks: 4 bytes per parameter.
+        model: gives the structure; its own parameters are not used. Collective: every rank must enter. Shards are
+        gathered while inside, which takes 4 bytes per parameter on each rank.
         """
 
         def averaged(*args: Any, **kwargs: Any) -> Tensor:

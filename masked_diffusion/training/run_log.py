@@ -1,8 +1,8 @@
-"""The log of a training read back: its columns, what it has cost, and how it compares with a recipe's card.
+"""Read the log of a training: its columns, its cost, and how it compares with a recipe's card.
 
-A card is JSON: which ``settings`` a recipe has, what it has cost, and for each of its ``columns`` of the log the
-``steps``, the ``mean`` of several runs there, and how far a run may be from it (``tolerance``). Losses are means over
-the ``every`` steps before, scores are those of the step itself. A card without columns has not been measured.
+A card is JSON. It holds a recipe's ``settings``, its cost, and for each of its ``columns`` of the log the ``steps``,
+the ``mean`` of several runs there, and how far a run may be from it (``tolerance``). A loss is the mean over the ``every``
+steps before a step; a score is that of the step itself. A card without columns has not been measured.
 """
 
 import csv
@@ -25,7 +25,7 @@ DEVIATIONS = 4.0  # of single runs from their mean that a card allows
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run's log. columns: name -> (rows,) float64, NaN where a row has nothing."""
+    """A run's log. columns: name -> (rows,) float64, NaN where a row has no number."""
 
     folder: Path
     columns: dict[str, np.ndarray]
@@ -39,27 +39,27 @@ class RunLog:
         return self.columns["samples"][-1] / self.steps[-1]
 
     def config(self) -> RunConfig:
-        """Raises FileNotFoundError where there is none."""
+        """Read the run's config.json. Raises FileNotFoundError when it is missing."""
         config = read_config(self.folder)
         if config is None:
             raise FileNotFoundError(f"{self.folder}: no config.json, so the run's model is not known")
         return config
 
     def points(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n,) that have a number in a column, and these numbers."""
+        """Return the rows (n,) that have a number in a column, and these numbers."""
         values = self.columns.get(name, np.full(len(self.steps), math.nan))
         rows = np.flatnonzero(np.isfinite(values))
         return rows, values[rows]
 
     def at(self, name: str, step: int, every: int) -> float:
-        """A column's number at a step, as cards have it; NaN where there is none."""
+        """Return a column's number at a step, as cards define it; NaN when there is none."""
         since = step - 1 if name in METRICS else step - every
         rows, values = self.points(name)
         chosen = values[(self.steps[rows] > since) & (self.steps[rows] <= step)]
         return float(chosen.mean()) if len(chosen) else math.nan
 
     def seconds(self) -> float:
-        """What the training itself has taken, without evaluations."""
+        """Seconds spent in training, without evaluations."""
         images = np.diff(self.columns["samples"], prepend=0.0)
         rates = self.columns["images_per_second"]
         return float((images[rates > 0] / rates[rates > 0]).sum())
@@ -82,7 +82,7 @@ def read_run_log(folder: Path) -> RunLog:
 
 
 def recipe_settings(progress: RunLog) -> dict[str, Any]:
-    """What has to be alike for two runs to be of one recipe."""
+    """Return the settings that two runs of one recipe have in common."""
     config = progress.config()
     training = ("data_dir", "lr", "opt", "lr_anneal_steps", "ema_rate")
     sampling = ("eval_num_samples", "eval_sampler", "eval_sampling_steps", "eval_cfg_scale")
@@ -98,10 +98,10 @@ def recipe_settings(progress: RunLog) -> dict[str, Any]:
 
 
 def make_columns(runs: Sequence[RunLog], every: int) -> dict[str, dict[str, list[float]]]:
-    """The columns of a card from at least two runs that differ in their seeds alone.
+    """Make the columns of a card from two or more runs that differ only in their seeds.
 
-    The deviation of a single run is estimated relative to the mean and over all steps together: that of three runs at
-    one step would hardly be known.
+    The deviation of a single run is estimated relative to the mean and over all steps together, because three runs at
+    one step say little.
     """
     last = int(min(run.steps[-1] for run in runs))
     columns = {}
@@ -122,7 +122,7 @@ def make_columns(runs: Sequence[RunLog], every: int) -> dict[str, dict[str, list
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, and ValueError for what is no card or one that has not been measured."""
+    """Read a card. Raises FileNotFoundError, or ValueError for no card or a card without measurements."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; docs/recipes/ has the cards")
     try:
@@ -159,7 +159,7 @@ class Comparison:
 
 
 def compare(run: RunLog, card: dict[str, Any]) -> list[Comparison]:
-    """All numbers that run and card both have, by step. Losses of a run that diverged are outside."""
+    """Compare all numbers that run and card share, by step. A loss that is not finite counts as outside."""
     found = []
     for name, column in card["columns"].items():
         for step, mean, tolerance in zip(column["steps"], column["mean"], column["tolerance"], strict=True):

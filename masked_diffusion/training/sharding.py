@@ -1,7 +1,7 @@
-"""How the processes of a run share its model: each has all of it, or keeps a shard of it (FSDP, 2304.11277).
+"""Share a model between the processes of a run: each has all of it, or keeps a shard of it (FSDP, 2304.11277).
 
-A shard is a DTensor: its shape is the whole tensor's, its memory this rank's rows. Optimizers and averages take shards
-as they are; only norms and whole tensors need the other ranks.
+A shard is a DTensor: it has the full tensor's shape and holds this rank's rows. Optimizers and averages work on shards
+directly. Only norms and full tensors need the other ranks.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ class Shared(NamedTuple):
 
 
 def share(model: LatentTransformer, shard: str, ranks: Ranks, half: torch.dtype | None = None) -> Shared:
-    """Have the ranks share a model, on their devices. With ``fsdp`` its parameters become shards.
+    """Share a model between the ranks, on their devices. With ``fsdp`` its parameters become shards.
 
-    shard: one of SHARDINGS; of no effect in a single process. half: what autocast computes in, None without it.
+    shard: one of SHARDINGS; a single process ignores it. half: what autocast computes in; None without autocast.
     """
     if ranks.world_size == 1:
         return Shared(model.to(ranks.device), model)
@@ -55,7 +55,7 @@ def share(model: LatentTransformer, shard: str, ranks: Ranks, half: torch.dtype 
 
 
 def _shard(model: LatentTransformer, ranks: Ranks, half: torch.dtype | None) -> None:
-    """Shard each block, which is gathered for its own passes alone, and then what is left."""
+    """Shard each block, so that it is gathered only for its own passes, and then the remaining parameters."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     # Autocast would round the blocks' weights in every pass: rounded before they are sent, they are half as many bytes.
     # It goes on to say what is computed in which precision, so that no inputs are cast.
@@ -69,15 +69,15 @@ def _shard(model: LatentTransformer, ranks: Ranks, half: torch.dtype | None) -> 
 
 
 def _without_weights(model: LatentTransformer) -> LatentTransformer:
-    """A copy with the same buffers, and parameters that have a shape only."""
+    """Copy a model with its buffers, and with parameters that have a shape but no values."""
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Forward and backward in here leave the gradients of replicas unreduced, to be added to.
+    """Inside this context, passes add to the gradients of replicas without reducing them over the ranks.
 
-    Those of shards are reduced in every pass: to wait would take memory for all of them, which is what shards save.
+    Gradients of shards are reduced in every pass; waiting would need the memory that sharding saves.
     """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
@@ -85,12 +85,12 @@ def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that a shard is of, any other as it is. All ranks have to call it."""
+    """Gather a shard into the full tensor; return other tensors unchanged. Collective: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """This rank's shard of a tensor that all ranks have whole, cut as ``pattern``; all of it where that is no shard."""
+    """Cut this rank's shard from a full tensor, as ``pattern`` is cut; return it whole when ``pattern`` is no shard."""
     if not isinstance(pattern, DTensor):
         return tensor
     cut = distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
@@ -98,5 +98,5 @@ def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """2-norm of all tensors together, (), the same on all ranks. All of them have to call it for shards."""
+    """Return the 2-norm of all tensors together, (), equal on all ranks. Collective for shards."""
     return whole(nn.utils.get_total_norm(tensors))

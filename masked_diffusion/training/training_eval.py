@@ -1,7 +1,7 @@
-"""Scores of a training: its EMA is sampled on all ranks, and the evaluator judges the samples.
+"""Score a training: sample its EMA on all ranks and let the evaluator judge the samples.
 
-The evaluator runs as a program of its own beside rank 0: its libraries and the training's never share a process, and
-when it crashes, the training does not. Every draw of a sample has a key, so that the training's own are not touched.
+The evaluator runs as a separate program beside rank 0, so its libraries and the training's never share a process, and a
+crash of the evaluator does not end the training. Samples draw by their own keys and leave the training's draws alone.
 """
 
 import contextlib
@@ -114,11 +114,11 @@ class EvalConfig:
 
 
 class EvaluationError(RuntimeError):
-    """An evaluation that came to no score, on all ranks alike."""
+    """An evaluation gave no score. Raised on all ranks."""
 
 
 class EvaluationStoppedError(EvaluationError):
-    """One that ended because some rank is asked to stop."""
+    """An evaluation ended because a rank was asked to stop. Raised on all ranks."""
 
 
 class Evaluation:
@@ -152,19 +152,21 @@ class Evaluation:
 
     @property
     def no_scores(self) -> Scores:
-        """The columns of a row of the log where nothing was evaluated."""
+        """The evaluation's columns in a row without an evaluation."""
         return dict.fromkeys([*METRICS, COUNT], math.nan)
 
     def is_due(self, step: int) -> bool:
         return step > 0 and step % self.config.eval_interval == 0
 
     def is_done(self, step: int) -> bool:
-        """Whether this step has a score."""
+        """True when this step has a score."""
         return self._ranks.from_main(lambda: (self._step_folder(step) / REPORT_NAME).is_file())
 
     def try_out(self, leave_no_trace: bool = False) -> None:
-        """Score a few images of noise: this finds out what is wrong with reference, network and libraries, and leaves
-        the reference's features in the evaluator's cache. Raises ValueError with what the evaluator says."""
+        """Score a few images of noise, to find a wrong reference, network or library before the training starts.
+
+        This also fills the evaluator's cache of the reference's features. Raises ValueError with the evaluator's
+        words."""
         with contextlib.ExitStack() as stack:
             noise = None
             if self._ranks.is_main:
@@ -296,7 +298,7 @@ class Evaluation:
         return {**scores, COUNT: samples.num_samples}
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
-        """Do something on rank 0 and give its result to all. Raises EvaluationError everywhere where that fails."""
+        """Run a function on rank 0 and give its result to all. Raises EvaluationError on all ranks when it fails."""
         try:
             return self._ranks.from_main(work)
         except Exception as error:  # of whatever kind: a score is no reason to lose a training
@@ -314,18 +316,18 @@ class Evaluation:
 
 
 def describe_scores(scores: Scores) -> str:
-    """For the log: the numbers by the evaluator's names, and how many samples they are of."""
+    """Describe scores for the log, with the evaluator's names and the number of samples."""
     numbers = [f"{name} {scores[column]:.4g}" for column, name in METRICS.items() if not math.isnan(scores[column])]
     return f"{', '.join(numbers)} of {scores[COUNT]:.0f} samples"
 
 
 def lone_environment() -> dict[str, str]:
-    """This process's environment without what a launcher told it."""
+    """Return this process's environment without the variables of a launcher."""
     told = OF_TORCHRUN + OF_MPI_AND_SLURM
     return {name: value for name, value in os.environ.items() if not name.startswith(told)}
 
 
 def _last_line(log: Path) -> str:
-    """What the evaluator said last, which is why it ended."""
+    """Return the last line that the evaluator wrote; it says why it ended."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"it ended without a word, see {log}"
