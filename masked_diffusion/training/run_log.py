@@ -1,8 +1,8 @@
 """Read the log of a training: its columns, its cost, and how it compares with a recipe's card.
 
 A card is JSON. It holds a recipe's ``settings``, its cost, and for each of its ``columns`` of the log the ``steps``,
-the ``mean`` of several runs there, and how far a run may be from it (``tolerance``). A loss is the mean over the ``every``
-steps before a step; a score is that of the step itself. A card without columns has not been measured.
+the ``mean`` of several runs there, and how far a run may be from it (``tolerance``). A loss is the mean over the
+``every`` steps before a step; a score is that of the step itself. A card without columns has not been measured.
 """
 
 import csv
