@@ -34,6 +34,7 @@ from masked_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     explicit_flags,
+    finite_float,
     interval,
     optional,
     run_script,
@@ -116,8 +117,8 @@ def create_argparser() -> argparse.ArgumentParser:
     }
     types: dict[str, Callable[[str], Any]] = {
         "decode_layer": optional(int),
-        "cfg_scale": float,
-        "scale_pow": float,
+        "cfg_scale": finite_float,
+        "scale_pow": finite_float,
         "num_sampling_steps": int,
         "cfg_interval": interval,
     }

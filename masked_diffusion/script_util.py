@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import traceback
@@ -63,6 +64,20 @@ def str2bool(value: str | bool) -> bool:
     raise argparse.ArgumentTypeError(f"expected True or False, got {value!r}")
 
 
+def finite_float(text: str) -> float:
+    """The type of every flag that takes a float. Raises argparse.ArgumentTypeError for text, nan, inf and 1e999.
+
+    A nan passes every later check of a range (all comparisons are False) and spoils the work without a word.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
 def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """Converter of a flag that may be given as ``None``."""
 
@@ -81,6 +96,10 @@ def interval(text: str) -> list[int]:
     return [int(low), int(high)]
 
 
+# What turns text into a value of a default's type, where that is not the type itself.
+CONVERTERS: dict[type, Callable[[str], Any]] = {bool: str2bool, float: finite_float}
+
+
 def add_dict_to_argparser(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup,
     defaults: dict[str, Any],
@@ -89,13 +108,14 @@ def add_dict_to_argparser(
 ) -> None:
     """Add one flag ``--name`` per entry of ``defaults``.
 
-    A flag's type is its default's (booleans through :func:`str2bool`), or the entry of ``types``, which flags with a
-    default of None need. helps: help texts by name.
+    A flag's type is its default's (booleans through :func:`str2bool`, floats through :func:`finite_float`), or the
+    entry of ``types``, which flags with a default of None need. helps: help texts by name.
     """
     for name, default in defaults.items():
         convert = (types or {}).get(name)
         if convert is None:
-            convert = str2bool if isinstance(default, bool) else str if default is None else type(default)
+            kind = str if default is None else type(default)
+            convert = CONVERTERS.get(kind, kind)
         text = (helps or {}).get(name, "")
         parser.add_argument(f"--{name}", default=default, type=convert, help=f"{text} (default: {default!r})".strip())
 

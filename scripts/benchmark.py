@@ -55,7 +55,14 @@ from masked_diffusion.image_datasets import load_data
 from masked_diffusion.randomness import training_draws
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.sample_set import SampleSet, generate
-from masked_diffusion.script_util import add_dict_to_argparser, args_to_dict, optional, run_script, str2bool
+from masked_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    finite_float,
+    optional,
+    run_script,
+    str2bool,
+)
 
 # A published sampling run: figures of a few steps are extrapolated to it.
 FULL_SAMPLING_STEPS = 250
@@ -296,7 +303,7 @@ def in_child(case: str, argv: Sequence[str], processes: int = 1) -> str:
 
 def create_argparser() -> argparse.ArgumentParser:
     defaults = {"case": "train_step,sample,data,assemble", **DEFAULTS, "device": "auto", "out": ""}
-    types = {"mask_ratio": optional(float), "decode_layer": optional(int), "tf32": optional(str2bool)}
+    types = {"mask_ratio": optional(finite_float), "decode_layer": optional(int), "tf32": optional(str2bool)}
     parser = argparse.ArgumentParser(description="Measure speed and peak memory; prints a JSON object per case.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     return parser

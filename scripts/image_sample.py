@@ -36,6 +36,7 @@ from masked_diffusion.script_util import (
     add_launcher_flags,
     args_to_dict,
     explicit_flags,
+    finite_float,
     interval,
     optional,
     place_from_args,
@@ -106,7 +107,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "device": "auto",
     }
     types = {
-        "mask_ratio": optional(float),
+        "mask_ratio": optional(finite_float),
         "decode_layer": optional(int),
         "num_classes": optional(int),
         "cfg_interval": interval,

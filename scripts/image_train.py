@@ -47,6 +47,7 @@ from masked_diffusion.script_util import (
     args_to_dict,
     choose_num_workers,
     explicit_flags,
+    finite_float,
     optional,
     place_from_args,
     run_script,
@@ -170,7 +171,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "preview_steps": 25,
         **dataclasses.asdict(EvalConfig()),
     }
-    types = {name: optional(float) for name in ("mask_ratio", "min_snr_gamma")}
+    types = {name: optional(finite_float) for name in ("mask_ratio", "min_snr_gamma")}
     types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
     parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
     add_dict_to_argparser(parser, defaults, types, HELPS)

@@ -28,6 +28,7 @@ from masked_diffusion.script_util import (
     SAMPLER_HELPS,
     add_dict_to_argparser,
     explicit_flags,
+    finite_float,
     optional,
     run_script,
 )
@@ -66,7 +67,7 @@ def create_argparser() -> argparse.ArgumentParser:
     }
     parser = argparse.ArgumentParser(description="Look into a trained model.")
     parser.add_argument("mode", choices=MODES, help="heat maps of the position biases, or images masked and filled")
-    add_dict_to_argparser(parser, defaults, {"mask_ratio": float, "decode_layer": optional(int)}, HELPS)
+    add_dict_to_argparser(parser, defaults, {"mask_ratio": finite_float, "decode_layer": optional(int)}, HELPS)
     return parser
 
 

@@ -13,6 +13,7 @@ from masked_diffusion.script_util import (
     add_launcher_flags,
     args_to_dict,
     explicit_flags,
+    finite_float,
     optional,
     place_from_args,
     run_script,
@@ -26,7 +27,7 @@ DEFAULTS = {"lr": 3e-4, "batch_size": 1, "use_fp16": False, "random_flip": True,
 @pytest.fixture
 def parser():
     parser = argparse.ArgumentParser()
-    add_dict_to_argparser(parser, DEFAULTS, {"mask_ratio": optional(float)}, {"lr": "learning rate"})
+    add_dict_to_argparser(parser, DEFAULTS, {"mask_ratio": optional(finite_float)}, {"lr": "learning rate"})
     add_launcher_flags(parser)
     return parser
 
@@ -117,10 +118,19 @@ def test_explicit_flags_reads_the_command_line_when_no_arguments_are_given(parse
     assert explicit_flags(parser, None) == {"lr"}
 
 
+@pytest.mark.parametrize("flag", ["lr", "mask_ratio"])
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf", "Infinity", "1e999", "x", ""])
+def test_a_float_flag_that_is_no_finite_number_is_a_usage_error(parser, capsys, flag, text):
+    with pytest.raises(SystemExit) as refused:
+        parser.parse_args([f"--{flag}={text}"])
+    assert refused.value.code == 2
+    assert f"argument --{flag}: expected a finite number, got {text!r}" in capsys.readouterr().err
+
+
 @given(names=st.sets(st.sampled_from(sorted(DEFAULTS))))
 def test_exactly_the_given_flags_are_explicit(names):
     parser = argparse.ArgumentParser()
-    add_dict_to_argparser(parser, DEFAULTS, {"mask_ratio": optional(float)})
+    add_dict_to_argparser(parser, DEFAULTS, {"mask_ratio": optional(finite_float)})
     argv = [f"--{name}={DEFAULTS[name]}" for name in sorted(names)]
     assert explicit_flags(parser, argv) == names
     assert args_to_dict(parser.parse_args(argv), DEFAULTS) == DEFAULTS

@@ -1,7 +1,9 @@
 """The command line is a contract: people's scripts depend on the names and defaults of flags."""
 
+import argparse
+
 import pytest
-from support import script
+from support import REPO, script
 
 MODEL_AND_DIFFUSION = {
     "image_size": 256, "mask_ratio": None, "decode_layer": None, "class_cond": True, "use_fp16": False,
@@ -63,3 +65,32 @@ def test_flags_and_defaults_are_the_contract(path):
 def test_every_flag_has_help(path):
     for action in script(path).create_argparser()._actions:
         assert action.help and not action.help.startswith("(default"), action.dest
+
+
+PARSERS = [
+    path.relative_to(REPO).as_posix()
+    for path in (*sorted((REPO / "scripts").glob("*.py")), REPO / "infer_mdt.py")
+    if "def create_argparser" in path.read_text(encoding="utf-8")
+]
+
+
+def is_float_flag(action):
+    try:
+        return isinstance(action.type("0.5"), float)
+    except (TypeError, ValueError, argparse.ArgumentTypeError):  # TypeError: a switch or a string, without a type
+        return False
+
+
+@pytest.mark.parametrize("path", PARSERS)
+def test_every_float_flag_refuses_what_is_not_finite(path):
+    for action in filter(is_float_flag, script(path).create_argparser()._actions):
+        for text in ("nan", "inf", "-inf", "1e999"):
+            with pytest.raises(argparse.ArgumentTypeError, match="expected a finite number"):
+                action.type(text)
+
+
+def test_the_float_flags_of_the_scripts_are_found():
+    flags = {
+        action.dest for path in PARSERS for action in script(path).create_argparser()._actions if is_float_flag(action)
+    }
+    assert {"cfg_scale", "scale_pow", "mask_ratio", "lr", "min_snr_gamma", "max_bad_share"} <= flags
