@@ -29,8 +29,9 @@ from masked_diffusion.resample import UniformSampler
 from masked_diffusion.runs.checkpoint import Start
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.image_sampler import SamplerConfig
-from masked_diffusion.train_util import Batch, TrainConfig, TrainLoop
+from masked_diffusion.train_util import Batch, TrainLoop
 from masked_diffusion.training.sharding import no_sync
+from masked_diffusion.training.train_config import TrainConfig
 
 SD_DOWNSAMPLE, SD_CHANNELS = 8, 4
 MLP_RATIO, PRODUCTS = 4, 50

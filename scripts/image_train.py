@@ -52,8 +52,9 @@ from masked_diffusion.script_util import (
     place_from_args,
     run_script,
 )
-from masked_diffusion.train_util import TrainConfig, TrainLoop, training_record
+from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.optimizers import OPTIMIZERS
+from masked_diffusion.training.train_config import TrainConfig, training_record
 from masked_diffusion.training.training_eval import EvalConfig, Evaluation
 
 HELPS = {

@@ -9,8 +9,8 @@ import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, script, weights
 
 from masked_diffusion.runs.checkpoint import read_weights
-from masked_diffusion.train_util import TrainConfig
 from masked_diffusion.training.meter import Meter
+from masked_diffusion.training.train_config import TrainConfig
 
 TRAIN = "scripts/image_train.py"
 
@@ -387,7 +387,7 @@ def test_a_preview_that_fails_does_not_stop_the_training(train, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no room for pictures")
 
-    monkeypatch.setattr("masked_diffusion.train_util.ImageSampler", out_of_memory)
+    monkeypatch.setattr("masked_diffusion.training.preview.ImageSampler", out_of_memory)
     folder = train("--preview_samples", "2", "--save_interval", "1")
     assert (folder / "checkpoint000002.json").exists() and not list(folder.glob("preview*"))
 

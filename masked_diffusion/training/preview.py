@@ -1,0 +1,55 @@
+"""A picture of how far a training is: a grid of samples from its weight average."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.models import family_of
+from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.pictures import grid, save_picture
+from masked_diffusion.training.train_config import TrainConfig
+
+
+class Preview:
+    """Draws ``preview_{step:06d}.png``, the same seeds and labels each time.
+
+    report: told of a preview that cannot be drawn, which is no reason to stop.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_config: RunConfig,
+        first_stage: FirstStage,
+        device: torch.device,
+        folder: Path,
+        report: Callable[[str], None],
+    ) -> None:
+        self._count = config.preview_samples
+        self._run_config = run_config
+        self._first_stage = first_stage
+        self._device = device
+        self._folder = folder
+        self._report = report
+        self._sampler = SamplerConfig(
+            num_sampling_steps=min(config.preview_steps, run_config.diffusion.diffusion_steps),
+            sampler="ddim",
+            cfg_cond=run_config.class_cond,
+            **SAMPLING[family_of(run_config.model.model)],
+        )
+
+    def draw(self, step: int, averaged: Callable[..., Tensor]) -> None:
+        """averaged: the model with its averaged weights, in eval mode."""
+        num_classes = self._run_config.model.num_classes
+        numbers = range(self._count)
+        labels = [i % num_classes if self._run_config.class_cond else num_classes for i in numbers]
+        try:
+            make = ImageSampler(averaged, self._run_config, self._sampler, self._first_stage, self._device)
+            save_picture(grid(make(numbers, labels)), self._folder / f"preview_{step:06d}.png")
+        except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
+            self._report(f"no preview of step {step}: {error}")

@@ -1,0 +1,129 @@
+"""Settings of the training loop."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.training.optimizers import OPTIMIZERS
+from masked_diffusion.training.sharding import SHARDINGS
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
+    in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing. grad_clip: largest norm
+    of the whole model's gradient, 0 for any."""
+
+    opt: str = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0
+    shard: str = "none"
+    lr_anneal_steps: int = 0
+    max_steps: int = 0
+    batch_size: int = 1
+    microbatch: int = -1
+    ema_rate: str = "0.9999"
+    log_interval: int = 10
+    save_interval: int = 10000
+    use_fp16: bool = False
+    fp16_scale_growth: float = 1e-3
+    use_bf16: bool = False
+    compile: bool = False
+    grad_checkpointing: bool = False
+    seed: int = 0
+    max_bad_steps: int = 10
+    max_bad_share: float = 0.01
+    keep_checkpoints: int = 0
+    keep_every: int = 0
+    weights_format: str = "pt"
+    preview_samples: int = 16
+    preview_steps: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_interval", "save_interval", "preview_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in (
+            "weight_decay",
+            "grad_clip",
+            "lr_anneal_steps",
+            "max_steps",
+            "preview_samples",
+            "keep_checkpoints",
+            "keep_every",
+            "max_bad_steps",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"--max_bad_share {self.max_bad_share}: must be in [0, 1], a share of the images")
+        for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
+        if not self.lr > 0:
+            raise ValueError(f"--lr {self.lr}: must be positive")
+        if self.keep_every and not self.keep_checkpoints:
+            raise ValueError(f"--keep_every {self.keep_every}: needs --keep_checkpoints; without it all are kept")
+        if self.microbatch == 0 or self.microbatch < -1:
+            raise ValueError(f"--microbatch {self.microbatch}: must be at least 1, or -1 for the whole batch")
+        if self.use_fp16 and self.use_bf16:
+            raise ValueError("--use_fp16 and --use_bf16: choose one")
+        if self.weights_format not in checkpoint.WEIGHTS_FORMATS:
+            known = ", ".join(checkpoint.WEIGHTS_FORMATS)
+            raise ValueError(f"--weights_format {self.weights_format}: unknown; choose one of {known}")
+        for rate in self.ema_rates:
+            try:
+                valid = 0 <= float(rate) < 1
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"--ema_rate {self.ema_rate}: expected numbers in [0, 1), separated by commas")
+
+    @property
+    def ema_rates(self) -> list[str]:
+        """The rates as they were written, which is how files are named after them."""
+        return list(dict.fromkeys(rate.strip() for rate in self.ema_rate.split(",")))
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """What autocast computes in, None for full precision."""
+        return torch.float16 if self.use_fp16 else torch.bfloat16 if self.use_bf16 else None
+
+    @property
+    def last_step(self) -> int | None:
+        """Where the run ends, None for never."""
+        ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
+        return min(ends) if ends else None
+
+    def on_ranks(self, world_size: int, former: dict[str, Any] | None) -> "TrainConfig":
+        """These settings with the global batch of the run that is resumed, when only the number of processes changed.
+
+        former: the checkpoint's ``batch_size`` (the flag) and ``global_batch``, None where there are none. A pass
+        never holds more images than it did. Raises ValueError when the processes cannot share the batch equally.
+        """
+        if former is None or former.get("batch_size") != self.batch_size:
+            return self
+        global_batch = former["global_batch"]
+        if global_batch % world_size:
+            raise ValueError(
+                f"the run to resume has a global batch of {global_batch}, which {world_size} processes cannot share "
+                "equally: start another number of them, or choose a new batch with --batch_size"
+            )
+        batch_size = global_batch // world_size
+        microbatch = self.batch_size if self.microbatch < 0 and batch_size > self.batch_size else self.microbatch
+        return dataclasses.replace(self, batch_size=batch_size, microbatch=microbatch)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the update after ``step`` completed ones."""
+        if not self.lr_anneal_steps:
+            return self.lr
+        return self.lr * (1 - step / self.lr_anneal_steps)
+
+
+def training_record(config: TrainConfig, **further: Any) -> dict[str, Any]:
+    """What ``config.json`` says of the training beside model, process and data."""
+    return {**dataclasses.asdict(config), **further}
