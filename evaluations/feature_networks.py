@@ -66,7 +66,11 @@ class FeatureNetwork(ABC):
 
 
 class ExportedProgram(FeatureNetwork):
-    """A `.pt2` file, which takes uint8 (n, 3, H, W)."""
+    """A `.pt2` file, which takes uint8 (n, 3, H, W).
+
+    Loading one can run any code: torch.export falls back to unpickling, evaluates shapes as Python expressions and
+    looks functions up by name. `check_network_options` asks for the user's word before.
+    """
 
     def __init__(self, path: Path, device: str = "auto") -> None:
         """Load the program. Raises ImportError without torch, ValueError for another file or device."""
@@ -153,12 +157,26 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="FD and KID with a network of your own, too: a .pt2 of torch.export, or a frozen TensorFlow graph (.pb)",
     )
+    parser.add_argument(
+        "--trust_features",
+        type=_true_or_false,
+        default=False,
+        metavar="True",
+        help="load a .pt2 in --features although it can run any code, because you trust who made it",
+    )
     parser.add_argument("--features_node", metavar="NAME", help="node of the --features graph that holds the features")
     parser.add_argument(
         "--features_input",
         metavar="NAME",
         help="node of the --features graph that takes the images (default: its only placeholder)",
     )
+
+
+def _true_or_false(text: str) -> bool:
+    """The value of a switch. Raises argparse.ArgumentTypeError for another word."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() == "true"
 
 
 def check_network_options(options: argparse.Namespace) -> None:
@@ -170,6 +188,8 @@ def check_network_options(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--features {path}: expected a file that ends in {PROGRAM} (torch.export) or {GRAPH} (TensorFlow)"
         )
+    if options.trust_features and (path is None or path.suffix != PROGRAM):
+        raise ValueError(f"--trust_features True: has no effect without a program ({PROGRAM}) in --features")
     if path is not None and path.suffix == GRAPH:
         if options.features_node is None:
             raise ValueError(
@@ -181,6 +201,11 @@ def check_network_options(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name} {getattr(options, name)}: has no effect without a graph ({GRAPH}) in --features"
             )
+    if path is not None and path.suffix == PROGRAM and not options.trust_features:
+        raise ValueError(
+            f"--features {path}: a {PROGRAM} can run any code while it is loaded; add --trust_features True if you "
+            f"trust who made it, or give a TensorFlow graph ({GRAPH}), which cannot"
+        )
 
 
 def load_network(options: argparse.Namespace) -> FeatureNetwork | None:

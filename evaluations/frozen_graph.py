@@ -16,6 +16,17 @@ from typing import Any
 
 import numpy as np
 
+# Operations that keep a state or draw numbers, and do no more than that.
+_HARMLESS_STATE = re.compile(
+    r"(Assert|CheckNumerics(V2)?|GuaranteeConst|Random(Uniform|UniformInt|StandardNormal)|TruncatedNormal|TensorArray.*"
+    r"|Empty|If|While|Case|StatefulPartitionedCall|Variable(V2)?|VarHandleOp|ReadVariableOp|AssignVariableOp"
+    r"|VarIsInitializedOp)"
+)
+# Operations that take strings, handles or further objects, and do no more than compute.
+_HARMLESS_ARGUMENTS = re.compile(rf"({_HARMLESS_STATE.pattern}|Decode(AndCrop)?(Jpeg|Png|Gif|Bmp|Image|Raw|Base64))")
+# Operations that write or map files, or call what is no TensorFlow, by the word of an attribute.
+_BY_ATTRIBUTE = re.compile(r"(Debug.*|Copy|CopyHost|ImmutableConst|PyFunc.*|Xla(CustomCall|Launch).*|Mlir.*)")
+
 
 class FrozenGraph:
     """A `.pb` file as TensorFlow reads it. definition: the GraphDef."""
@@ -23,7 +34,7 @@ class FrozenGraph:
     def __init__(self, path: Path, instead: str) -> None:
         """Read the file. instead: what else can be done where TensorFlow is missing.
 
-        Raises ImportError when it is, ValueError when the file is no graph.
+        Raises ImportError when it is, ValueError when the file is no graph or one that could touch files or run code.
         """
         self.path = path
         self._tf = _import_tensorflow(instead)
@@ -34,6 +45,35 @@ class FrozenGraph:
         except Exception as error:  # protobuf's DecodeError: protobuf is TensorFlow's business, not imported here
             raise ValueError(f"{path}: not a frozen TensorFlow graph ({error})") from error
         self.names = [node.name for node in self.definition.node]
+        self._refuse_what_does_more_than_compute()
+
+    def _refuse_what_does_more_than_compute(self) -> None:
+        """Raise ValueError for an operation that could read or write files, print, connect or run code.
+
+        TensorFlow has those among its operations and would run them as any other. Import runs some already, so all of
+        the file is looked at, and before it.
+        """
+        functions = [function.node_def for function in self.definition.library.function]
+        for nodes in (self.definition.node, *functions):
+            for node in nodes:
+                if self._does_more_than_compute(node.op):
+                    raise ValueError(
+                        f"{self.path}: refused, because its node {node.name} ({node.op}) could read or write files or "
+                        "run code; features need no such operation"
+                    )
+
+    def _does_more_than_compute(self, operation: str) -> bool:
+        definition = importlib.import_module("tensorflow.python.framework.op_def_registry").get(operation)
+        if definition is None:  # a function of the file, whose body is looked at, too, or nothing that can be imported
+            return False
+        types = self._tf.dtypes
+        objects = {kind.as_datatype_enum for kind in (types.string, types.resource, types.variant)}
+        takes_objects = any(argument.type in objects for argument in (*definition.input_arg, *definition.output_arg))
+        return (
+            bool(_BY_ATTRIBUTE.fullmatch(operation))
+            or (definition.is_stateful and not _HARMLESS_STATE.fullmatch(operation))
+            or (takes_objects and not _HARMLESS_ARGUMENTS.fullmatch(operation))
+        )
 
     def tensor(self, name: str) -> Any:
         """A tensor of the graph as it is in the file, for its type and shape."""

@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,22 @@ def test_a_damaged_folder_is_refused_in_one_sentence(tmp_path, harm):
     else:
         (tmp_path / "config.json").write_text('{"model_type": "vit", "hidden_size": 12}')
     assert "cannot load this autoencoder" in assert_refused_soon(str(tmp_path))
+
+
+def test_an_autoencoder_with_pickled_code_is_refused_and_its_code_does_not_run(tmp_path):
+    save_tiny_autoencoder(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    armed, marker = tmp_path / "vae" / "diffusion_pytorch_model.bin", tmp_path / "marker"
+
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"w": Touch()}, armed)
+    assert_refused_soon(str(tmp_path / "vae"))
+    assert not marker.exists()
+    torch.load(armed, weights_only=False)
+    assert marker.exists(), "the crafted file does nothing, so this test proves nothing"
 
 
 # -- pixel space -------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def export(path: Path, network: torch.nn.Module) -> Path:
 def test_everything_at_once_is_printed_after_the_five_and_reported(pair, tmp_path, capsys):
     exported = export(tmp_path / "means.pt2", Means())
     out, page, picture = tmp_path / "report.json", tmp_path / "report.html", tmp_path / "nearest.png"
-    options = ["--no_cache", "--kid", "--features", exported, "--ci", 5, "--per_class"]
+    options = ["--no_cache", "--kid", "--features", exported, "--trust_features", "True", "--ci", 5, "--per_class"]
     status, stdout, stderr = run(capsys, evaluator, *pair, *options, "--out", out, "--html", page, "--nearest", picture)
     assert status == 0, stderr
     names = [line.split(": ")[0] for line in stdout.splitlines()]
@@ -202,8 +202,9 @@ def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, caps
         ([*pair, "--features", tmp_path / "taken.html"], r"taken.html: expected a file that ends in .pt2 .* or .pb"),
         ([*pair, "--features", bad, "--features_node", "x"], "--features_node x: has no effect without a graph"),
         ([*pair, "--features_input", "x"], "--features_input x: has no effect without a graph"),
-        ([*pair, "--features", bad], "--features .*bad.pt2: not a program that torch.export.save wrote"),
-    ):
+        ([*pair, "--features", bad, "--trust_features", "True"],
+         "--features .*bad.pt2: not a program that torch.export.save wrote"),
+    ):  # fmt: skip
         status, stdout, err = run(capsys, evaluator, *arguments, "--no_cache")
         assert (status, stdout) == (2, "") and re.search(message, err.splitlines()[-1]), err
     assert (tmp_path / "taken.html").read_text() == "precious"

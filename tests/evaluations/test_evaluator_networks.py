@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_evaluator_extras import export
+from test_evaluator_extras import Means, export
 from test_evaluator_folders import images, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,6 +22,7 @@ import evaluator  # noqa: E402
 import more_metrics  # noqa: E402
 from feature_networks import ExportedProgram, FeatureNetwork, GraphFeatures  # noqa: E402
 from fidelity_metrics import frechet_distance  # noqa: E402
+from inception_graph import InceptionGraph  # noqa: E402
 from support import environment, run_command  # noqa: E402
 from torch_runtime import full_precision_inference  # noqa: E402
 
@@ -125,6 +128,77 @@ def test_files_that_are_no_graph_and_missing_tensorflow_are_one_sentence(graph, 
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     line = refusal(capsys, pair, "--features", graph, *options)
     assert "pip install -r evaluations/requirements.txt, or give a program of torch.export to --features" in line
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_program_that_runs_code_when_it_is_loaded_is_not_loaded_without_the_users_word(pair, tmp_path, capsys):
+    crafted, made = tmp_path / "crafted.pt2", tmp_path / "made"
+    pickled = io.BytesIO()
+    torch.save(Touch(made), pickled)
+    with zipfile.ZipFile(export(tmp_path / "means.pt2", Means())) as program, zipfile.ZipFile(crafted, "w") as archive:
+        for name in program.namelist():
+            archive.writestr(name, pickled.getvalue() if "sample_inputs" in name else program.read(name))
+    line = refusal(capsys, pair, "--features", crafted)
+    assert "crafted.pt2: a .pt2 can run any code while it is loaded; add --trust_features True if you trust" in line
+    refusal(capsys, pair, "--features", crafted, "--trust_features", "False")
+    assert not made.exists()
+    run(capsys, evaluator, *pair, "--no_cache", "--features", crafted, "--trust_features", "True")
+    assert made.exists(), "the crafted file does nothing, so this test proves nothing"
+
+
+def test_trust_where_nothing_needs_it_is_refused(graph, pair, capsys):
+    message = "--trust_features True: has no effect without a program (.pt2) in --features"
+    assert message in refusal(capsys, pair, "--trust_features", "True")
+    assert message in refusal(capsys, pair, "--features", graph, "--features_node", "pool", "--trust_features", "True")
+    assert "expected True or False, got 'perhaps'" in refusal(capsys, pair, "--trust_features", "perhaps")
+
+
+def graph_that_touches(tf, path: Path, how: str) -> Path:
+    """A graph of mean colours that would write or read a file while it computes them."""
+    tf1, target = tf.compat.v1, str(path.with_suffix(".made"))
+    with tf1.Graph().as_default() as graph:
+        pixels = tf1.placeholder(tf.float32, [None, None, None, 3], name="pixels")
+        if how == "write":
+            with tf.control_dependencies([tf.io.write_file(target, "x")]):
+                tf.reduce_mean(pixels, axis=[1, 2], name="means")
+        elif how == "read":
+            length = tf.cast(tf.strings.length(tf.io.read_file(target)), tf.float32)
+            tf.add(tf.reduce_mean(pixels, axis=[1, 2]), length, name="means")
+        elif how == "debug":
+            copy = tf.raw_ops.DebugIdentity(input=pixels, debug_urls=[f"file://{target}"])
+            tf.reduce_mean(copy, axis=[1, 2], name="means")
+        elif how == "function":
+
+            @tf.function
+            def means(images):
+                tf.io.write_file(target, "x")
+                return tf.reduce_mean(images, axis=[1, 2])
+
+            tf.identity(means(pixels), name="means")
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    "how, operation",
+    [("write", "WriteFile"), ("read", "ReadFile"), ("debug", "DebugIdentity"), ("function", "WriteFile")],
+)
+def test_a_graph_that_would_touch_files_is_refused_before_it_is_run(how, operation, tf, pair, tmp_path, capsys):
+    path = graph_that_touches(tf, tmp_path / "graph.pb", how)
+    line = refusal(capsys, pair, "--features", path, "--features_node", "means", "--features_input", "pixels")
+    assert re.search(rf"graph.pb: refused, because its node .* \({operation}\) could read or write files", line), line
+    assert not path.with_suffix(".made").exists()
+    with pytest.raises(ValueError, match=f"{operation}.* could read or write files or run code"):
+        InceptionGraph(path, "0" * 64)  # the suite's own graph is one of the user's, too
 
 
 def test_images_of_another_size_in_the_reference_are_found_before_the_work(graph, pair, tmp_path, capsys, monkeypatch):
