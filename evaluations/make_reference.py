@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from atomic_file import atomic_file
 from command_line import Parser, add_backend_options, check_backend_options, load_backend, progress, say, say_error
 from feature_extraction import FeatureBackend, Features, features_of_batches
 from sample_sets import open_images
+
+if TYPE_CHECKING:
+    from masked_diffusion.data.source import ImageSource
 
 LATENTS = ("latents.json", "latents_unfinished.json")  # by which a folder of scripts/encode_latents.py is known
 CHECKED_TOGETHER = 64  # images
@@ -46,16 +49,19 @@ class RealImages(Protocol):
 
 @dataclass(frozen=True)
 class CroppedImages:
-    """Image files of any format and size, read and cropped to squares as for a training; needs the package."""
+    """Images of any format and size, read and cropped to squares as for a training; needs the package.
+
+    source: their ``masked_diffusion.data.source.ImageSource``.
+    """
 
     path: Path
-    files: list[str]
+    source: ImageSource
     side: int
 
     @property
     def count(self) -> int:
         """Number of images N."""
-        return len(self.files)
+        return len(self.source)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -66,13 +72,13 @@ class CroppedImages:
         """Yield uint8 (n, side, side, 3) in order. Raises ValueError for a file that is no image."""
         with ThreadPoolExecutor() as readers:  # decoders do not hold Python's lock
             for start in range(0, self.count, batch_size):
-                yield np.stack(list(readers.map(self._read, self.files[start : start + batch_size])))
+                batch = range(start, min(start + batch_size, self.count))
+                yield np.stack(list(readers.map(self._read, batch)))
 
-    def _read(self, file: str) -> np.ndarray:
-        from masked_diffusion.data.image_files import read_image
+    def _read(self, index: int) -> np.ndarray:
         from masked_diffusion.image_datasets import center_crop_arr
 
-        return center_crop_arr(read_image(file), self.side)
+        return center_crop_arr(self.source.picture(index), self.side)
 
     def verify(self) -> None:
         """Read all images once, saying so now and then. Raises as `batches`."""
@@ -92,35 +98,38 @@ def open_cropped(path: Path, side: int | None) -> CroppedImages:
     if not path.is_dir():
         raise ValueError(f"{path}: --image_size crops the images of a folder; an .npz holds images of one size")
     try:
-        from masked_diffusion.data.image_files import join, list_image_files
+        from masked_diffusion.data.sources import open_images as open_source_of_images
     except ImportError as error:
         raise ImportError(
             f"{path}: its images are cropped as for a training, with the package masked_diffusion, which cannot be "
             f"imported ({error}); install it, or give a folder of PNG files of one size"
         ) from error
     if side is None:
-        files, side = images_behind_latents(path)
+        source, side = images_behind_latents(path)
     else:
-        files = [join(str(path), file) for file in list_image_files(str(path))]
-    if len(files) < 2:
+        source = open_source_of_images(str(path))
+    if len(source) < 2:
         raise ValueError(f"{path}: a folder with 1 image, at least 2 are needed for a covariance")
-    return CroppedImages(path, files, side)
+    return CroppedImages(path, source, side)
 
 
-def images_behind_latents(path: Path) -> tuple[list[str], int]:
-    """The files that were encoded, in the order of their latents, and the side they were cropped to.
+def images_behind_latents(path: Path) -> tuple[ImageSource, int]:
+    """The images that were encoded, in the order of their latents, and the side they were cropped to.
 
     Raises ValueError when the latents are unfinished or damaged, and when the images are gone or have changed.
     """
-    from masked_diffusion.data.image_files import is_remote
-    from masked_diffusion.data.latent_cache import LatentCache
+    from masked_diffusion.data.sources import LatentFolder
+    from masked_diffusion.data.sources import open_images as open_source_of_images
 
-    cache = LatentCache(str(path))
-    source = cache.record.data_dir
-    if not is_remote(source) and not Path(source).is_dir():
-        raise ValueError(f"{path}: latents of the images in {source}, which is not there; give the images themselves")
-    cache.check_source()
-    return [cache.name_of(index) for index in range(cache.record.num_images)], cache.record.image_size
+    latents = LatentFolder(str(path))
+    record = latents.cache.record
+    latents.check_source()
+    try:
+        return open_source_of_images(record.data_dir), record.image_size
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: latents of the images in {record.data_dir}, which is not there; give the images themselves"
+        ) from error
 
 
 def open_source(path: Path, side: int | None) -> RealImages:

@@ -1,15 +1,14 @@
 """Images and labels for training: crops, class names, data sets, and the endless stream of batches.
 
-A data format is a class with the members of :class:`ImageDataset` and a line in :func:`open_dataset`. Which image comes
-when is decided in ``data_stream.py``, how a file is found and decoded in ``image_files.py``, and every random number
-comes from a key (``randomness.py``), so that batches do not depend on workers, ranks or restarts.
+Where images lie, and which formats there are, is decided in ``data/sources.py``, which image comes when in
+``data_stream.py``, how a file is decoded in ``image_files.py``. Every random number comes from a key
+(``randomness.py``), so that batches do not depend on workers, ranks or restarts.
 """
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any
 
@@ -21,15 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
-from masked_diffusion.data.image_files import (
-    PathTable,
-    UnreadableImageError,
-    is_remote,
-    join,
-    list_image_files,
-    read_image,
-)
-from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.source import ImageSource
+from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
 from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.preemption import ignore_signals
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
@@ -134,29 +127,34 @@ def _from_filename(path: str) -> str:
 CLASS_SOURCES: dict[str, Callable[[str], str]] = {"folder": _from_folder, "filename": _from_filename}
 
 
-def class_table(paths: Sequence[str], class_from: str = "auto") -> tuple[list[str], np.ndarray]:
+def class_table(paths: Iterable[str], class_from: str = "auto") -> tuple[list[str], np.ndarray]:
     """Class names in label order, and the label of each image: (N,) int64.
 
-    paths: below the data folder, with forward slashes. class_from: ``folder``: the path of the image's folder;
-    ``filename``: its base name up to the first underscore; ``auto``: the folder when the images lie in two or more.
-    Raises ValueError for another class_from or when an image has no class.
+    paths: below the data folder, with forward slashes; iterated more than once. class_from: ``folder``: the path of the
+    image's folder; ``filename``: its base name up to the first underscore; ``auto``: the folder when the images lie in
+    two or more. Raises ValueError for another class_from or when an image has no class.
     """
     if class_from == "auto":
         class_from = "folder" if len({_from_folder(path) for path in paths}) > 1 else "filename"
     if class_from not in CLASS_SOURCES:
         raise ValueError(f"--class_from {class_from}: unknown; choose one of auto, {', '.join(CLASS_SOURCES)}")
-    of_image = [CLASS_SOURCES[class_from](path) for path in paths]
-    if "" in of_image:
-        path = paths[of_image.index("")]
+    number_of: dict[str, int] = {}  # in the order of their first images
+
+    def number(path: str) -> int:
+        if name := CLASS_SOURCES[class_from](path):
+            return number_of.setdefault(name, len(number_of))
         reason = "lies in no folder below it" if class_from == "folder" else "has no underscore after a class"
         raise ValueError(
             f"no class to be had for image {path} of --data_dir: it {reason} (--class_from {class_from}). "
             "Sort the images into one folder per class (--class_from folder), or name them CLASS_….png "
             "(--class_from filename), or train without classes (--class_cond False)"
         )
-    names = sort_class_names(of_image)
-    label_of = {name: label for label, name in enumerate(names)}
-    return names, np.array([label_of[name] for name in of_image], dtype=np.int64)
+
+    numbers = np.fromiter(map(number, paths), dtype=np.int64)  # one by one: ten million names are no list
+    names = sort_class_names(number_of)
+    label_of = np.empty(len(names), dtype=np.int64)
+    label_of[[number_of[name] for name in names]] = np.arange(len(names))
+    return names, label_of[numbers]
 
 
 def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
@@ -170,15 +168,15 @@ def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
 # Data sets
 
 
-class FolderDataset(ImageDataset):
-    """Images of a local or remote folder and the folders below it, cropped to squares.
+class SourceDataset(ImageDataset):
+    """Images of a source, cropped to squares. Raises ValueError where the images have no classes to be had.
 
-    Raises FileNotFoundError or ValueError when the folder, its images or their classes are missing.
+    source: an ``ImageSource``, or the data_dir of one.
     """
 
     def __init__(
         self,
-        data_dir: str,
+        source: ImageSource | str,
         *,
         image_size: int,
         class_cond: bool = True,
@@ -187,24 +185,28 @@ class FolderDataset(ImageDataset):
         random_flip: bool = True,
         fast_decode: bool = False,
     ) -> None:
-        self.data_dir = data_dir
-        files = list_image_files(self.data_dir)
-        super().__init__(image_size, *(class_table(files, class_from) if class_cond else no_classes(len(files))))
-        self.files = PathTable(files)
+        self.source = open_images(source) if isinstance(source, str) else source
+        super().__init__(image_size, *self._classes(class_cond, class_from))
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.fast_decode = fast_decode
 
+    def _classes(self, class_cond: bool, class_from: str) -> tuple[list[str], np.ndarray]:
+        if not class_cond:
+            return no_classes(len(self.source))
+        known = self.source.classes() if class_from == "auto" else None
+        return class_table(self.source.names, class_from) if known is None else known
+
     def name_of(self, index: int) -> str:
-        return join(self.data_dir, self.files[index])
+        return self.source.name_of(index)
 
     def picture(self, index: int) -> Image.Image:
         """The image as it is in its file, upright RGB. Raises what :meth:`load` does."""
-        return read_image(self.name_of(index))
+        return self.source.picture(index)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
         if self.fast_decode:
-            resized = partial(read_resized, self.name_of(index))
+            resized = partial(read_resized, self.source, index)
         else:
             resized = partial(_resize_short_side, self.picture(index))
         flip = draw_flip(rng, self.random_flip)
@@ -222,10 +224,10 @@ class LatentDataset(ImageDataset):
     """
 
     def __init__(
-        self, data_dir: str, *, image_size: int, class_cond: bool, random_crop: bool, random_flip: bool
+        self, source: LatentFolder, *, image_size: int, class_cond: bool, random_crop: bool, random_flip: bool
     ) -> None:
-        self.cache = LatentCache(data_dir)
-        record = self.cache.record
+        self.source, self.cache = source, source.cache
+        data_dir, record = source.data_dir, source.cache.record
         if random_crop:
             raise ValueError(
                 f"--random_crop True: {data_dir} holds latents of centre crops; leave it out, or train on the images"
@@ -240,20 +242,20 @@ class LatentDataset(ImageDataset):
                 f"--image_size {image_size}: {data_dir} holds latents of {record.image_size} pixels; give that, or "
                 "encode again with this one"
             )
-        if class_cond and record.class_names is None:
+        classes = source.classes() if class_cond else no_classes(len(source))
+        if classes is None:
             raise ValueError(
                 f"--class_cond True: {data_dir} was encoded without classes; use --class_cond False, or encode again"
             )
-        labels = self.cache.labels
-        super().__init__(image_size, *((record.class_names or [], labels) if class_cond else no_classes(len(labels))))
+        super().__init__(image_size, *classes)
         self.encoded_by = (record.vae_sha256, record.vae_path)
         self.random_flip = random_flip
 
     def name_of(self, index: int) -> str:
-        return self.cache.name_of(index)
+        return self.source.name_of(index)
 
     def check_source(self) -> None:
-        self.cache.check_source()
+        self.source.check_source()
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """The moments of the image or, as the images' own data set would mirror it, of its mirror image."""
@@ -261,30 +263,14 @@ class LatentDataset(ImageDataset):
 
 
 class DigitsDataset(ImageDataset):
-    """scikit-learn's 1797 handwritten digits, 8x8 grey, classes "0" … "9", resized (bicubic) and never augmented:
-    a mirrored digit is another sign.
-
-    test: the held-back part, every fifth image of each digit; else the other four fifths.
-    Raises ValueError when scikit-learn is not installed.
-    """
+    """The digits that come with the code, grey, resized (bicubic) and never augmented: a mirrored digit is another
+    sign."""
 
     channels = 1
 
-    def __init__(self, *, image_size: int, class_cond: bool = True, test: bool = False) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ValueError("--data_dir builtin:digits needs scikit-learn: pip install scikit-learn") from error
-        digits = load_digits()
-        target = digits.target.astype(np.int64)
-        rank_in_class = np.zeros(len(target), dtype=np.int64)
-        for digit in range(10):
-            rank_in_class[target == digit] = np.arange(np.sum(target == digit))
-        part = (rank_in_class % 5 == 4) == test
-        labels = target[part]
-        names = [str(digit) for digit in range(10)]
-        super().__init__(image_size, *((names, labels) if class_cond else no_classes(len(labels))))
-        self._images = np.rint(digits.images[part] * 255 / 16).astype(np.uint8)  # (N, 8, 8), from 0 … 16
+    def __init__(self, source: Builtin, *, image_size: int, class_cond: bool = True) -> None:
+        super().__init__(image_size, *(source.classes() if class_cond else no_classes(len(source))))
+        self._images = source.images
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
         image = Image.fromarray(self._images[index])
@@ -292,9 +278,6 @@ class DigitsDataset(ImageDataset):
         if image.size != side:
             image = image.resize(side, Image.Resampling.BICUBIC)
         return to_model_range(np.asarray(image)[:, :, None])
-
-
-BUILTIN: dict[str, dict[str, bool]] = {"digits": {"test": False}, "digits-test": {"test": True}}
 
 
 def open_dataset(
@@ -307,36 +290,29 @@ def open_dataset(
     random_flip: bool = True,
     fast_decode: bool = False,
 ) -> ImageDataset:
-    """The data set that ``--data_dir`` names: a folder of images or of latents, local or remote, or ``builtin:NAME``.
+    """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
     """
-    if not data_dir:
-        raise ValueError("--data_dir: give the folder that holds the images, or builtin:digits")
     if class_from != "auto" and not class_cond:
         warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
-    # Path.expanduser fails without a word about the folder when it knows no such user.
-    data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
-    scheme, _, name = data_dir.partition(":")
-    holds_images = scheme != "builtin" and not is_latent_cache(data_dir)
-    if fast_decode and not holds_images:
+    source = open_source(data_dir)
+    if fast_decode and isinstance(source, Builtin | LatentFolder):
         warnings.warn(f"--fast_decode is ignored for --data_dir {data_dir}: there is nothing to decode", stacklevel=2)
-    if scheme == "builtin":
-        if name not in BUILTIN:
-            known = ", ".join(f"builtin:{known}" for known in BUILTIN)
-            raise ValueError(f"--data_dir {data_dir}: unknown; choose one of {known}, or give a folder")
+    if isinstance(source, Builtin):
         if random_crop or (class_from != "auto" and class_cond):
             warnings.warn(f"--random_crop and --class_from are ignored for --data_dir {data_dir}", stacklevel=2)
-        return DigitsDataset(image_size=image_size, class_cond=class_cond, **BUILTIN[name])
-    if not holds_images:
+        return DigitsDataset(source, image_size=image_size, class_cond=class_cond)
+    if isinstance(source, LatentFolder):
         if class_from != "auto" and class_cond:
             warnings.warn(f"--class_from is ignored for the latents in {data_dir}", stacklevel=2)
         return LatentDataset(
-            data_dir, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
+            source, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
         )
-    return FolderDataset(
-        data_dir,
+    assert isinstance(source, ImageSource)
+    return SourceDataset(
+        source,
         image_size=image_size,
         class_cond=class_cond,
         class_from=class_from,

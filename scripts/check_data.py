@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from masked_diffusion.data.bad_images import write_list
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
-from masked_diffusion.image_datasets import FolderDataset, LatentDataset, center_crop_arr, open_dataset
+from masked_diffusion.image_datasets import LatentDataset, SourceDataset, center_crop_arr, open_dataset
 from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
 
 DEFAULTS = {
@@ -48,7 +48,7 @@ Finding = tuple[int, tuple[int, int], str]
 
 
 class _Findings(Dataset[Finding]):
-    def __init__(self, dataset: FolderDataset) -> None:
+    def __init__(self, dataset: SourceDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         class_from=args.class_from,
         random_flip=False,  # latents need not have mirror images
     )
-    if not isinstance(dataset, FolderDataset | LatentDataset):
+    if not isinstance(dataset, SourceDataset | LatentDataset):
         raise ValueError(f"--data_dir {args.data_dir}: comes with the code, there is nothing to check; give a folder")
     out = Path(args.out).expanduser() if args.out else None
     if out is not None and not out.parent.is_dir():
@@ -118,7 +118,7 @@ def check_latents(dataset: LatentDataset, num_workers: int, out: Path | None) ->
     return tell([str(dataset), *report_bad(bad, len(dataset), AFTER_LATENTS)], bad, out)
 
 
-def check(dataset: FolderDataset, num_workers: int, out: Path | None) -> int:
+def check(dataset: SourceDataset, num_workers: int, out: Path | None) -> int:
     """Read all images and report. Returns the exit status."""
     loader = DataLoader(_Findings(dataset), batch_size=16, num_workers=num_workers, collate_fn=list)
     good, bad = [], {}
@@ -143,7 +143,7 @@ def tell(lines: Iterable[str], bad: dict[str, str], out: Path | None) -> int:
     return 1 if bad else 0
 
 
-def report(dataset: FolderDataset, sizes: Sequence[tuple[int, int]], bad: dict[str, str]) -> Iterable[str]:
+def report(dataset: SourceDataset, sizes: Sequence[tuple[int, int]], bad: dict[str, str]) -> Iterable[str]:
     """Lines for people. sizes: (width, height) of the readable images. bad: file -> reason."""
     yield str(dataset)
     if sizes:

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util
-from masked_diffusion.data.image_files import file_sizes, is_remote
+from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
 from masked_diffusion.data.latent_encoding import encode_shards
+from masked_diffusion.data.sources import absolute
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, Autoencoder, load_first_stage
-from masked_diffusion.image_datasets import FolderDataset, open_dataset
+from masked_diffusion.image_datasets import SourceDataset, open_dataset
 from masked_diffusion.script_util import (
     add_dict_to_argparser,
     add_launcher_flags,
@@ -92,7 +93,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
     dataset = open_dataset(
         args.data_dir, image_size=args.image_size, class_cond=args.class_cond, class_from=args.class_from
     )
-    if not isinstance(dataset, FolderDataset):
+    if not isinstance(dataset, SourceDataset):
         raise ValueError(f"--data_dir {args.data_dir}: give a folder of images; this is not one to encode")
     autoencoder = load_first_stage(args.vae_path, device)
     if not isinstance(autoencoder, Autoencoder):
@@ -129,11 +130,11 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
 
 
 def describe(
-    args: argparse.Namespace, dataset: FolderDataset, autoencoder: Autoencoder
+    args: argparse.Namespace, dataset: SourceDataset, autoencoder: Autoencoder
 ) -> tuple[CacheRecord, SourceIndex]:
     """The record of the latents to make, and the list of the images they are made of."""
-    paths = [dataset.files[i] for i in range(len(dataset))]
-    index = SourceIndex(paths, file_sizes(dataset.data_dir, paths), dataset.labels)
+    source = dataset.source
+    index = SourceIndex(list(source.names), source.sizes(), dataset.labels)
     side = args.image_size // autoencoder.downsample
     record = CacheRecord(
         **autoencoder.description,
@@ -145,7 +146,7 @@ def describe(
         shard_size=args.shard_size,
         num_images=len(dataset),
         class_names=dataset.class_names if args.class_cond else None,
-        data_dir=dataset.data_dir if is_remote(dataset.data_dir) else str(Path(dataset.data_dir).absolute()),
+        data_dir=absolute(source.data_dir),
         source_sha256=index.sha256(),
     )
     return record, index

@@ -3,8 +3,9 @@
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,6 +220,12 @@ class PathTable:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends:
+            yield self._text[start:end].tobytes().decode("utf-8", "surrogateescape")
+            start = end
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PathTable):
             return NotImplemented
@@ -252,15 +259,16 @@ def read_image(path: str) -> Image.Image:
     Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
     an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
     """
-    return read_with(path, lambda content, image: as_shown(image))
+    return read_with(path, partial(read_bytes, path), lambda content, image: as_shown(image))
 
 
-def read_with(path: str, decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
+def read_with(path: str, read: Callable[[], bytes], decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
     """What ``decode`` makes of a file's content and of the image as Pillow opened it: the size is known and no absurd
-    one, and no pixel is decoded. Raises as :func:`read_image` does, also for whatever ``decode`` raises.
+    one, and no pixel is decoded. read: gives the content. Raises as :func:`read_image` does, naming ``path``, also for
+    whatever ``decode`` raises.
     """
     try:
-        content = read_bytes(path)
+        content = read()
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UnreadableImageError(path, error.strerror or str(error)) from error
     try:

@@ -30,11 +30,9 @@ from torch import Tensor
 from masked_diffusion.data.image_files import (
     PathTable,
     UnreadableImageError,
-    file_sizes,
     is_file,
     is_remote,
     join,
-    list_image_files,
     local_copy,
     read_bytes,
 )
@@ -230,15 +228,15 @@ class ShardFiles(Parts):
 class LatentCache:
     """A complete cache, read image by image. From a bucket, each file is fetched once, when it is first needed.
 
-    record: see :class:`CacheRecord`. labels: (N,) int64. Raises ValueError, naming --data_dir and the remedy, for a
-    cache that is unfinished or damaged.
+    record: see :class:`CacheRecord`. labels: (N,) int64. names: of the images. sizes: their bytes, (N,) int64.
+    Raises ValueError, naming --data_dir and the remedy, for a cache that is unfinished or damaged.
     """
 
     def __init__(self, data_dir: str) -> None:
         self.data_dir = data_dir
         self.record = read_record(data_dir)
         index = self._read_index()
-        self.paths, self.labels, self._sizes = PathTable(index.paths), index.labels, index.sizes
+        self.names, self.labels, self.sizes = PathTable(index.paths), index.labels, index.sizes
         self._opened: dict[int, Any] = {}
         self._check_files()
 
@@ -272,7 +270,7 @@ class LatentCache:
 
     def name_of(self, index: int) -> str:
         """Path of the image itself."""
-        return join(self.record.data_dir, self.paths[index])
+        return join(self.record.data_dir, self.names[index])
 
     def moments(self, index: int, mirrored: bool) -> np.ndarray:
         """(2C, h, w) float32: mean, then log-variance of an image or of its mirror image.
@@ -311,23 +309,15 @@ class LatentCache:
                 found[self.name_of(first + row)] = reason
         return found
 
-    def check_source(self) -> None:
-        """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.
+    def check_images(self, names: PathTable, sizes: np.ndarray) -> None:
+        """Compare names and sizes of the images as they are now with those that were encoded.
 
-        Raises ValueError where they differ. Images in a bucket are not looked at: listing them takes minutes.
+        names: sorted. sizes: (N,) int64 bytes. Raises ValueError where they differ.
         """
-        source = self.record.data_dir
-        if is_remote(source) or not Path(source).is_dir():
+        if names == self.names and np.array_equal(sizes, self.sizes):
             return
-        try:
-            paths = list_image_files(source)
-            sizes = file_sizes(source, paths)
-        except (OSError, ValueError):  # such as an empty folder where a disk is not mounted
-            return
-        if PathTable(paths) == self.paths and np.array_equal(sizes, self._sizes):
-            return
-        found = dict(zip(paths, sizes.tolist(), strict=True))
-        former = dict(zip((self.paths[i] for i in range(len(self.paths))), self._sizes.tolist(), strict=True))
+        found = dict(zip(names, sizes.tolist(), strict=True))
+        former = dict(zip(self.names, self.sizes.tolist(), strict=True))
         differing = {
             "new": found.keys() - former.keys(),
             "gone": former.keys() - found.keys(),
@@ -337,6 +327,6 @@ class LatentCache:
         counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in differing.items() if paths)
         example = min(min(paths) for paths in differing.values() if paths)
         raise ValueError(
-            f"--data_dir {self.data_dir}: its images in {source} have changed since they were encoded ({counts}, such "
-            f"as {example}); encode them again into another folder"
+            f"--data_dir {self.data_dir}: its images in {self.record.data_dir} have changed since they were encoded "
+            f"({counts}, such as {example}); encode them again into another folder"
         )

@@ -126,9 +126,9 @@ def test_half_of_the_first_images_bad_is_refused_whatever_is_allowed(train, colo
 
 
 def test_data_that_fail_stop_the_run_after_a_last_checkpoint(train, monkeypatch):
-    from masked_diffusion.image_datasets import FolderDataset
+    from masked_diffusion.image_datasets import SourceDataset
 
-    load, calls = FolderDataset.load, []
+    load, calls = SourceDataset.load, []
 
     def load_until_the_disk_is_gone(self, index, rng=None):
         calls.append(rng)
@@ -136,10 +136,10 @@ def test_data_that_fail_stop_the_run_after_a_last_checkpoint(train, monkeypatch)
             raise OSError("the storage failed")
         return load(self, index, rng)
 
-    monkeypatch.setattr(FolderDataset, "load", load_until_the_disk_is_gone)
+    monkeypatch.setattr(SourceDataset, "load", load_until_the_disk_is_gone)
     with pytest.raises(OSError, match="the storage failed"):
         train("run", "--max_steps", 100)
-    monkeypatch.setattr(FolderDataset, "load", load)
+    monkeypatch.setattr(SourceDataset, "load", load)
     saved = train("run", "--max_steps", 6)
     assert [row["step"] for row in rows(saved)] == [1, 2, 3, 4, 5, 6]
     assert (saved / "checkpoint000004.json").exists()
@@ -148,10 +148,10 @@ def test_data_that_fail_stop_the_run_after_a_last_checkpoint(train, monkeypatch)
 
 def test_a_nan_batch_names_the_image_that_was_shown(train, colours, monkeypatch, capsys):
     truncate(colours, *BAD)
-    from masked_diffusion.image_datasets import FolderDataset
+    from masked_diffusion.image_datasets import SourceDataset
 
-    load = FolderDataset.load
-    monkeypatch.setattr(FolderDataset, "load", lambda self, i, rng=None: load(self, i, rng) * np.float32("nan"))
+    load = SourceDataset.load
+    monkeypatch.setattr(SourceDataset, "load", lambda self, i, rng=None: load(self, i, rng) * np.float32("nan"))
     train("run", "--max_bad_share", 1, "--max_steps", 2, "--batch_size", 24, sinks="stdout")
     line, _ = (line for line in capsys.readouterr().out.splitlines() if "not finite" in line)
     assert line.count("(epoch 0, ") == 24 and not any(f"/{name} (epoch" in line for name in BAD)

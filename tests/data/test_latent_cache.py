@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import assert_same_weights, call, rows, script, weights
 
-from masked_diffusion.data import image_files, latent_cache
+from masked_diffusion.data import image_files, latent_cache, sources
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.latent_cache import LatentCache, ShardFiles, read_record
 from masked_diffusion.data.latent_encoding import encode_shards
+from masked_diffusion.data.sources import LatentFolder
 from masked_diffusion.first_stage import Autoencoder, load_first_stage
-from masked_diffusion.image_datasets import FolderDataset, open_dataset
+from masked_diffusion.image_datasets import SourceDataset, open_dataset
 from masked_diffusion.randomness import numpy_generator
 
 SIDE = 32
@@ -55,7 +56,7 @@ def autoencoder(tiny_vae):
 
 @pytest.fixture(scope="module")
 def images(colour_folder):
-    return FolderDataset(str(colour_folder), image_size=SIDE)
+    return SourceDataset(str(colour_folder), image_size=SIDE)
 
 
 def train(monkeypatch, folder, data_dir, vae, *flags):
@@ -139,10 +140,10 @@ def test_loader_workers_read_the_same(cache):
 def test_a_cache_in_a_bucket_is_fetched_file_by_file(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     expected = LatentCache(str(cache)).moments(7, True)
-    for module in (image_files, latent_cache):  # blobfile reads local paths, too
+    for module in (image_files, latent_cache, sources):  # blobfile reads local paths, too
         monkeypatch.setattr(module, "is_remote", lambda path: True)
-    kept = latent_cache.is_latent_cache(str(cache)) and LatentCache(str(cache))
-    assert np.array_equal(kept.moments(7, True), expected)
+    kept = LatentFolder.claims(str(cache)) and LatentFolder(str(cache))
+    assert np.array_equal(kept.cache.moments(7, True), expected)
     fetched = {path.name for path in tmp_path.rglob("*.safetensors")}
     assert fetched == {"index.safetensors", "00001.safetensors"}
     kept.check_source()  # asks nothing of a bucket
@@ -343,7 +344,7 @@ def test_latents_of_images_that_have_changed_are_refused(
 
 def test_the_images_need_not_be_there(own_images, tiny_vae, tmp_path):
     assert encode(own_images, tiny_vae, tmp_path / "cache") == 0
-    kept = LatentCache(str(tmp_path / "cache"))
+    kept = LatentFolder(str(tmp_path / "cache"))
     kept.check_source()
     shutil.rmtree(own_images)
     kept.check_source()

@@ -46,13 +46,13 @@ def test_a_rank_whose_data_are_gone_lets_rank_0_save_first(tmp_path, colours):
     program = tmp_path / "train.py"
     program.write_text(
         "import os, sys\n"
-        "from masked_diffusion.image_datasets import FolderDataset\n"
-        "load, calls = FolderDataset.load, []\n"
+        "from masked_diffusion.image_datasets import SourceDataset\n"
+        "load, calls = SourceDataset.load, []\n"
         "def failing(self, index, rng=None):\n"
         "    calls.extend([] if rng is None else [index])\n"
         "    if len(calls) > 10 and os.environ['RANK'] == '1': raise OSError('the storage failed')\n"
         "    return load(self, index, rng)\n"
-        "FolderDataset.load = failing\n"
+        "SourceDataset.load = failing\n"
         f"sys.path.insert(0, {str(REPO / 'scripts')!r})\nimport image_train\nsys.exit(image_train.main())\n"
     )
     arguments = flags(colours, "--num_workers", 0, "--batch_size", 2, "--max_steps", 50)

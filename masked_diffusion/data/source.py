@@ -1,0 +1,67 @@
+"""What every source of data offers: names, sizes, labels, and the bytes of an image. ``sources.py`` lists them."""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from masked_diffusion.data.image_files import PathTable, as_shown, join, read_with
+
+
+class Classes(NamedTuple):
+    """names: in label order. labels: (N,) int64, 0 ... len(names) - 1."""
+
+    names: list[str]
+    labels: np.ndarray
+
+
+class Source:
+    """Where the items of a data set lie. A source knows no crops, no flips and no order but that of its names.
+
+    data_dir: what the user gave. names: of the items, below data_dir, with forward slashes; sorted, for an item's
+    place in them is its identity.
+    """
+
+    data_dir: str
+    names: PathTable
+
+    def __init__(self, data_dir: str) -> None:
+        """Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for what cannot be used."""
+        raise NotImplementedError
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        """Whether data_dir is of this kind, complete or not. Looks at the data, and raises nothing."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name_of(self, index: int) -> str:
+        """What to call an item in messages and lists."""
+        return join(self.data_dir, self.names[index])
+
+    def sizes(self) -> np.ndarray:
+        """(N,) int64 bytes of each item as :meth:`ImageSource.read` gives it; -1 where that costs a request each."""
+        raise NotImplementedError
+
+    def classes(self) -> Classes | None:
+        """The classes that the source itself knows; None where names are all there is to read them from."""
+        return None
+
+
+class ImageSource(Source):
+    """A source of image files."""
+
+    def read(self, index: int) -> bytes:
+        """The content of an image file.
+
+        Raises UnreadableImageError where there is none to be had, however often it is tried, FileNotFoundError,
+        IsADirectoryError or PermissionError for a file of its own, and another OSError when the storage fails.
+        """
+        raise NotImplementedError
+
+    def picture(self, index: int) -> Image.Image:
+        """The image as a viewer shows it, upright RGB. Raises what ``image_files.read_with`` does."""
+        return read_with(self.name_of(index), partial(self.read, index), lambda content, image: as_shown(image))

@@ -1,0 +1,147 @@
+"""The sources behind ``--data_dir``: where the bytes of images, or the latents made of them, are read.
+
+A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, flips and labels from names are
+``image_datasets.py``'s.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from masked_diffusion.data.image_files import PathTable, file_sizes, is_remote, list_image_files, read_bytes
+from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.data.source import Classes, ImageSource, Source
+
+BUILTIN = "builtin:"
+
+
+class Builtin(ImageSource):
+    """scikit-learn's 1797 handwritten digits, 8x8 grey, classes "0" … "9".
+
+    ``builtin:digits-test`` is the held-back part, every fifth image of each digit; ``builtin:digits`` the other four
+    fifths. images: (N, 8, 8) uint8. Raises ValueError for another name, or when scikit-learn is not installed.
+    """
+
+    PARTS = {"builtin:digits": False, "builtin:digits-test": True}
+
+    def __init__(self, data_dir: str) -> None:
+        if data_dir not in self.PARTS:
+            raise ValueError(f"--data_dir {data_dir}: unknown; choose one of {', '.join(self.PARTS)}, or give a folder")
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ValueError("--data_dir builtin:digits needs scikit-learn: pip install scikit-learn") from error
+        digits = load_digits()
+        target = digits.target.astype(np.int64)
+        rank_in_class = np.zeros(len(target), dtype=np.int64)
+        for digit in range(10):
+            rank_in_class[target == digit] = np.arange(np.sum(target == digit))
+        part = (rank_in_class % 5 == 4) == self.PARTS[data_dir]
+        self.data_dir = data_dir
+        self.images = np.rint(digits.images[part] * 255 / 16).astype(np.uint8)  # from 0 … 16
+        self.names = PathTable(f"{index:04d}.png" for index in range(len(self.images)))
+        self._labels = target[part]
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        return data_dir.startswith(BUILTIN)
+
+    def sizes(self) -> np.ndarray:
+        return np.fromiter((len(self.read(index)) for index in range(len(self))), dtype=np.int64, count=len(self))
+
+    def classes(self) -> Classes:
+        return Classes([str(digit) for digit in range(10)], self._labels)
+
+    def read(self, index: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(self.images[index]).save(file, "PNG")
+        return file.getvalue()
+
+
+class LatentFolder(Source):
+    """Latents that ``scripts/encode_latents.py`` made, read through ``cache``. Raises what ``LatentCache`` does."""
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = data_dir
+        self.cache = LatentCache(data_dir)
+        self.names = self.cache.names
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        return is_latent_cache(data_dir)
+
+    def name_of(self, index: int) -> str:
+        return self.cache.name_of(index)
+
+    def sizes(self) -> np.ndarray:
+        return self.cache.sizes
+
+    def classes(self) -> Classes | None:
+        names = self.cache.record.class_names
+        return None if names is None else Classes(names, self.cache.labels)
+
+    def check_source(self) -> None:
+        """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.
+
+        Raises ValueError where they differ. Images in a bucket are not looked at: listing them takes minutes.
+        """
+        if is_remote(self.cache.record.data_dir):
+            return
+        try:
+            images = open_images(self.cache.record.data_dir)
+            sizes = images.sizes()
+        except (OSError, ValueError):  # gone, or such as an empty folder where a disk is not mounted
+            return
+        self.cache.check_images(images.names, sizes)
+
+
+class Folder(ImageSource):
+    """Image files of a local or remote folder and the folders below it. Raises what ``list_image_files`` does."""
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = data_dir
+        self.names = PathTable(list_image_files(data_dir))
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        return True  # the last one: what is wrong with any other path, it says
+
+    def sizes(self) -> np.ndarray:
+        return file_sizes(self.data_dir, list(self.names))
+
+    def read(self, index: int) -> bytes:
+        return read_bytes(self.name_of(index))
+
+
+SOURCES: tuple[type[Source], ...] = (Builtin, LatentFolder, Folder)  # the first that claims a path opens it
+
+
+def open_source(data_dir: str) -> Source:
+    """The source that ``--data_dir`` names. ``~`` is expanded.
+
+    Raises FileNotFoundError or ValueError, one sentence naming --data_dir and the remedy, when there is none.
+    """
+    if not data_dir:
+        raise ValueError("--data_dir: give the folder that holds the images, or builtin:digits")
+    # Path.expanduser fails without a word about the folder when it knows no such user.
+    data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
+    return next(source for source in SOURCES if source.claims(data_dir))(data_dir)
+
+
+def open_images(data_dir: str) -> ImageSource:
+    """The source of images that ``--data_dir`` names. Raises what :func:`open_source` does, ValueError for latents."""
+    source = open_source(data_dir)
+    if isinstance(source, LatentFolder):
+        raise ValueError(
+            f"--data_dir {data_dir}: holds latents; give the images they were made of ({source.cache.record.data_dir})"
+        )
+    assert isinstance(source, ImageSource)
+    return source
+
+
+def absolute(data_dir: str) -> str:
+    """A data_dir that means the same from any working directory."""
+    return data_dir if is_remote(data_dir) or Builtin.claims(data_dir) else str(Path(data_dir).absolute())
