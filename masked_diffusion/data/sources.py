@@ -13,6 +13,8 @@ from PIL import Image
 
 from masked_diffusion.data.image_files import PathTable, file_sizes, is_remote, list_image_files, read_bytes
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
+from masked_diffusion.data.shapes import draw_shape, label_of
 from masked_diffusion.data.source import Classes, ImageSource, Source
 
 BUILTIN = "builtin:"
@@ -29,7 +31,9 @@ class Builtin(ImageSource):
 
     def __init__(self, data_dir: str) -> None:
         if data_dir not in self.PARTS:
-            raise ValueError(f"--data_dir {data_dir}: unknown; choose one of {', '.join(self.PARTS)}, or give a folder")
+            raise ValueError(
+                f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
+            )
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -56,9 +60,47 @@ class Builtin(ImageSource):
         return Classes([str(digit) for digit in range(10)], self._labels)
 
     def read(self, index: int) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(self.images[index]).save(file, "PNG")
-        return file.getvalue()
+        return _as_png(Image.fromarray(self.images[index]))
+
+
+class Shapes(ImageSource):
+    """Pictures drawn by code, 32 x 32 RGB, of ten classes (``shapes.py``): boats, cats, houses, …
+
+    ``builtin:shapes`` has 10,000 of them, ``builtin:shapes-test`` 2,000 others. Raises ValueError for another name.
+    """
+
+    PARTS = {"builtin:shapes": (0, 10_000), "builtin:shapes-test": (1, 2_000)}  # seed and number of pictures
+
+    def __init__(self, data_dir: str) -> None:
+        if data_dir not in self.PARTS:
+            raise ValueError(
+                f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
+            )
+        self.data_dir = data_dir
+        self.seed, count = self.PARTS[data_dir]
+        self.names = PathTable(f"{index:06d}.png" for index in range(count))
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        return data_dir.startswith("builtin:shapes")
+
+    def sizes(self) -> np.ndarray:
+        return np.fromiter((len(self.read(index)) for index in range(len(self))), dtype=np.int64, count=len(self))
+
+    def classes(self) -> Classes:
+        return Classes(list(SHAPE_CLASSES), np.array([label_of(index) for index in range(len(self))], dtype=np.int64))
+
+    def read(self, index: int) -> bytes:
+        return _as_png(draw_shape(self.seed, index))
+
+
+def _as_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+BUILTIN_NAMES = (*Builtin.PARTS, *Shapes.PARTS)
 
 
 class LatentFolder(Source):
@@ -116,7 +158,7 @@ class Folder(ImageSource):
         return read_bytes(self.name_of(index))
 
 
-SOURCES: tuple[type[Source], ...] = (Builtin, LatentFolder, Folder)  # the first that claims a path opens it
+SOURCES: tuple[type[Source], ...] = (Shapes, Builtin, LatentFolder, Folder)  # the first that claims a path opens it
 
 
 def open_source(data_dir: str) -> Source:
