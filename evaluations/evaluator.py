@@ -32,10 +32,12 @@ from extras import Extras, add_extra_options, check_extras, compute_extras, writ
 from feature_cache import FeatureCache
 from feature_extraction import FeatureBackend, Features, distance_type, extract_features
 from feature_networks import FeatureNetwork, load_network
-from process_share import Share, connect, disconnect, share_of_launcher
+from fidelity_metrics import SPLIT_SIZE, predicted_classes, split_imbalance, spread_order
+from process_share import ALONE, Share, connect, disconnect, share_of_launcher
 from sample_sets import ImageSource, find_manifest, open_images
 from scoring import judge_manifolds, score
 
+UNBALANCED = 0.05  # nats of `split_imbalance` from which on the Inception Score is said to suffer: 5 %
 FEW_SAMPLES = 2048  # with fewer, the covariance of 2048 features has no full rank
 REPORT_MARK = "evaluator_report"  # the entry by which a report is told from any other file
 
@@ -57,8 +59,10 @@ class Evaluation:
     share: Share
     extras: Extras
     network: FeatureNetwork | None  # of --features
+    order: np.ndarray | None  # of the samples in the splits of the Inception Score
     notes: list[str]  # found out on the way and not yet said: an input error is to be the only line on stderr
     warnings: list[str] = field(default_factory=list)
+    said_unbalanced: bool = False  # of the splits of the Inception Score
 
     def warn(self, message: str) -> None:
         """Say something on stderr that the report keeps."""
@@ -68,8 +72,9 @@ class Evaluation:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 when an input cannot be used."""
-    share = share_of_launcher()
+    share = ALONE
     try:
+        share = share_of_launcher()
         options = parse(argv)
         job = prepare(options, share)
     except (ValueError, OSError, ImportError) as error:  # found before the long work; later errors keep a traceback
@@ -85,11 +90,12 @@ def main(argv: list[str] | None = None) -> int:
     say("metrics ...")
     inside = judge_manifolds(*features, job.half)
     weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
-    metrics = score(*features, weight, inside)
+    warn_about_predictions(job, features[1])
+    metrics = score(*features, weight, inside, job.order)
     show(metrics)
     report = make_report(job, metrics)
     write_report(options.out, report)  # what is there already survives whatever happens to the rest
-    found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size)
+    found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size, job.order)
     show(found.metrics)
     report |= {"metrics": metrics | found.metrics, **found.entries}
     write_report(options.out, report)
@@ -125,6 +131,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="float16",
         help="precision of the distances in precision and recall (default float16, as published numbers are)",
     )
+    parser.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="spread the samples of an .npz over the splits of the Inception Score, as those of a folder are",
+    )
     add_extra_options(parser)
     add_backend_options(parser)
     options = parser.parse_args(argv)
@@ -141,6 +152,8 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
         raise ValueError(f"{share.size} processes: only --backend torch shares the work between processes")
     reference = open_images(options.reference, needs_images=False)
     samples = open_images(options.samples)
+    if options.shuffle and samples.is_sorted_by_name:
+        raise ValueError(f"--shuffle: has no effect for {samples.path}, a folder, whose images are always spread")
     notes = [] if options.out is None else check_out(options.out)
     extras = check_extras(options, reference, samples)
     backend, network = load_networks(options)
@@ -171,8 +184,19 @@ def prepare(options: argparse.Namespace, share: Share) -> Evaluation:
         share=share,
         extras=extras,
         network=network,
+        order=order_of(samples, options.shuffle),
         notes=notes,
     )
+
+
+def order_of(samples: ImageSource, shuffle: bool) -> np.ndarray | None:
+    """The order of the samples in the splits of the Inception Score, None for the stored one.
+
+    A folder's order is that of names, so that classes may follow one another: its images are always spread.
+    """
+    assert samples.count is not None
+    several = samples.count > SPLIT_SIZE
+    return spread_order(samples.count) if several and (shuffle or samples.is_sorted_by_name) else None
 
 
 def load_networks(options: argparse.Namespace) -> tuple[FeatureBackend, FeatureNetwork | None]:
@@ -260,6 +284,11 @@ def load_features(
 def warn_about_sets(job: Evaluation) -> None:
     """Warn about what makes the numbers incomparable with others."""
     reference, samples = job.reference, job.samples
+    warn_about_splits(job)
+    if job.extras.left_out:
+        classes = job.extras.left_out
+        shown = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+        job.warn(f"--per_class: {len(classes)} classes have fewer than 2 images in one of the sets: {shown}")
     for images in (reference, samples):
         if images.count is not None and images.count < FEW_SAMPLES:
             job.warn(
@@ -281,6 +310,38 @@ def warn_about_sets(job: Evaluation) -> None:
         job.warn(
             f"{samples.path}: images of {_size_text(samples)}, {reference.path} has {_size_text(reference)}: "
             "a part of the distance is the difference in size"
+        )
+
+
+def warn_about_splits(job: Evaluation) -> None:
+    """Warn about splits of the Inception Score that are short or, by the labels, hold few of the classes."""
+    assert job.samples.count is not None
+    if (rest := job.samples.count % SPLIT_SIZE) and job.samples.count > SPLIT_SIZE:
+        job.warn(
+            f"{job.samples.path}: the last split of the Inception Score has {rest} samples of {SPLIT_SIZE}, and a "
+            "short split lowers it"
+        )
+    try:
+        labels = job.samples.labels()
+    except ValueError:  # none, or none that can be read: predictions will say
+        return
+    warn_about_order(job, labels, "labels")
+
+
+def warn_about_predictions(job: Evaluation, samples: Features) -> None:
+    """Warn about splits of the Inception Score that, by what the network sees, hold few of the classes."""
+    assert samples.pool is not None
+    if not job.said_unbalanced and job.order is None and len(samples.pool) > SPLIT_SIZE:
+        warn_about_order(job, predicted_classes(samples.pool, job.backend.softmax_weight), "predicted classes")
+
+
+def warn_about_order(job: Evaluation, classes: np.ndarray, source: str) -> None:
+    """Warn when classes (N,) tell splits apart."""
+    if job.order is None and len(classes) > SPLIT_SIZE and split_imbalance(classes) > UNBALANCED:
+        job.said_unbalanced = True
+        job.warn(
+            f"{job.samples.path}: stored class by class, as its {source} show: splits of {SPLIT_SIZE} hold few of the "
+            "classes, and the Inception Score is too small; --shuffle spreads the samples"
         )
 
 
@@ -326,6 +387,7 @@ def make_report(job: Evaluation, metrics: dict[str, float | None]) -> dict[str, 
         "graph": {"path": str(job.backend.path), "sha256": job.backend.sha256},
         "features": None if job.network is None else job.network.identity,
         "distances": distance_type(job.half),
+        "inception_score_order": "stored" if job.order is None else "spread",
         "warnings": job.warnings,
         "versions": {
             "python": platform.python_version(),

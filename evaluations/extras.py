@@ -19,6 +19,7 @@ from more_metrics import (
     kernel_distance,
     nearest_neighbours,
     pick_images,
+    shared_classes,
     statistics_of,
 )
 from PIL import Image
@@ -37,6 +38,7 @@ class Extras:
     labels: tuple[np.ndarray, np.ndarray] | None
     nearest: Path | None
     html: Path | None
+    left_out: list[str] = field(default_factory=list)  # classes without a distance of their own
 
 
 @dataclass
@@ -73,9 +75,38 @@ def check_extras(options: argparse.Namespace, reference: ImageSource, samples: I
             raise ValueError(f"--{name} {path}: expected the name of a {suffix} file in a folder that exists")
         if path is not None and path.exists():
             raise ValueError(f"--{name} {path}: exists; choose another name or move it away")
-    labels = (reference.labels(), samples.labels()) if options.per_class else None
+    labels = comparable_labels(reference, samples) if options.per_class else None
+    left_out = classes_left_out(*labels) if labels is not None else []
     check_network_options(options)
-    return Extras(options.kid, options.ci, labels, options.nearest, options.html)
+    return Extras(options.kid, options.ci, labels, options.nearest, options.html, left_out)
+
+
+def comparable_labels(reference: ImageSource, samples: ImageSource) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) and (M,) of the sets: integers, or names on both sides where one side has names.
+
+    Raises ValueError where a set has no labels, and where no class has two images in each of them.
+    """
+    of_reference, of_samples = reference.labels(), samples.labels()
+    if of_reference.dtype.kind != of_samples.dtype.kind:  # folders called 0, 1, 2 are the classes 0, 1, 2
+        of_reference, of_samples = of_reference.astype(str), of_samples.astype(str)
+    if not shared_classes(of_reference, of_samples):
+        raise ValueError(
+            f"--per_class: no class has 2 images in both sets: {reference.path} has {_some_of(of_reference)}, "
+            f"{samples.path} has {_some_of(of_samples)}; name folders and labels alike"
+        )
+    return of_reference, of_samples
+
+
+def classes_left_out(reference: np.ndarray, samples: np.ndarray) -> list[str]:
+    """Classes of either set that have no distance of their own, for want of two images in both."""
+    everywhere = np.unique(np.concatenate([reference, samples])).tolist()
+    shared = set(shared_classes(reference, samples))
+    return [str(label) for label in everywhere if label not in shared]
+
+
+def _some_of(labels: np.ndarray, most: int = 4) -> str:
+    classes = [str(label) for label in np.unique(labels)]
+    return ", ".join(classes[:most]) + (f" and {len(classes) - most} more" if len(classes) > most else "")
 
 
 def compute_extras(
@@ -87,14 +118,19 @@ def compute_extras(
     softmax_weight: np.ndarray,
     inside: tuple[np.ndarray, np.ndarray] | None,
     batch_size: int,
+    order: np.ndarray | None,
 ) -> Findings:
-    """Compute what is asked for. network: another one; sets, features: of the reference and of the samples."""
+    """Compute what is asked for.
+
+    network: another one; sets, features: of the reference and of the samples; order: of the samples in the splits of
+    the Inception Score.
+    """
     found = Findings()
     reference, samples = features
     assert samples.pool is not None
     if extras.ci:
         found.entries["intervals"] = confidence_intervals(
-            metrics, reference, samples, softmax_weight, inside, extras.ci
+            metrics, reference, samples, softmax_weight, inside, extras.ci, order
         )
     if reference.pool is not None and extras.kid:
         found.metrics["KID"], found.entries["KID_deviation"] = kernel_distance(reference.pool, samples.pool)
@@ -108,7 +144,7 @@ def compute_extras(
             reference.pool, extras.labels[0], samples.pool, extras.labels[1]
         )
     if extras.html is not None:
-        found.pictures["Samples"] = first_samples(sets[1])
+        found.pictures["Samples"] = some_samples(sets[1])
     if reference.pool is not None and (extras.nearest is not None or extras.html is not None):
         picture, distances = neighbour_picture(sets, reference.pool, samples.pool)
         found.pictures["The samples nearest to a real image, and the real images nearest to them"] = picture
@@ -118,9 +154,11 @@ def compute_extras(
     return found
 
 
-def first_samples(samples: ImageSource) -> Image.Image:
-    """The first samples in a square."""
-    images = list(pick_images(samples.batches, range(GRID * GRID)).values())
+def some_samples(samples: ImageSource) -> Image.Image:
+    """Some samples at even distances in a square: the first ones are all of one class where classes follow another."""
+    assert samples.count is not None
+    chosen = np.linspace(0, samples.count - 1, min(GRID * GRID, samples.count)).round()
+    images = list(pick_images(samples.batches, chosen).values())
     return grid([images[start : start + GRID] for start in range(0, len(images), GRID)])
 
 

@@ -15,6 +15,7 @@ from distances import mutual_distances, slices, squared_distances
 NEIGHBOURS = 3  # k of the manifolds' radii (ADM suite)
 BLOCK = 10_000  # rows and columns of a distance block: ADM decides per such block whether float16 is enough
 SPLIT_SIZE = 5_000  # samples in a split of the Inception Score
+SPREAD_SEED = 2016  # of the order in which samples are spread over the splits
 TOLERANCE = 1e-8  # of a Fréchet distance, relative to the covariances' traces
 _TILE = 1_000  # samples of a split computed at once; bounds memory, changes no result
 
@@ -166,16 +167,19 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(vectors[:, positive] * np.sqrt(values[positive]))  # as it is read back from a file
 
 
-def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLIT_SIZE) -> float:
+def inception_score(
+    pool: np.ndarray, weight: np.ndarray, split_size: int | None = None, order: np.ndarray | None = None
+) -> float:
     """Mean over splits of exp(E[KL(p(y|x) || p(y))]), the class probabilities being softmax(pool @ weight).
 
     pool: (N, D) features in the order of the samples; weight: (D, classes). Splits are consecutive; the last one may
-    be shorter, and fewer than `split_size` samples make a single split. Returns a float >= 1.
+    be shorter, and fewer than `split_size` (5,000) samples make a single split. order: indices (M,) of the samples in
+    the order in which splits are cut. Returns a float >= 1.
     Source: 1606.03498, Sec. 4; no bias is added to the logits (ADM suite).
     """
     scores = []
-    for start in range(0, len(pool), split_size):
-        split = pool[start : start + split_size]
+    for rows_of_split in slices(len(pool) if order is None else len(order), split_size or SPLIT_SIZE):
+        split = pool[rows_of_split if order is None else order[rows_of_split]]
         negative_entropy, marginal = 0.0, np.zeros(weight.shape[1])
         for rows in slices(len(split), _TILE):
             logits = (split[rows] @ weight).astype(np.float64)  # (n, classes)
@@ -189,6 +193,40 @@ def inception_score(pool: np.ndarray, weight: np.ndarray, split_size: int = SPLI
         divergence = negative_entropy / len(split) - float((seen * np.log(seen)).sum())
         scores.append(np.exp(max(0.0, divergence)))
     return float(np.mean(scores))
+
+
+def spread_order(count: int) -> np.ndarray:
+    """Indices (count,) that spread samples over the splits of the Inception Score, the same ones each time."""
+    return np.random.RandomState(SPREAD_SEED).permutation(count)  # a stream that numpy never changes
+
+
+def drawn_within_splits(drawn: np.ndarray, split_size: int | None = None) -> np.ndarray:
+    """Positions (N,) of a bootstrap whose every split is drawn from itself. drawn: (N,) random integers below N."""
+    positions, size = np.arange(len(drawn)), split_size or SPLIT_SIZE
+    starts = positions // size * size
+    return starts + drawn % np.minimum(size, len(drawn) - starts)
+
+
+def split_imbalance(classes: np.ndarray, split_size: int | None = None) -> float:
+    """How much the class of a sample says of its split, in nats: 0 in a random order, log(splits) when sorted by class.
+
+    classes: (N,) labels in the order of the samples. The mutual information of class and split, less what a random
+    order would have on average, (classes - 1)(splits - 1) / 2N. The logarithm of the Inception Score is too small by
+    about so much.
+    """
+    splits = np.arange(len(classes)) // (split_size or SPLIT_SIZE)
+    _, numbers = np.unique(classes, return_inverse=True)
+    table = np.zeros((numbers.max() + 1, splits[-1] + 1))
+    np.add.at(table, (numbers, splits), 1.0 / len(classes))
+    expected = table.sum(axis=1, keepdims=True) * table.sum(axis=0, keepdims=True)
+    seen = table > 0.0
+    information = float((table[seen] * np.log(table[seen] / expected[seen])).sum())
+    return information - (table.shape[0] - 1) * (table.shape[1] - 1) / (2 * len(classes))
+
+
+def predicted_classes(pool: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The likeliest class (N,) of each sample. pool: (N, D) features; weight: (D, classes)."""
+    return np.concatenate([(pool[rows] @ weight).argmax(axis=1) for rows in slices(len(pool), _TILE)])
 
 
 def precision_recall(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,11 @@ class ImageFolder:
     def count(self) -> int:
         """Number of images N."""
         return len(self.files)
+
+    @property
+    def is_sorted_by_name(self) -> bool:
+        """Folders are: their classes may follow one another."""
+        return True
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield the images in order as uint8 (n, H, W, 3), batches first, first + step, …; grey images three times.
@@ -64,7 +71,8 @@ class ImageFolder:
         digest = hashlib.sha256()
         for file in self.files:
             content = file.read_bytes()
-            digest.update(f"{file.relative_to(self.path).as_posix()}\0{len(content)}\0".encode())
+            name = os.fsencode(file.relative_to(self.path).as_posix())  # which need not be UTF-8
+            digest.update(name + f"\0{len(content)}\0".encode())
             digest.update(content)
         return digest.hexdigest()
 
@@ -72,7 +80,8 @@ class ImageFolder:
         """The class of each image, (N,): the name of its folder. Raises ValueError when the files lie in none."""
         if any(file.parent == self.path for file in self.files):
             raise ValueError(f"{self.path}: its images are not in folders, so there are no classes to compare")
-        return np.array([file.relative_to(self.path).parts[0] for file in self.files])
+        names = [file.relative_to(self.path).parts[0] for file in self.files]
+        return np.array([unicodedata.normalize("NFC", name) for name in names])  # as others write them
 
 
 def open_image_folder(path: Path) -> ImageFolder:
@@ -104,4 +113,5 @@ def open_image_folder(path: Path) -> ImageFolder:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key by which image_2 comes before image_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [*parts, (-1, name)]  # a1 and a01 are one number: their names decide, and not the folder's order

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from distances import slices, squared_distances
 from feature_extraction import Features
-from fidelity_metrics import RunningMoments, Statistics, frechet_distance, inception_score
+from fidelity_metrics import RunningMoments, Statistics, drawn_within_splits, frechet_distance, inception_score
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 NORMAL_95 = 1.96  # standard deviations around the mean that hold 95 % of a normal distribution
@@ -54,11 +54,19 @@ def distances_by_class(
 ) -> dict[str, float]:
     """Fréchet distance of each class that has at least 2 vectors in both sets, by its label."""
     found = {}
-    for label in np.unique(sample_labels):
-        both = [reference[reference_labels == label], samples[sample_labels == label]]
-        if min(map(len, both)) >= 2:
-            found[str(label)] = frechet_distance(*(statistics_of(part) for part in both))
+    for label in shared_classes(reference_labels, sample_labels):
+        both = reference[reference_labels == label], samples[sample_labels == label]
+        found[str(label)] = frechet_distance(*(statistics_of(part) for part in both))
     return found
+
+
+def shared_classes(reference_labels: np.ndarray, sample_labels: np.ndarray) -> list[int | str]:
+    """Labels that at least 2 images have in both sets, sorted. Labels of both are integers, or names."""
+    often = [set[int | str]() for _ in range(2)]
+    for found, labels in zip(often, (reference_labels, sample_labels), strict=True):
+        values, counts = np.unique(labels, return_counts=True)
+        found.update(values[counts >= 2].tolist())
+    return sorted(often[0] & often[1])
 
 
 def confidence_intervals(
@@ -68,12 +76,14 @@ def confidence_intervals(
     softmax_weight: np.ndarray,
     inside: tuple[np.ndarray, np.ndarray] | None,
     repeats: int,
+    order: np.ndarray | None = None,
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals of the suite's numbers: value ± 1.96 standard deviations over bootstrap samples.
 
     Samples are drawn again with replacement; of precision and recall, the images that are judged, the manifolds staying
-    as they are. The deviation is used and not the quantiles, because a distance of repeated samples is larger than that
-    of the samples by as much as fewer samples would make it.
+    as they are; of the Inception Score, each split from itself. order: of the samples in those splits. The deviation is
+    used and not the quantiles, because a distance of repeated samples is larger than that of the samples by as much as
+    fewer samples would make it.
     """
     assert samples.pool is not None and samples.spatial is not None
     rng = np.random.default_rng(0)
@@ -81,7 +91,9 @@ def confidence_intervals(
     draws: dict[str, list[float]] = {name: [] for name, value in metrics.items() if value is not None}
     for _ in range(repeats):
         drawn = rng.integers(0, len(pool), len(pool))
-        draws["Inception Score"].append(inception_score(pool[drawn], softmax_weight))
+        positions = drawn_within_splits(drawn)  # a split of one class stays one
+        in_order = positions if order is None else order[positions]
+        draws["Inception Score"].append(inception_score(pool, softmax_weight, order=in_order))
         draws["FID"].append(frechet_distance(reference.pool_statistics, statistics_of(pool[drawn])))
         draws["sFID"].append(frechet_distance(reference.spatial_statistics, statistics_of(spatial[drawn])))
         if inside is not None:

@@ -59,8 +59,20 @@ ALONE = Share()
 
 
 def share_of_launcher() -> Share:
-    """This process's share under torchrun, from the variables it sets; ALONE without."""
-    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    """This process's share under torchrun, from the variables it sets; ALONE where RANK or WORLD_SIZE is missing.
+
+    Raises ValueError for values that are no place among processes, and where processes could not meet.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        return ALONE
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ValueError(f"RANK={rank} WORLD_SIZE={size}: expected a rank below the number of processes; unset both")
+    if int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise ValueError(
+            f"RANK={rank} WORLD_SIZE={size}: MASTER_ADDR and MASTER_PORT are not set; start with torchrun, or unset all"
+        )
+    return Share(int(rank), int(size))
 
 
 def connect(share: Share) -> None:

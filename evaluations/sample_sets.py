@@ -67,6 +67,11 @@ class ImageSource(Protocol):
     @property
     def statistics(self) -> tuple[Statistics, Statistics] | None: ...
 
+    @property
+    def is_sorted_by_name(self) -> bool:
+        """Whether the order of the images is that of file names, and not the one they were made in."""
+        ...
+
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield uint8 (n, H, W, 3) in order: batches first, first + step, … of n = batch_size but for the last."""
         ...
@@ -105,6 +110,11 @@ class ImageSet:
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) in pixels, None without images."""
         return None if self.images is None else (self.images.shape[1], self.images.shape[2])
+
+    @property
+    def is_sorted_by_name(self) -> bool:
+        """Rows of an array are in the order in which they were written."""
+        return False
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield the images in order as uint8 (n, H, W, 3) in 0…255, n = batch_size but for the last batch.

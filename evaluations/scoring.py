@@ -32,14 +32,16 @@ def score(
     samples: Features,
     softmax_weight: np.ndarray,
     inside: tuple[np.ndarray, np.ndarray] | None,
+    order: np.ndarray | None = None,
 ) -> dict[str, float | None]:
     """The numbers of the suite by their printed names, as `evaluate`.
 
-    softmax_weight: (D, classes) of the network. inside: what `judge_manifolds` says of the sets.
+    softmax_weight: (D, classes) of the network. inside: what `judge_manifolds` says of the sets. order: of the samples
+    in the splits of the Inception Score (None: as they are).
     """
     assert samples.pool is not None
     metrics: dict[str, float | None] = {
-        "Inception Score": inception_score(samples.pool, softmax_weight),
+        "Inception Score": inception_score(samples.pool, softmax_weight, order=order),
         "FID": frechet_distance(reference.pool_statistics, samples.pool_statistics),
         "sFID": frechet_distance(reference.spatial_statistics, samples.spatial_statistics),
         "Precision": None,

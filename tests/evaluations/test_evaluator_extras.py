@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "evaluations"))
 
 import evaluator  # noqa: E402
 import more_metrics  # noqa: E402
+from extras import some_samples  # noqa: E402
 from feature_extraction import features_of_batches  # noqa: E402
 from fidelity_metrics import frechet_distance, inside_manifolds  # noqa: E402
 from scoring import evaluate, judge_manifolds, score  # noqa: E402
@@ -178,6 +179,46 @@ def test_copies_of_real_images_head_the_picture_of_neighbours(tmp_path, capsys):
         pixels = np.asarray(image)
     np.testing.assert_array_equal(pixels[:8, :8], real[5])
     np.testing.assert_array_equal(pixels[:8, 10:18], real[5])
+
+
+def labelled_pair(tmp_path, of_reference, of_samples):
+    for name, labels, seed in (("ref", of_reference, 0), ("gen", of_samples, 1)):
+        pixels = images(len(labels), seed=seed)
+        if isinstance(labels[0], str):
+            for index, (label, image) in enumerate(zip(labels, pixels, strict=True)):
+                (tmp_path / name / label).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(tmp_path / name / label / f"{index}.png")
+        else:
+            np.savez(tmp_path / f"{name}.npz", arr_0=pixels, arr_1=np.array(labels))
+    return [tmp_path / (name if (tmp_path / name).is_dir() else f"{name}.npz") for name in ("ref", "gen")]
+
+
+def test_folders_called_by_numbers_are_the_classes_of_these_numbers(tmp_path, capsys):
+    pair = labelled_pair(tmp_path, ["0"] * 5 + ["10"] * 5 + ["2"] * 5, [0] * 4 + [10] * 4 + [3] * 2)
+    out = tmp_path / "report.json"
+    assert run(capsys, evaluator, *pair, "--per_class", "--out", out, "--no_cache")[0] == 0
+    report = json.loads(out.read_text())
+    assert list(report["FID_by_class"]) == ["0", "10"]
+    assert "--per_class: 2 classes have fewer than 2 images in one of the sets: 2, 3" in report["warnings"]
+
+
+def test_labels_that_share_no_class_are_refused_with_both_sides_named(tmp_path, capsys):
+    pair = labelled_pair(tmp_path, ["cat"] * 3 + ["dog"] * 3, [0] * 3 + [1] * 3)
+    status, _, err = run(capsys, evaluator, *pair, "--per_class", "--out", tmp_path / "report.json", "--no_cache")
+    assert status == 2
+    assert re.search(r"--per_class: no class has 2 images in both sets: .*ref has cat, dog, .*gen.npz has 0, 1;", err)
+
+
+def test_the_pages_samples_are_of_all_classes_where_classes_follow_one_another():
+    class Sorted:
+        count = 640
+
+        def batches(self, batch_size):
+            for start in range(0, self.count, batch_size):
+                rows = np.arange(start, min(start + batch_size, self.count))
+                yield np.broadcast_to((rows // 64)[:, None, None, None], (len(rows), 4, 4, 3)).astype(np.uint8)
+
+    assert set(np.unique(np.asarray(some_samples(Sorted())))) == {*range(10), 255}
 
 
 def test_what_cannot_be_computed_is_refused_before_the_work(pair, tmp_path, capsys):

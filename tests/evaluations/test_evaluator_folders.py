@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "evaluations"))
 
 import evaluator  # noqa: E402
+import fidelity_metrics  # noqa: E402
 import make_reference  # noqa: E402
 from image_folders import open_image_folder  # noqa: E402
 from sample_sets import open_image_set  # noqa: E402
@@ -71,6 +74,102 @@ def test_a_folder_is_its_images_in_the_order_of_the_numbers_in_their_names(batch
     expected = [pixels[start : start + batch_size] for start in range(batch_size, 12, 2 * batch_size)]
     assert all(np.array_equal(*pair) for pair in zip(odd, expected, strict=True))
     assert (folder.count, folder.image_size) == (12, (8, 8))
+
+
+def sorted_by_class(counts=(30, 30, 30, 30), side=8) -> tuple[np.ndarray, np.ndarray]:
+    """Images of classes that the stand-in tells apart, class after class, and their labels."""
+    labels, pixels = np.repeat(np.arange(len(counts)), counts), images(sum(counts), side) // 16
+    for label, (row, channel) in enumerate(((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))[: len(counts)]):
+        pixels[labels == label, : side // 2, row * side // 2 : (row + 1) * side // 2, channel] = 255
+    return pixels, labels
+
+
+@pytest.fixture
+def splits_of_30(monkeypatch):
+    for module in (fidelity_metrics, evaluator):
+        monkeypatch.setattr(module, "SPLIT_SIZE", 30)
+
+
+def scored(capsys, tmp_path, *arguments) -> tuple[float, dict, str]:
+    """Inception Score, report and stderr."""
+    out = tmp_path / "report.json"
+    status, _, stderr = run(capsys, evaluator, *arguments, "--no_cache", "--out", out)
+    assert status == 0, stderr
+    report = json.loads(out.read_text())
+    return report["metrics"]["Inception Score"], report, stderr
+
+
+@pytest.mark.usefixtures("splits_of_30")
+def test_images_in_folders_by_class_are_spread_over_the_splits_of_the_inception_score(tmp_path, capsys):
+    pixels, labels = sorted_by_class()
+    np.savez(tmp_path / "ref.npz", arr_0=images(20))
+    for label in range(4):
+        write_folder(tmp_path / "set" / f"class {label}", pixels[labels == label])
+    value, report, stderr = scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / "set")
+    assert value > 3.5 and report["inception_score_order"] == "spread" and "class by class" not in stderr
+    assert scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / "set")[0] == value
+    np.savez(tmp_path / "set.npz", arr_0=pixels, arr_1=labels)
+    assert scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / "set.npz", "--shuffle")[0] == value
+
+
+@pytest.mark.usefixtures("splits_of_30")
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_an_npz_stored_class_by_class_keeps_its_order_and_is_warned_about(with_labels, tmp_path, capsys):
+    pixels, labels = sorted_by_class()
+    np.savez(tmp_path / "ref.npz", arr_0=images(20))
+    np.savez(tmp_path / "set.npz", arr_0=pixels, **({"arr_1": labels} if with_labels else {}))
+    value, report, stderr = scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / "set.npz", "--ci", 3)
+    assert value < 1.1 and report["inception_score_order"] == "stored"
+    low, high = report["intervals"]["Inception Score"]
+    assert high - low < 0.05  # splits are drawn from themselves: of all samples, their scores would scatter
+    source = "labels" if with_labels else "predicted classes"
+    [warning] = [text for text in report["warnings"] if "class by class" in text]
+    assert f"set.npz: stored class by class, as its {source} show" in warning and "--shuffle" in warning
+    assert stderr.count("class by class") == 1
+
+
+@pytest.mark.usefixtures("splits_of_30")
+def test_samples_in_a_random_order_and_few_samples_are_not_warned_about(tmp_path, capsys):
+    pixels, labels = sorted_by_class()
+    order = np.random.default_rng(3).permutation(120)
+    np.savez(tmp_path / "ref.npz", arr_0=images(20))
+    for name, rows in (("mixed", order), ("few", np.arange(30))):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pixels[rows], arr_1=labels[rows])
+        assert "splits" not in scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / f"{name}.npz")[2]
+
+
+@pytest.mark.usefixtures("splits_of_30")
+def test_a_short_last_split_is_warned_about(tmp_path, capsys):
+    pixels, _ = sorted_by_class((20, 11))
+    np.savez(tmp_path / "ref.npz", arr_0=images(20))
+    np.savez(tmp_path / "set.npz", arr_0=pixels)
+    _, report, _ = scored(capsys, tmp_path, tmp_path / "ref.npz", tmp_path / "set.npz", "--shuffle")
+    assert any("the last split of the Inception Score has 1 samples of 30" in text for text in report["warnings"])
+
+
+def test_shuffle_is_refused_for_a_folder(tmp_path, capsys):
+    np.savez(tmp_path / "ref.npz", arr_0=images(20))
+    folder = write_folder(tmp_path / "set", images(9))
+    status, _, err = run(capsys, evaluator, tmp_path / "ref.npz", folder, "--shuffle")
+    assert status == 2 and re.search(r"--shuffle: has no effect for .*set, a folder", err)
+
+
+def test_names_with_equal_numbers_have_an_order_and_any_character_is_a_name(tmp_path):
+    pixels = images(5)
+    names = ["a01", "a1", "a2", "\u00b210", b"\xff3".decode(errors="surrogateescape")]
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    orders = []
+    for listed in (sorted(tmp_path.iterdir()), sorted(tmp_path.iterdir(), reverse=True)):
+        folder = type("Listed", (type(tmp_path),), {"rglob": lambda self, pattern, listed=listed: iter(listed)})
+        orders.append([path.stem for path in open_image_folder(folder(tmp_path)).files])
+    assert orders[0] == orders[1] == names
+    assert re.fullmatch("[0-9a-f]{64}", open_image_folder(tmp_path).sha256())
+
+
+def test_names_of_classes_are_composed_as_others_write_them(tmp_path):
+    write_folder(tmp_path / unicodedata.normalize("NFD", "caf\u00e9"), images(2))
+    assert open_image_folder(tmp_path).labels().tolist() == ["caf\u00e9"] * 2
 
 
 def test_a_folder_scores_as_the_npz_of_its_images(tmp_path, capsys):

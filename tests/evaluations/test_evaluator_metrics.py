@@ -12,7 +12,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "evaluations"))
 
 import distances  # noqa: E402
 import fidelity_metrics as metrics  # noqa: E402
-from fidelity_metrics import RunningMoments, Statistics, frechet_distance, inception_score  # noqa: E402
+from fidelity_metrics import (  # noqa: E402
+    RunningMoments,
+    Statistics,
+    drawn_within_splits,
+    frechet_distance,
+    inception_score,
+    split_imbalance,
+    spread_order,
+)
 
 
 def features(count: int, width: int, seed: int = 0) -> np.ndarray:
@@ -158,6 +166,31 @@ def test_score_is_the_mean_over_consecutive_splits_with_a_shorter_last_one():
     assert inception_score(pool, weight, split_size=10) == pytest.approx(np.mean(parts), rel=1e-12)
     assert inception_score(pool, weight) != pytest.approx(np.mean(parts), rel=1e-3)  # 25 samples: one split
     assert metrics.SPLIT_SIZE == 5000
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_the_imbalance_of_splits_is_0_in_a_random_order_and_that_of_sorted_classes_is_known(classes):
+    labels = np.repeat(np.arange(classes), 20_000 // classes)
+    mixed = np.random.default_rng(0).permutation(labels)
+    assert abs(split_imbalance(mixed)) < 0.01
+    assert split_imbalance(labels) == pytest.approx(np.log(4), abs=0.15)  # 4 splits
+    assert split_imbalance(np.tile(np.arange(classes), 20_000 // classes)) < 0.0
+    assert split_imbalance(mixed[:5_000]) == pytest.approx(0.0, abs=1e-9)  # one split
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 11, 40])
+def test_splits_are_drawn_again_from_themselves(count):
+    drawn = np.random.default_rng(0).integers(0, count, count)
+    positions = drawn_within_splits(drawn, split_size=10)
+    np.testing.assert_array_equal(positions // 10, np.arange(count) // 10)
+    assert positions.max() < count and (count > 10 or positions.tolist() == drawn.tolist())
+
+
+def test_the_spread_order_is_a_permutation_and_never_changes():
+    order = spread_order(20_000)
+    np.testing.assert_array_equal(np.sort(order), np.arange(20_000))
+    assert order[:5].tolist() == [710, 11917, 19106, 3761, 12837]
+    assert abs(split_imbalance(np.repeat(np.arange(10), 2_000)[order])) < 0.01
 
 
 def test_score_does_not_depend_on_how_a_split_is_cut_for_memory(monkeypatch):

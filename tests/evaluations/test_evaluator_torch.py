@@ -17,6 +17,7 @@ import graph_weights  # noqa: E402
 from inception_2015 import write_inception_2015  # noqa: E402
 from inception_graph import InceptionGraph  # noqa: E402
 from inception_torch import TorchInception, torch_device  # noqa: E402
+from process_share import ALONE, Share, share_of_launcher  # noqa: E402
 from sample_sets import sha256_of  # noqa: E402
 from support import environment, run_command  # noqa: E402
 
@@ -188,8 +189,30 @@ def test_scores_without_tensorflow_are_the_same_on_one_process_and_two(graph, we
 def test_several_processes_need_the_torch_backend(pair, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert evaluator.main([str(path) for path in pair]) == 2
     assert "rank 1: error: 2 processes: only --backend torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [({}, ALONE), ({"RANK": "1"}, ALONE), ({"WORLD_SIZE": "4"}, ALONE), ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+     ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, Share(1, 2)),
+     ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 WORLD_SIZE=2: expected a rank below the number of processes"),
+     ({"RANK": "a", "WORLD_SIZE": "2"}, "RANK=a WORLD_SIZE=2: expected a rank below the number of processes"),
+     ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT are not set; start with torchrun")],
+)  # fmt: skip
+def test_a_place_among_processes_is_that_of_a_launcher_or_none(variables, expected, pair, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, Share):
+        assert share_of_launcher() == expected
+        return
+    assert evaluator.main([str(path) for path in pair]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_a_device_without_the_torch_backend_is_refused(pair, capsys):
