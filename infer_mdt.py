@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from masked_diffusion import diffusion_defaults, dist_util
+from masked_diffusion import dist_util
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.models import family_of
@@ -37,6 +37,7 @@ from masked_diffusion.script_util import (
     finite_float,
     interval,
     optional,
+    request_of,
     run_script,
 )
 
@@ -150,8 +151,9 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
         raise ValueError("--image and --mask: give both, the photo and what to fill in it")
     device = dist_util.choose_device(args.device)
     dist_util.allow_tf32(True)
-    flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
-    trained = open_trained(path, flags, explicit, device, warn=lambda text: say(f"warning: {text}"))
+    usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
+    request = request_of(args, explicit, **usual)
+    trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
     if "guidance" not in explicit:
         args.guidance = SAMPLING[family_of(trained.config.model.model)].get("guidance", args.guidance)
     reasons = without_effect(args, swept, trained.config)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from masked_diffusion import dist_util
+from masked_diffusion.runs.trained import Request
 
 USAGE_ERROR = 2
 # Help of the flags in model_and_diffusion_defaults().
@@ -135,6 +136,11 @@ def explicit_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     finally:
         for action in parser._actions:
             action.default = defaults[action.dest]
+
+
+def request_of(args: argparse.Namespace, explicit: set[str], **usual: Any) -> Request:
+    """What the command line asks of a checkpoint. usual: further fields of the request."""
+    return Request(**args_to_dict(args, explicit & Request.__dataclass_fields__.keys()), **usual)
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from masked_diffusion.script_util import (
     add_dict_to_argparser,
     explicit_flags,
     optional,
+    request_of,
     run_script,
 )
 
@@ -103,10 +104,10 @@ def weight_files(folder: Path, source: Path) -> list[Path]:
 
 def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state: dict[str, Tensor]) -> RunConfig:
     """The configuration beside the source, or one by its weights and the flags."""
-    flags = {**diffusion_defaults(), "interpolate_pos": False, **vars(args)}
+    request = request_of(args, explicit)
     recorded = read_config(source.parent)
     if recorded is not None:
-        check_contradictions(recorded, flags, explicit, source)
+        check_contradictions(recorded, request, source)
         in_a_folder = set() if Path(args.out).suffix else {"vae_path"}  # it gets a copy of the autoencoder
         for name in sorted(explicit & {"vae_path", "sigma_small"} - in_a_folder):
             warn(f"--{name} is ignored: {source.parent / CONFIG_NAME} says it")
@@ -118,7 +119,7 @@ def config_of(args: argparse.Namespace, explicit: set[str], source: Path, state:
     if args.vae_path:
         first_stage = load_first_stage(vae_path, "cpu", shown.in_channels)
         description, downsample = first_stage.description, first_stage.downsample
-    return config_of_weights(shown, flags, explicit, description, downsample, source, warn)
+    return config_of_weights(shown, request, description, downsample, source, warn)
 
 
 def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> None:

@@ -40,6 +40,7 @@ from masked_diffusion.script_util import (
     interval,
     optional,
     place_from_args,
+    request_of,
     run_script,
 )
 
@@ -143,7 +144,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     for message in warnings_of(args, explicit):
         say(f"warning: {message}")
     trained = open_trained(
-        Path(args.model_path).expanduser(), vars(args), explicit, device, warn=lambda text: say(f"warning: {text}")
+        Path(args.model_path).expanduser(),
+        request_of(args, explicit),
+        device,
+        warn=lambda text: say(f"warning: {text}"),
     )
     if not trained.recorded:
         model = trained.config.model

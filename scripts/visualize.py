@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from masked_diffusion import diffusion_defaults, dist_util
+from masked_diffusion import dist_util
 from masked_diffusion.data.latent_cache import is_latent_cache, read_record
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs import checkpoint
@@ -30,6 +30,7 @@ from masked_diffusion.script_util import (
     explicit_flags,
     finite_float,
     optional,
+    request_of,
     run_script,
 )
 
@@ -115,9 +116,8 @@ def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Call
         raise ValueError(f"--data_dir {data_dir}: holds latents; give the images they were made of ({source})")
     device = dist_util.choose_device(args.device)
     dist_util.allow_tf32(True)
-    flags = {**diffusion_defaults(), "class_cond": True, "num_classes": None, **vars(args)}
-    flags |= {"interpolate_pos": False, "drop_extra": False}
-    trained = open_trained(Path(args.model_path).expanduser(), flags, explicit, device, warn)
+    request = request_of(args, explicit, usual_decoder=args.vae_decoder)
+    trained = open_trained(Path(args.model_path).expanduser(), request, device, warn)
     config = trained.config
     dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond)
     if dataset.class_names != config.class_names and trained.recorded:

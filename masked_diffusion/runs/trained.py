@@ -1,7 +1,7 @@
 """A trained model from a file: its weights, the configuration they need, and the first stage they were trained with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,45 +48,70 @@ class Trained:
         }
 
 
-def open_trained(
-    path: Path,
-    flags: dict[str, Any],
-    explicit: set[str],
-    device: torch.device | str,
-    warn: Callable[[str], None],
-) -> Trained:
-    """Read a checkpoint, by the configuration beside it, or by what its weights show and the flags where there is none.
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a checkpoint; named as the flags. None: whatever is recorded or shown by its weights.
 
-    flags: by name, the model and process flags (``FIXED_*_SETTINGS``), ``class_cond``, ``sigma_small``, ``vae_path``,
-    ``vae_decoder``, ``interpolate_pos`` (sample at another ``image_size``) and ``drop_extra`` (leave out weights that
-    the model does not have). explicit: those given on the command line. warn: told of flags that have no effect.
-    Raises FileNotFoundError, and ValueError for weights of another model, or a flag that contradicts what is recorded.
+    class_cond: False, to have no use for its classes. vae_decoder: ``ema`` or ``mse``, where the first stage is the
+    hub's default. interpolate_pos: take another ``image_size``. drop_extra: leave out weights that the model does not
+    have. usual_decoder, usual_decode_layer: taken where nothing says otherwise; they contradict nothing.
+    """
+
+    model: str | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    decode_layer: int | None = None
+    learn_sigma: bool | None = None
+    predict_xstart: bool | None = None
+    diffusion_steps: int | None = None
+    noise_schedule: str | None = None
+    sigma_small: bool | None = None
+    class_cond: bool | None = None
+    vae_path: str | None = None
+    vae_decoder: str | None = None
+    interpolate_pos: bool = False
+    drop_extra: bool = False
+    usual_decoder: str = "ema"
+    usual_decode_layer: int | None = None
+
+    def asked(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the settings that are asked for."""
+        values = {name: getattr(self, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def hub_vae(self) -> str:
+        return DEFAULT_VAE.format(self.vae_decoder or self.usual_decoder)
+
+
+def open_trained(path: Path, request: Request, device: torch.device | str, warn: Callable[[str], None]) -> Trained:
+    """Read a checkpoint, by the configuration beside it, or by its weights and the request where there is none.
+
+    warn: told of what is asked for in vain. Raises FileNotFoundError, and ValueError for weights of another model, or a
+    request that contradicts what is recorded.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--model_path {path}: no such file; {_what_there_is(path.parent)}")
     state = checkpoint.read_weights(path)
     shown = recognise(state, path)
     recorded = read_config(path.parent)
-    other_size = flags["interpolate_pos"] and "image_size" in explicit
     if recorded is not None:
-        check_contradictions(recorded, flags, explicit - {"image_size"} if other_size else explicit, path)
-        first_stage = _recorded_first_stage(recorded, flags, explicit, shown.in_channels, device, warn)
-        config = recorded
-        if "sigma_small" in explicit:
-            process = dataclasses.replace(recorded.diffusion, sigma_small=flags["sigma_small"])
-            config = dataclasses.replace(recorded, diffusion=process)
+        check_contradictions(recorded, request, path)
+        first_stage = _recorded_first_stage(recorded, request, shown.in_channels, device, warn)
+        process = dataclasses.replace(recorded.diffusion, **request.asked(["sigma_small"]))
+        config = dataclasses.replace(recorded, diffusion=process)
     else:
-        vae_path = flags["vae_path"] or DEFAULT_VAE.format(flags["vae_decoder"])
-        if flags["vae_path"] and "vae_decoder" in explicit:
-            warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
+        vae_path = request.vae_path or request.hub_vae
+        if request.vae_path and request.vae_decoder:
+            warn(f"--vae_decoder {request.vae_decoder} is ignored: the first stage is {vae_path}")
         first_stage = load_first_stage(vae_path, device, shown.in_channels)
-        config = config_of_weights(shown, flags, explicit, first_stage.description, first_stage.downsample, path, warn)
-    if other_size:
-        size = dataclasses.replace(config.model, image_size=flags["image_size"])
+        config = config_of_weights(shown, request, first_stage.description, first_stage.downsample, path, warn)
+    if request.interpolate_pos:
+        size = dataclasses.replace(config.model, **request.asked(["image_size"]))
         config = dataclasses.replace(config, model=size)
     model = config.model.build()
-    state = fit_positions(state, model, path, flags["interpolate_pos"], warn)
-    checkpoint.load_weights(model, state, path, flags["drop_extra"])
+    state = fit_positions(state, model, path, request.interpolate_pos, warn)
+    checkpoint.load_weights(model, state, path, request.drop_extra)
     model.to(device).eval().requires_grad_(False)
     model.expand_bias()
     return Trained(path, model, config, first_stage, recorded is not None)
@@ -102,33 +127,29 @@ def _what_there_is(folder: Path) -> str:
     return f"{folder} {there}; train a model, or get published weights as README.md says"
 
 
-def check_contradictions(recorded: RunConfig, flags: dict[str, Any], explicit: set[str], path: Path) -> None:
-    """Raise ValueError for a flag on the command line that says something else than a configuration."""
+def check_contradictions(recorded: RunConfig, request: Request, path: Path) -> None:
+    """Raise ValueError for a request that says something else than a configuration."""
     known = {name: getattr(recorded.diffusion, name) for name in FIXED_PROCESS_SETTINGS}
     known |= {name: getattr(recorded.model, name) for name in FIXED_MODEL_SETTINGS}
     if not recorded.class_cond:  # a model with classes can be sampled without them, but not the other way round
         known["class_cond"] = False
-    for name in sorted(explicit & set(known)):
-        if flags[name] is not None and flags[name] != known[name]:
+    if request.interpolate_pos:
+        del known["image_size"]
+    for name, value in request.asked(sorted(known)).items():
+        if value != known[name]:
             raise ValueError(
-                f"--{name} {flags[name]}: {path} was trained with {known[name]}, as its config.json says; leave the "
-                "flag out"
+                f"--{name} {value}: {path} was trained with {known[name]}, as its config.json says; leave the flag out"
             )
 
 
 def _recorded_first_stage(
-    recorded: RunConfig,
-    flags: dict[str, Any],
-    explicit: set[str],
-    channels: int,
-    device: torch.device | str,
-    warn: Callable[[str], None],
+    recorded: RunConfig, request: Request, channels: int, device: torch.device | str, warn: Callable[[str], None]
 ) -> FirstStage:
-    vae_path = flags["vae_path"] or recorded.first_stage["vae_path"]
-    if vae_path in HUB_DEFAULTS and not flags["vae_path"]:
-        vae_path = DEFAULT_VAE.format(flags["vae_decoder"])
-    elif "vae_decoder" in explicit:
-        warn(f"--vae_decoder {flags['vae_decoder']} is ignored: the first stage is {vae_path}")
+    vae_path = request.vae_path or recorded.first_stage["vae_path"]
+    if vae_path in HUB_DEFAULTS and not request.vae_path:
+        vae_path = request.hub_vae
+    elif request.vae_decoder:
+        warn(f"--vae_decoder {request.vae_decoder} is ignored: the first stage is {vae_path}")
     first_stage = load_first_stage(vae_path, device, channels)
     check_first_stage(recorded, first_stage, vae_path)
     return first_stage
@@ -152,16 +173,15 @@ def check_first_stage(recorded: RunConfig, first_stage: FirstStage, vae_path: st
 
 def config_of_weights(
     shown: Recognised,
-    flags: dict[str, Any],
-    explicit: set[str],
+    request: Request,
     first_stage: dict[str, Any],
     downsample: int,
     path: Path,
     warn: Callable[[str], None],
 ) -> RunConfig:
-    """The configuration of a file that has none beside it: the model is what its weights show, the process the flags'.
+    """The configuration of a file that has none beside it: its weights show the model, the request has the process.
 
-    Raises ValueError for a flag that the weights contradict.
+    Raises ValueError for a request that the weights contradict.
     """
     model = ModelConfig(
         model=shown.model,
@@ -173,27 +193,21 @@ def config_of_weights(
         learn_sigma=shown.learn_sigma,
     )
     cannot_show = {"decode_layer"} if shown.decode_layer is None else set()
-    if flags["interpolate_pos"]:
+    if request.interpolate_pos:
         cannot_show.add("image_size")
-    for name in sorted(explicit & set(FIXED_MODEL_SETTINGS) - cannot_show):
-        if flags[name] is not None and flags[name] != getattr(model, name):
+    for name, value in request.asked(sorted(set(FIXED_MODEL_SETTINGS) - cannot_show)).items():
+        if value != getattr(model, name):
             raise ValueError(
-                f"--{name} {flags[name]}: the weights in {path} are of {getattr(model, name)}; leave the flag out"
+                f"--{name} {value}: the weights in {path} are of {getattr(model, name)}; leave the flag out"
             )
     if not can_mask(shown.model):
-        if flags["decode_layer"] is not None and "decode_layer" in explicit:
-            warn(f"--decode_layer {flags['decode_layer']} is ignored: {shown.model} has no decoder")
+        if request.decode_layer is not None:
+            warn(f"--decode_layer {request.decode_layer} is ignored: {shown.model} has no decoder")
     elif shown.decode_layer is None:
-        decode_layer = flags["decode_layer"]
+        decode_layer = request.usual_decode_layer if request.decode_layer is None else request.decode_layer
         if decode_layer is None:
             decode_layer = MDT.DEFAULT_DECODE_LAYER
             warn(f"--decode_layer is taken to be {decode_layer}: neither the weights of an MDT nor a config.json say")
         model = dataclasses.replace(model, decode_layer=decode_layer)
-    return RunConfig(
-        model=model,
-        diffusion=DiffusionConfig(
-            sigma_small=flags["sigma_small"],
-            **{name: flags[name] for name in FIXED_PROCESS_SETTINGS} | {"learn_sigma": shown.learn_sigma},
-        ),
-        first_stage=first_stage,
-    )
+    process = request.asked(["sigma_small", *FIXED_PROCESS_SETTINGS]) | {"learn_sigma": shown.learn_sigma}
+    return RunConfig(model=model, diffusion=DiffusionConfig(**process), first_stage=first_stage)

@@ -13,7 +13,7 @@ from golden_arrays import GOLDENS
 from PIL import Image
 from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
 
-from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.runs.trained import Request, open_trained
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.inpainting import Inpainting, SideInterpolation, open_photo, side_interpolation
 
@@ -102,8 +102,7 @@ def test_a_filled_digit_is_of_the_class_asked_for_and_the_rest_is_untouched(
     eight_digits, overfitted, tmp_path, name, mode
 ):
     folder, pixels = eight_digits
-    flags = {"vae_path": None, "vae_decoder": "ema", "interpolate_pos": False, "drop_extra": False}
-    trained = open_trained(overfitted(name), flags, set(), "cpu", warn=pytest.fail)
+    trained = open_trained(overfitted(name), Request(), "cpu", warn=pytest.fail)
     sampler = SamplerConfig(20, "ddim", cfg_cond=True, cfg_scale=1.5)
     make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, "cpu")
     hole = np.zeros((8, 8), dtype=bool)
@@ -203,7 +202,7 @@ def check_filled_digits(path):
     reader = script("scripts/read_digits.py")
     classifier = reader.train_classifier(*reader.digits("digits"))
     pixels, labels = (tensor[:50] for tensor in reader.digits("digits-test"))
-    trained = open_trained(path, {"vae_path": None, "vae_decoder": "ema"}, set(), "cpu", warn=pytest.fail)
+    trained = open_trained(path, Request(), "cpu", warn=pytest.fail)
     make = ImageSampler(
         trained.model,
         trained.config,

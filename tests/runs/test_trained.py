@@ -4,34 +4,20 @@ import hashlib
 import pytest
 import torch
 from golden_arrays import set_golden_weights
+from support import script
 from test_first_stage import SCALE, SHIFT, save_tiny_autoencoder
 
 from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.runs import trained
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.runs.trained import Request, open_trained
+from masked_diffusion.script_util import request_of
 
 MODEL = ModelConfig(
     "MDT_Ti_2", image_size=8, downsample=1, in_channels=3, num_classes=7, mask_ratio=0.3, decode_layer=2
 )
 PIXELS = PixelSpace(3).description
-FLAGS = {
-    "model": "MDT_S_2",
-    "image_size": 256,
-    "num_classes": None,
-    "decode_layer": None,
-    "learn_sigma": True,
-    "predict_xstart": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "sigma_small": False,
-    "class_cond": True,
-    "vae_path": None,
-    "vae_decoder": "ema",
-    "interpolate_pos": False,
-    "drop_extra": False,
-}
 
 
 def write_run(folder, name="ema_0.9999_000020.pt", recorded=True, model=MODEL, **settings):
@@ -45,7 +31,7 @@ def write_run(folder, name="ema_0.9999_000020.pt", recorded=True, model=MODEL, *
 
 def open_with(path, warn=pytest.fail, **flags):
     """Open a checkpoint with these flags on the command line."""
-    return open_trained(path, {**FLAGS, **flags}, set(flags), "cpu", warn)
+    return open_trained(path, Request(**flags), "cpu", warn)
 
 
 @pytest.fixture
@@ -128,8 +114,14 @@ def test_none_asks_for_what_is_recorded(tmp_path, name):
 
 
 def test_flags_at_their_defaults_contradict_nothing(tmp_path):
-    path = write_run(tmp_path)
-    assert open_trained(path, {**FLAGS, **CONTRADICTIONS}, set(), "cpu", pytest.fail).config.model == MODEL
+    """Those of a published file, too: infer_mdt.py has other defaults for it."""
+    parser = script("scripts/image_sample.py").create_argparser()
+    request = request_of(parser.parse_args([]), set(), usual_decode_layer=1)
+    assert open_trained(write_run(tmp_path), request, "cpu", pytest.fail).config.model == MODEL
+    (tmp_path / "bare").mkdir()
+    bare = write_run(tmp_path / "bare", recorded=False)
+    request = Request(vae_path="none", usual_decode_layer=1)
+    assert open_trained(bare, request, "cpu", pytest.fail).model.decode_layer == 1
 
 
 def test_a_model_with_classes_is_sampled_without_them_but_not_the_other_way_round(tmp_path):
