@@ -52,7 +52,7 @@ from torch.profiler import profile
 from masked_diffusion import dist_util
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.image_datasets import load_data
-from masked_diffusion.randomness import training_draws
+from masked_diffusion.randomness import STREAM, SampleNoise, training_draws
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.sample_set import SampleSet, generate
 from masked_diffusion.script_util import (
@@ -68,6 +68,8 @@ from masked_diffusion.script_util import (
 FULL_SAMPLING_STEPS = 250
 # Guidance weights of 1 are as frequent among 10 steps as among 250: a tenth of them, or four tenths within a hundredth.
 SKIP_TOLERANCES, LEAST_STEPS_TO_SKIP = (0.0, 0.01), 10
+# Ratios are taken by the clock and by the processor's time.
+CLOCKS = (("", attrgetter("seconds")), ("_cpu", attrgetter("cpu_seconds")))
 
 HELPS = {
     "case": "comma list of what to measure",
@@ -129,22 +131,7 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     In turn with them, where there are steps enough to leave some out, the published schedule with ``cfg_skip_tol``.
     """
     precision = choose_precision(settings, ranks.device, tf32=True)
-    model = fresh_model(settings).to(ranks.device).eval().requires_grad_(False)
-    model.expand_bias()  # as the scripts do
-
-    def network(*args: Any, **kwargs: Any) -> Tensor:
-        enabled = settings.dtype != torch.float32
-        with torch.autocast(ranks.device.type, dtype=settings.dtype, enabled=enabled):
-            return model(*args, **kwargs).float()
-
-    undecoded = UndecodedLatents(settings.in_channels)
-    indices = range(settings.batch_size)
-    labels = [i % settings.num_classes for i in indices]
-
-    def sampling(sampler: SamplerConfig) -> Callable[[], Any]:
-        make = ImageSampler(network, settings.run_config, sampler, undecoded, ranks.device)
-        return lambda: make(indices, labels)
-
+    sampling = sampling_with(settings, ranks)
     tolerances = SKIP_TOLERANCES if settings.num_sampling_steps >= LEAST_STEPS_TO_SKIP else ()
     skipping = [
         dataclasses.replace(settings.sampler_config, guidance="power_cosine", cfg_skip_tol=tolerance)
@@ -172,6 +159,58 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "seconds_per_step": steps.median / settings.num_sampling_steps,
         "seconds_per_image": seconds / settings.batch_size,
         "extrapolated_to_steps": FULL_SAMPLING_STEPS,  # holds for the two per image
+        **precision,
+    }
+
+
+def sampling_with(settings: Settings, ranks: Ranks) -> Callable[..., Callable[[], Any]]:
+    """From a sampler's settings, and perhaps the stream of its noise, what samples a batch with one fresh model."""
+    model = fresh_model(settings).to(ranks.device).eval().requires_grad_(False)
+    model.expand_bias()  # as the scripts do
+
+    def network(*args: Any, **kwargs: Any) -> Tensor:
+        enabled = settings.dtype != torch.float32
+        with torch.autocast(ranks.device.type, dtype=settings.dtype, enabled=enabled):
+            return model(*args, **kwargs).float()
+
+    undecoded = UndecodedLatents(settings.in_channels)
+    indices = range(settings.batch_size)
+    labels = [i % settings.num_classes for i in indices]
+
+    def sampling(sampler: SamplerConfig, stream: int = STREAM) -> Callable[[], Any]:
+        make = ImageSampler(network, settings.run_config, sampler, undecoded, ranks.device, stream=stream)
+        return lambda: make(indices, labels)
+
+    return sampling
+
+
+def noise(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Guided steps of the sampler in turn with the same under the former stream of random numbers, and the noise of
+    both alone."""
+    precision = choose_precision(settings, ranks.device, tf32=True)
+    sampling, streams = sampling_with(settings, ranks), (STREAM, STREAM - 1)
+
+    def drawing(stream: int) -> Callable[[], Any]:
+        def draw() -> None:
+            source = SampleNoise(0, range(settings.batch_size), stream=stream)
+            for _ in range(settings.num_sampling_steps + 1):
+                source.randn(settings.model_config.latent_shape, ranks.device)
+
+        return draw
+
+    works = [*(sampling(settings.sampler_config, stream) for stream in streams), *map(drawing, streams)]
+    new, former, new_draws, former_draws = timed_in_turn(works, settings, ranks.device)
+    return {
+        **common(new, ranks.device),
+        "images_per_second": settings.batch_size / new.median,
+        **former.fields("former_"),
+        **new_draws.fields("draws_"),
+        **former_draws.fields("former_draws_"),
+        **{
+            f"to_former{clock}": statistics.median(a / b for a, b in zip(of(new), of(former), strict=True))
+            for clock, of in CLOCKS
+        },
+        "num_sampling_steps": settings.num_sampling_steps,
         **precision,
     }
 
@@ -219,7 +258,7 @@ def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 def against_exact(exact: Timing, fast: Timing, draws: Timing) -> dict[str, float]:
     """How much faster --fast_decode True loads: in all, and without the random numbers, which are the same work."""
     fields = {**fast.fields("fast_decode_"), **draws.fields("draws_")}
-    for clock, of in (("", attrgetter("seconds")), ("_cpu", attrgetter("cpu_seconds"))):
+    for clock, of in CLOCKS:
         rounds = list(zip(of(exact), of(fast), of(draws), strict=True))
         fields[f"fast_decode_speedup{clock}"] = statistics.median(slow / quick for slow, quick, _ in rounds)
         alone = statistics.median((slow - drawing) / (quick - drawing) for slow, quick, drawing in rounds)
@@ -262,6 +301,7 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "data": data,
     "encode": encode,
     "assemble": assemble,
+    "noise": noise,
     "plain_step": plain_step,
     "against_plain": against_plain,
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
 from masked_diffusion.image_datasets import no_classes
 from masked_diffusion.logger import HumanSink, Logger
 from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, torch_generator, training_draws
+from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, training_draws
 from masked_diffusion.resample import UniformSampler
 from masked_diffusion.runs.checkpoint import Start
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
@@ -150,7 +151,7 @@ def training_batch(settings: Settings) -> tuple[Tensor, Batch]:
     """What the loader delivers for one step: images, or latents in their place, and the draws of each."""
     count, spec = settings.batch_size, settings.draw_spec
     shape = (3, settings.image_size, settings.image_size) if settings.with_vae else spec.latent_shape
-    images = torch.randn(count, *shape, generator=torch_generator(0, "images"))
+    images = torch.from_numpy(numpy_generator(0, "images").standard_normal((count, *shape), dtype=np.float32))
     extras = default_collate([training_draws(spec, 0, 0, i) for i in range(count)])
     index = torch.arange(count)
     labels, epoch = index % settings.num_classes, torch.zeros_like(index)

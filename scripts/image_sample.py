@@ -22,12 +22,13 @@ from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS,
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.logger import output_folder
 from masked_diffusion.models.block_modes import compile_blocks
+from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs.config import library_versions
 from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
 from masked_diffusion.runs.run_folder import held, writing_to
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
-from masked_diffusion.sampling.sample_set import SampleSet, generate
+from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
     SAMPLER_HELPS,
@@ -169,9 +170,15 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     labels, null = labels_of(args, trained), trained.config.model.num_classes
     if args.compile and (problem := compile_blocks(trained.model, device)):
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
-    make = ImageSampler(
-        half_precision(trained.model, args.use_fp16), trained.config, sampler, trained.first_stage, device
+    new_sampler = partial(
+        ImageSampler,
+        half_precision(trained.model, args.use_fp16),
+        trained.config,
+        sampler,
+        trained.first_stage,
+        device,
     )
+    new_sampler()  # before the processes meet: what it refuses is refused here
     settings = settings_of(args, trained, sampler, labels if class_cond else None)
 
     def claim(samples: SampleSet) -> bool:
@@ -195,9 +202,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # The processes meet once, before the work, and never again: none of them waits for a slow one.
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
         folder = ranks.from_main(output_folder)
+        stream = ranks.from_main(lambda: begun_stream(folder, settings))
+        settings |= stream_entry(stream)
         samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)
         needed = ranks.from_main(lambda: claim(samples))
-    return partial(work, samples, make, labels if class_cond else np.full_like(labels, null), class_cond, ranks, needed)
+    labels = labels if class_cond else np.full_like(labels, null)
+    return partial(work, samples, new_sampler(stream=stream), labels, class_cond, ranks, needed)
 
 
 def work(

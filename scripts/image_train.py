@@ -23,7 +23,7 @@ from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import can_mask
 from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.randomness import DrawSpec, global_generator
+from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -246,6 +246,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
 
     state = ranks.from_main(lambda: checkpoint.read_state(start))
+    if state is not None:
+        stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
+        run_config = dataclasses.replace(run_config, stream=stream)
     config = config.on_ranks(ranks.world_size, state)
     global_batch = config.batch_size * ranks.world_size
     if config.batch_size != args.batch_size:

@@ -28,7 +28,7 @@ from masked_diffusion.diffusers_format import (
 from masked_diffusion.diffusion.guidance import guided, power_cosine_weight
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
-from masked_diffusion.randomness import torch_generator
+from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 
@@ -191,9 +191,11 @@ def test_diffusers_own_pipeline_draws_what_our_sampler_draws(tmp_path, scale):
     use_dit_frequencies(theirs.transformer)
     settings = {"cfg_cond": True, "guidance": "constant", "cfg_scale": scale, "cfg_channels": 4, "seed": 5}
     first_stage = load_first_stage(str(vae_path), "cpu")
-    ours = ImageSampler(model, config, SamplerConfig(30, "ddim", **settings), first_stage, "cpu")
+    # diffusers takes torch's generators, which stream 1 drew from.
+    ours = ImageSampler(model, config, SamplerConfig(30, "ddim", **settings), first_stage, "cpu", stream=1)
     labels, indices = [207, 0, 999], range(3)
-    generators = [torch_generator(5, "noise", i) for i in indices]
+    seeds = [int.from_bytes(key_bytes(5, "noise", i)[:8], "big") for i in indices]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     arguments = {"generator": generators, "num_inference_steps": 30, "output_type": "pt"}
     images = theirs(labels, guidance_scale=scale, **arguments).images
     state = list(ours.states(indices, labels))[-1].sample

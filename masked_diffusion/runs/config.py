@@ -10,6 +10,7 @@ from typing import Any
 from masked_diffusion import create_diffusion
 from masked_diffusion.models import create_model
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.randomness import FIRST_STREAM, STREAM
 from masked_diffusion.respace import SpacedDiffusion
 
 CONFIG_NAME = "config.json"
@@ -106,6 +107,7 @@ class RunConfig:
 
     class_names: names of the classes, in the order of their labels; empty without classes or when unknown.
     first_stage: see :class:`masked_diffusion.first_stage.FirstStage`. training: the training's further settings.
+    stream: of the random numbers of the run's previews and evaluations, see ``randomness.STREAMS``.
     """
 
     model: ModelConfig
@@ -114,6 +116,7 @@ class RunConfig:
     class_names: list[str] = dataclasses.field(default_factory=list)
     class_cond: bool = True
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stream: int = STREAM
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "versions": library_versions()}
@@ -122,6 +125,7 @@ class RunConfig:
     def from_json(cls, value: Any, source: Path) -> "RunConfig":
         """Raises ValueError, naming ``source``, when the value is no such configuration."""
         try:
+            value = {"stream": FIRST_STREAM, **value}
             fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
             fields["model"] = ModelConfig(**fields["model"])
             fields["diffusion"] = DiffusionConfig(**fields["diffusion"])

@@ -16,7 +16,7 @@ from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.randomness import SampleNoise, numpy_generator
+from masked_diffusion.randomness import STREAM, SampleNoise, numpy_generator
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
@@ -109,7 +109,8 @@ class SamplerConfig:
 class ImageSampler:
     """A model with everything that makes images of it: guidance, sampler, first stage.
 
-    model: ``model(x, t, y)``, in eval mode, on ``device``. progress: show a bar over the sampling steps.
+    model: ``model(x, t, y)``, in eval mode, on ``device``. progress: show a bar over the sampling steps. stream: of the
+    noise, see ``randomness.STREAMS``.
     """
 
     def __init__(
@@ -120,11 +121,13 @@ class ImageSampler:
         first_stage: FirstStage,
         device: torch.device | str,
         progress: bool = False,
+        stream: int = STREAM,
     ) -> None:
         self._progress = progress
         self._first_stage = first_stage
         self._latent_shape = config.model.latent_shape
         self._seed = sampler.seed
+        self._stream = stream
         self._device = device
         self._clip = sampler.clip_denoised
         self._diffusion = sampler.build_diffusion(config)
@@ -138,7 +141,7 @@ class ImageSampler:
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
     ) -> Iterator[samplers.Step]:
         """The latents of the samples with these numbers and labels after every step of the sampler."""
-        noise = SampleNoise(self._seed, indices)
+        noise = SampleNoise(self._seed, indices, stream=self._stream)
         y = torch.tensor(list(labels), device=self._device)
         x_T = noise.randn(self._latent_shape, self._device)
         denoiser: Denoiser = self._model

@@ -16,6 +16,7 @@ import numpy as np
 
 from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, write_json
 from masked_diffusion.processes.resumable_parts import Parts, make_parts
+from masked_diffusion.randomness import STREAM, STREAMS, stream_entry
 from masked_diffusion.sampling.pictures import grid, save_picture
 
 MANIFEST_NAME = "manifest.json"
@@ -165,6 +166,17 @@ def _rename_in_manifest(moved: Sequence[Path]) -> None:
     manifests = [path for path in moved if path.suffix == ".json"]
     if manifests and (content := _read_json(manifests[0])) is not None:
         write_json(manifests[0], {**content, "samples": samples[0].name if samples else None})
+
+
+def begun_stream(folder: Path, settings: dict[str, Any]) -> int:
+    """The stream of random numbers that a set of these settings was begun under here; the present one for a new set.
+
+    settings: without an entry of the stream. A set that was moved aside counts: its parts are still there.
+    """
+    manifests = [folder / MANIFEST_NAME, *sorted(folder.glob("manifest_*.json"))]
+    records = [(_read_json(manifest) or {}).get("settings") for manifest in manifests]
+    begun = (stream for record in records for stream in STREAMS if record == {**settings, **stream_entry(stream)})
+    return next(begun, STREAM)
 
 
 def generate(

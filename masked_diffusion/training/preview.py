@@ -49,7 +49,14 @@ class Preview:
         numbers = range(self._count)
         labels = [i % num_classes if self._run_config.class_cond else num_classes for i in numbers]
         try:
-            make = ImageSampler(averaged, self._run_config, self._sampler, self._first_stage, self._device)
+            make = ImageSampler(
+                averaged,
+                self._run_config,
+                self._sampler,
+                self._first_stage,
+                self._device,
+                stream=self._run_config.stream,
+            )
             save_picture(grid(make(numbers, labels)), self._folder / f"preview_{step:06d}.png")
         except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
             self._report(f"no preview of step {step}: {error}")

@@ -101,6 +101,7 @@ class Saver:
             "position": position,
             "batch_size": self._run_config.training["batch_size"],
             "global_batch": self._config.batch_size * self._ranks.world_size,
+            "stream": self._run_config.stream,
         }
         files = self._state.files(step, self._config.weights_format, numbers)
         files = checkpoint.snapshot(files, whole, keep=self._ranks.is_main)

@@ -27,6 +27,7 @@ from masked_diffusion.diffusion.samplers import SAMPLERS
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.models import family_of
+from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig, library_versions
 from masked_diffusion.runs.family_defaults import SAMPLING
@@ -234,13 +235,16 @@ class Evaluation:
             "labels": "random" if self._run_config.class_cond else None,
             "num_samples": self.config.eval_num_samples,
             "batch_size": self.config.eval_batch_size,
+            **stream_entry(self._run_config.stream),
         }
 
     def _sample(self, samples: SampleSet, model: Denoiser, asked_to_stop: Callable[[], bool]) -> None:
         """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
         one of them meets is known to all."""
         ranks = self._ranks
-        make = ImageSampler(model, self._run_config, self._sampler, self._first_stage, ranks.device)
+        make = ImageSampler(
+            model, self._run_config, self._sampler, self._first_stage, ranks.device, stream=self._run_config.stream
+        )
         for first in range(0, samples.num_batches, ranks.world_size):
             batch, failure = first + ranks.rank, None
             try:

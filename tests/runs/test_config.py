@@ -6,6 +6,7 @@ import pytest
 from golden_arrays import golden_json
 
 from masked_diffusion.files import write_json
+from masked_diffusion.randomness import STREAM
 from masked_diffusion.runs.config import (
     DiffusionConfig,
     ModelConfig,
@@ -45,6 +46,13 @@ RUN = RunConfig(
 def test_a_configuration_reads_back_as_it_was_written(tmp_path):
     write_json(tmp_path / "config.json", RUN.as_json())
     assert read_config(tmp_path) == RUN
+
+
+def test_a_configuration_without_a_stream_is_of_a_run_under_the_first(tmp_path):
+    record = RUN.as_json()
+    assert record.pop("stream") == STREAM == 2
+    write_json(tmp_path / "config.json", record)
+    assert read_config(tmp_path) == dataclasses.replace(RUN, stream=1)
 
 
 def test_a_configuration_records_the_versions_of_the_libraries():

@@ -10,6 +10,7 @@ from support import call, script
 
 from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.models import MDT
+from masked_diffusion.randomness import STREAMS
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.optimizers import EMA
 
@@ -188,6 +189,19 @@ def test_several_cases_are_measured_in_processes_of_their_own_and_also_written_t
     records = measure("train_step,sample", "--out", out)
     assert not passes  # nothing ran in this process
     assert [json.loads(line) for line in out.read_text().splitlines()] == [{}, *records]
+
+
+def test_noise_is_drawn_from_the_present_and_from_the_former_stream(measure, monkeypatch):
+    drawn = []
+
+    def spied(stream, normals):
+        return lambda *key: drawn.append(stream) or normals(*key)
+
+    for stream, normals in list(STREAMS.items()):
+        monkeypatch.setitem(STREAMS, stream, spied(stream, normals))
+    [record] = measure("noise")
+    assert record["to_former"] > 0 and record["draws_median_seconds"] > 0 and record["former_draws_median_seconds"] > 0
+    assert drawn == ([2] * 3 + [1] * 3) * 2 * ROUNDS  # for each of three samples, in steps and alone
 
 
 @pytest.mark.parametrize(("status", "code"), [(2, 2), (-9, "case data: ended by signal 9 (9: probably out of memory)")])

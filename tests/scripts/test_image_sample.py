@@ -8,6 +8,9 @@ import pytest
 import torch
 from support import TINY_DIGITS, call
 
+from masked_diffusion.randomness import STREAM
+from masked_diffusion.sampling import sample_set
+
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 
 
@@ -66,6 +69,34 @@ def test_the_same_settings_are_recognised_as_done(sample, capsys):
     assert "already complete" in capsys.readouterr().err and np.array_equal(first, again)
     sample("a", *flags, "--sampler", "ddim")
     assert "moved aside" in capsys.readouterr().err
+
+
+def test_a_set_begun_under_the_first_stream_goes_on_under_it_and_a_new_one_begins_under_the_present(
+    sample, monkeypatch, tmp_path, capsys
+):
+    flags = ["--batch_size", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_set, "STREAM", 1)
+        old, settings = sample("old", *flags)
+    assert "stream" not in settings  # as before there were streams
+    half = sample_set.SampleSet(tmp_path / "half", 4, 8, 2, settings)
+    half.open({})
+    half.write_part(0, old[:2])
+    continued, recorded = sample("half", *flags)
+    assert np.array_equal(continued, old) and recorded == settings
+    sample("old", *flags)
+    assert "already complete" in capsys.readouterr().err
+    new, settings = sample("new", *flags)
+    assert settings["stream"] == STREAM == 2 and not np.array_equal(new, old)
+
+
+def test_a_set_of_the_first_stream_that_was_moved_aside_comes_back(sample, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_set, "STREAM", 1)
+        old, _ = sample("a")
+    sample("a", "--seed", "1")
+    assert np.array_equal(sample("a")[0], old)
+    assert "had been moved aside" in capsys.readouterr().err
 
 
 def test_samples_of_another_autoencoder_at_the_same_path_are_other_samples(
