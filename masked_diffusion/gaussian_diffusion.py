@@ -18,6 +18,7 @@ from masked_diffusion.diffusion.samplers import Prediction, on_device_of
 
 Model = Callable[..., Tensor]
 Terms = dict[str, Tensor]
+Reduction = Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N,)
 
 
 class ModelMeanType(enum.Enum):
@@ -293,10 +294,12 @@ class GaussianDiffusion:
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
+        counts: Reduction = mean_flat,
     ) -> Terms:
         """Losses at timesteps t, each (N,): ``loss``, and what it is the sum of, ``mse`` and ``vb`` where they exist.
 
-        x_start: (N, C, H, W). t: (N,) int64 in [0, T). noise: (N, C, H, W) normal; None draws it.
+        x_start: (N, C, H, W). t: (N,) int64 in [0, T). noise: (N, C, H, W) normal; None draws it. counts: reduces the
+        squared error (N, C, H, W) to (N,); the variational terms are means over everything.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -307,7 +310,7 @@ class GaussianDiffusion:
 
         mean_output, variance_output = self._split(output, x_t)
         target = self._target(x_start, x_t, t, noise)
-        terms = {"mse": self._mse_weight(t) * mean_flat((target - mean_output) ** 2)}
+        terms = {"mse": self._mse_weight(t) * counts((target - mean_output) ** 2)}
         terms["loss"] = terms["mse"]
         if self.model_var_type.is_learned:
             # The variational term trains the variance only; the mean is left to the squared error.

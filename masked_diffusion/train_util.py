@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import BadImages
 from masked_diffusion.data.data_stream import ReadAhead
+from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.logger import Logger
 from masked_diffusion.models import MDTv2
 from masked_diffusion.models.backbone import LatentTransformer
@@ -57,7 +57,7 @@ class TrainLoop:
         config: TrainConfig,
         run_config: RunConfig,
         model: LatentTransformer,
-        diffusion: GaussianDiffusion,
+        objective: Objective,
         schedule_sampler: ScheduleSampler,
         first_stage: FirstStage,
         data: Iterator[tuple[Tensor, Batch]],
@@ -71,7 +71,7 @@ class TrainLoop:
     ) -> None:
         self.config = config
         self.run_config = run_config
-        self.diffusion = diffusion
+        self.objective = objective
         self.schedule_sampler = schedule_sampler
         self.first_stage = first_stage
         self.data = ReadAhead(data)
@@ -100,7 +100,7 @@ class TrainLoop:
         self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.masks = model.mask_ratio is not None
-        self.meter = Meter(self._loss_names(), diffusion.num_timesteps, ranks)
+        self.meter = Meter(self._loss_names(), ranks)
         self._last_log = (time.monotonic(), self.step)
 
     def _load(self, state: TrainingState, start: checkpoint.Start) -> None:
@@ -113,8 +113,7 @@ class TrainLoop:
         return self.config.batch_size * self.ranks.world_size
 
     def _loss_names(self) -> list[str]:
-        loss_type, learned = self.diffusion.loss_type, self.diffusion.model_var_type.is_learned
-        names = ["loss"] if loss_type.is_vb else ["loss", "mse", "vb"] if learned else ["loss", "mse"]
+        names = self.objective.loss_names
         return [*names, *(f"m_{name}" for name in names)] if self.masks else names
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ class TrainLoop:
                 # Parts add up to the batch mean, whatever their number.
                 self.scaler.scale((weights * view["loss"]).sum() / batch_size).backward()
             terms |= {prefix + name: value.detach() for name, value in view.items()}
-        self.meter.add_losses(t, terms)
+        self.meter.add_losses(self.objective.share(t), terms)
         return sum(terms[prefix + "loss"] for prefix, _ in views)  # type: ignore[return-value]
 
     def _losses(self, z: Tensor, t: Tensor, draws: Batch, prefix: str, enable_mask: bool) -> dict[str, Tensor]:
@@ -226,7 +225,7 @@ class TrainLoop:
             if isinstance(self.model, MDTv2):  # of one length in all parts of a step, or they would wait for each other
                 ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
                 model_kwargs["ratio_noise"] = ratio_noise
-        return self.diffusion.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{prefix}noise"])
+        return self.objective.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{prefix}noise"])
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The model under the configured compute precision; parameters and losses stay float32."""

@@ -176,7 +176,8 @@ def guided_steps(settings: Settings, device: torch.device) -> Callable[[], Any]:
 
 def plain_guided_steps(settings: Settings, model: PlainMDT, device: torch.device) -> Callable[[], Any]:
     """The same, with the latent carried twice and both halves computed at every step."""
-    diffusion = settings.sampler_config.build_diffusion(settings.run_config)
+    respacing = str(settings.sampler_config.num_sampling_steps)
+    diffusion = dataclasses.replace(settings.run_config.diffusion, timestep_respacing=respacing).build()
     count = settings.batch_size
     labels = torch.arange(count, device=device) % settings.num_classes
     y = torch.cat([labels, torch.full_like(labels, settings.num_classes)])

@@ -26,7 +26,6 @@ from masked_diffusion.image_datasets import no_classes
 from masked_diffusion.logger import HumanSink, Logger
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, training_draws
-from masked_diffusion.resample import UniformSampler
 from masked_diffusion.runs.checkpoint import Start
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.image_sampler import SamplerConfig
@@ -78,7 +77,7 @@ class Settings:
             )
         with torch.device("meta"):  # checked without the memory and the time that a model takes
             self.model_config.build()
-        self.train_config, self.sampler_config.build_diffusion(self.run_config)
+        self.train_config, self.sampler_config.build_objective(self.run_config)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -178,14 +177,14 @@ def make_jpegs(folder: Path) -> int:
 
 def make_loop(settings: Settings, ranks: Ranks) -> TrainLoop:
     """The training loop of a fresh model, without data."""
-    diffusion = settings.run_config.diffusion.build()
+    objective = settings.run_config.build_objective()
     no_data = ImageDataset(settings.image_size, *no_classes(0))
     return TrainLoop(
         config=settings.train_config,
         run_config=settings.run_config,
         model=fresh_model(settings),
-        diffusion=diffusion,
-        schedule_sampler=UniformSampler(diffusion),
+        objective=objective,
+        schedule_sampler=objective.levels("uniform"),
         first_stage=make_first_stage(settings, ranks.device),
         data=iter(()),
         bad_images=BadImages(no_data, seed=0, max_bad_share=0.0, ranks=ranks, path=Path()),

@@ -18,13 +18,13 @@ from masked_diffusion import dist_util, dry_run, model_and_diffusion_defaults
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import can_mask
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
-from masked_diffusion.resample import create_named_schedule_sampler
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
     CONFIG_NAME,
@@ -59,6 +59,7 @@ from masked_diffusion.training.training_eval import EvalConfig, Evaluation
 
 HELPS = {
     **MODEL_AND_DIFFUSION_HELPS,
+    "objective": "what the network learns to predict: " + " or ".join(OBJECTIVES),
     "opt": "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default",
     "lr": "learning rate; DiT has 1e-4 by default",
     "weight_decay": "weight decay of the optimizer, decoupled",
@@ -157,6 +158,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "fp16_scale_growth": 1e-3,
         "model": "MDT_S_2",
         **model_and_diffusion_defaults(),
+        "objective": "ddpm",
         "min_snr_gamma": None,
         "num_classes": None,
         "class_from": "auto",
@@ -213,8 +215,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     run_config = make_run_config(args, config, dataset, first_stage)
-    diffusion = run_config.diffusion.build()
-    schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
+    objective = run_config.build_objective()
+    schedule_sampler = objective.levels(args.schedule_sampler)
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
     # None stands for a default that may change; the checkpoint records what was built.
@@ -294,7 +296,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         config=config,
         run_config=run_config,
         model=model,
-        diffusion=diffusion,
+        objective=objective,
         schedule_sampler=schedule_sampler,
         first_stage=first_stage,
         data=data,
@@ -355,6 +357,7 @@ def make_run_config(
             learn_sigma=args.learn_sigma,
         ),
         diffusion=DiffusionConfig(**args_to_dict(args, DiffusionConfig.__dataclass_fields__)),
+        objective=ObjectiveConfig(**args_to_dict(args, ObjectiveConfig.__dataclass_fields__)),
         first_stage=first_stage.description,
         class_names=dataset.class_names,
         class_cond=args.class_cond,

@@ -319,7 +319,7 @@ def test_skipped_updates_are_counted_in_the_log(train, poisoned):
 
 def test_an_update_that_all_ranks_skip_is_one():
     ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, sum_=lambda numbers: 2 * numbers)
-    meter = Meter(["loss"], 10, ranks)
+    meter = Meter(["loss"], ranks)
     for norm in (1.0, float("nan"), 4.0):
         meter.add_update(torch.tensor(norm), torch.tensor(norm).isfinite())
     row = meter.flush()

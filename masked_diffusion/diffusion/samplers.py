@@ -168,14 +168,31 @@ def _heun(schedule: Schedule) -> StepFunction:
     return partial(heun_step, _scheduler("HeunDiscreteScheduler", schedule), schedule)
 
 
-# Name -> the step function of one trajectory of a process. Solvers have a memory: make a fresh one for every batch.
-SAMPLERS: dict[str, Callable[[Schedule], StepFunction]] = {
-    "ddpm": lambda schedule: ddpm_step,
-    "ddim": lambda schedule: partial(ddim_step, schedule, 0.0),
-    "dpmsolver++": _dpm_solver,
-    "unipc": _unipc,
-    "heun": _heun,
+class Sampler(NamedTuple):
+    """A sampler and the objectives that it serves.
+
+    start: makes the step function of one trajectory. Solvers have a memory: start anew for every batch. serves: names
+    of ``objectives.OBJECTIVES``.
+    """
+
+    start: Callable[[Schedule], StepFunction]
+    serves: tuple[str, ...]
+
+
+SAMPLERS = {
+    "ddpm": Sampler(lambda schedule: ddpm_step, ("ddpm",)),
+    "ddim": Sampler(lambda schedule: partial(ddim_step, schedule, 0.0), ("ddpm",)),
+    "dpmsolver++": Sampler(_dpm_solver, ("ddpm",)),
+    "unipc": Sampler(_unipc, ("ddpm",)),
+    "heun": Sampler(_heun, ("ddpm",)),
 }
+
+
+def check_serves(sampler: str, objective: str, flag: str = "--sampler") -> None:
+    """Raise ValueError, listing those that do, where a sampler of SAMPLERS does not serve an objective."""
+    if objective not in SAMPLERS[sampler].serves:
+        fitting = ", ".join(name for name, entry in SAMPLERS.items() if objective in entry.serves)
+        raise ValueError(f"{flag} {sampler}: it does not serve --objective {objective}; choose one of {fitting}")
 
 
 @torch.no_grad()
@@ -183,15 +200,17 @@ def loop(
     step: StepFunction,
     predict: Predict,
     x_t: Tensor,
-    timesteps: Iterable[int],
+    levels: Iterable[float],
     randn_like: RandnLike = torch.randn_like,
 ) -> Iterator[Step]:
-    """Apply ``step`` at each of ``timesteps`` in turn (descending to generate) and yield every state.
+    """Apply ``step`` at each of ``levels`` in turn (descending to generate) and yield every state.
 
-    x_t: (N, C, H, W), the starting noise. timesteps: indices of the process, e.g. ``range(num - 1, -1, -1)``.
+    x_t: (N, C, H, W), the starting noise. levels: of an objective's grid; integers, such as
+    ``range(num - 1, -1, -1)``, are timesteps of a process.
     """
-    for i in timesteps:
-        state = step(predict, x_t, torch.full((len(x_t),), i, dtype=torch.long), randn_like)
+    for level in levels:
+        dtype = torch.long if isinstance(level, int) else torch.float64
+        state = step(predict, x_t, torch.full((len(x_t),), level, dtype=dtype), randn_like)
         yield state
         x_t = state.sample
 

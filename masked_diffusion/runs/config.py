@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from masked_diffusion import create_diffusion
+from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
 from masked_diffusion.models import create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.randomness import FIRST_STREAM, STREAM
@@ -108,6 +109,7 @@ class RunConfig:
     class_names: names of the classes, in the order of their labels; empty without classes or when unknown.
     first_stage: see :class:`masked_diffusion.first_stage.FirstStage`. training: the training's further settings.
     stream: of the random numbers of the run's previews and evaluations, see ``randomness.STREAMS``.
+    objective: what the network predicts; a file without it is of ``ddpm``.
     """
 
     model: ModelConfig
@@ -117,6 +119,17 @@ class RunConfig:
     class_cond: bool = True
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     stream: int = STREAM
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    def build_objective(self, num_steps: int | None = None) -> Objective:
+        """The objective; num_steps: of a sampling, None for the training.
+
+        Raises ValueError for a process that cannot be built or has fewer steps.
+        """
+        process = self.diffusion
+        if num_steps is not None:
+            process = dataclasses.replace(process, timestep_respacing=str(num_steps))
+        return OBJECTIVES[self.objective.objective](self.objective, process.build)
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "versions": library_versions()}
@@ -125,10 +138,12 @@ class RunConfig:
     def from_json(cls, value: Any, source: Path) -> "RunConfig":
         """Raises ValueError, naming ``source``, when the value is no such configuration."""
         try:
-            value = {"stream": FIRST_STREAM, **value}
+            # Written before there was a choice.
+            value = {"stream": FIRST_STREAM, "objective": {}, **value}
             fields = {field.name: value[field.name] for field in dataclasses.fields(cls)}
             fields["model"] = ModelConfig(**fields["model"])
             fields["diffusion"] = DiffusionConfig(**fields["diffusion"])
+            fields["objective"] = ObjectiveConfig(**fields["objective"])
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{source}: not a configuration of this code ({error})") from None
         return cls(**fields)
@@ -152,6 +167,7 @@ def read_config(folder: Path) -> RunConfig | None:
 def contradiction(former: RunConfig, now: RunConfig) -> str | None:
     """The first setting that makes two runs' weights or their meaning different, None where there is none."""
     pairs = [
+        ("--objective", former.objective.objective, now.objective.objective),
         *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
         *(
             (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))

@@ -1,6 +1,5 @@
 """A trained model with its sampler, guidance and first stage: sample numbers and labels -> images."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,8 @@ from tqdm.auto import tqdm
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
+from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.randomness import STREAM, SampleNoise, numpy_generator
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.sampling.inpainting import Inpainting
@@ -26,7 +25,7 @@ from masked_diffusion.sampling.pictures import to_uint8
 class SamplerConfig:
     """How a trained model is sampled; named as the flags.
 
-    num_sampling_steps: steps of the respaced process. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
+    num_sampling_steps: steps of the sampling. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
     the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. cfg_interval: first and last original
     timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. cfg_skip_tol: where the
     weight is within this of 1, no unconditional half is computed. Raises ValueError for other values.
@@ -79,12 +78,13 @@ class SamplerConfig:
             return model
         return guided(model, config.model.num_classes, self._weight(config), self.cfg_channels)
 
-    def guided_steps(self, config: RunConfig, diffusion: GaussianDiffusion) -> list[bool]:
-        """For each step of a process, whether its guidance weight differs from 1 by more than ``cfg_skip_tol``."""
+    def guided_levels(self, config: RunConfig, objective: Objective) -> set[float]:
+        """The levels of the grid whose guidance weight differs from 1 by more than ``cfg_skip_tol``."""
         if not self.cfg_cond:
-            return [False] * diffusion.num_timesteps
-        weights = self._weight(config)(diffusion.original_timesteps(torch.arange(diffusion.num_timesteps)))
-        return ((weights - 1).abs() > self.cfg_skip_tol).tolist()
+            return set()
+        levels = torch.tensor(objective.grid())
+        weights = self._weight(config)(objective.timesteps(levels))
+        return set(levels[(weights - 1).abs() > self.cfg_skip_tol].tolist())
 
     def _weight(self, config: RunConfig) -> Callable[[Tensor], Tensor]:
         steps = config.diffusion.diffusion_steps
@@ -97,13 +97,17 @@ class SamplerConfig:
             **self.guidance_settings,
         )
 
-    def build_diffusion(self, config: RunConfig) -> GaussianDiffusion:
-        """The trained process on ``num_sampling_steps`` of its steps. Raises ValueError when it has fewer."""
+    def build_objective(self, config: RunConfig) -> Objective:
+        """The objective for a sampling of ``num_sampling_steps``.
+
+        Raises ValueError when the process has fewer steps, or the sampler does not serve the objective.
+        """
+        samplers.check_serves(self.sampler, config.objective.objective)
         if self.num_sampling_steps > config.diffusion.diffusion_steps:
             raise ValueError(
                 f"--num_sampling_steps {self.num_sampling_steps}: the process has {config.diffusion.diffusion_steps}"
             )
-        return dataclasses.replace(config.diffusion, timestep_respacing=str(self.num_sampling_steps)).build()
+        return config.build_objective(self.num_sampling_steps)
 
 
 class ImageSampler:
@@ -130,12 +134,13 @@ class ImageSampler:
         self._stream = stream
         self._device = device
         self._clip = sampler.clip_denoised
-        self._diffusion = sampler.build_diffusion(config)
-        self._new_step = partial(samplers.SAMPLERS[sampler.sampler], self._diffusion)
+        self._objective = sampler.build_objective(config)
+        self._grid = self._objective.grid()
+        self._new_step = partial(samplers.SAMPLERS[sampler.sampler].start, self._objective.schedule)
         self._model = model
         self._guide = partial(sampler.build_guidance, config=config)
         # Decided here, before any step. What the guidance refuses is refused here, too.
-        self._guided_steps = sampler.guided_steps(config, self._diffusion)
+        self._guided_levels = sampler.guided_levels(config, self._objective)
 
     def states(
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
@@ -145,22 +150,22 @@ class ImageSampler:
         y = torch.tensor(list(labels), device=self._device)
         x_T = noise.randn(self._latent_shape, self._device)
         denoiser: Denoiser = self._model
-        predictor: Callable[..., samplers.Predict] = self._diffusion.predictor
+        predictor: Callable[..., samplers.Predict] = self._objective.predictor
         if inpainting is not None:
             denoiser = inpainting.denoiser(denoiser, self._seed, indices)
-            predictor = partial(inpainting.predictor, self._diffusion, noise=x_T)
-            last_timestep = torch.full_like(y, self._diffusion.num_timesteps - 1)
-            x_T = inpainting.hold(self._diffusion, x_T, last_timestep, noise=x_T)
+            predictor = partial(inpainting.predictor, self._objective, noise=x_T)
+            noisiest = torch.tensor(self._grid[:1], device=self._device).expand(len(y))
+            x_T = inpainting.hold(self._objective, x_T, noisiest, noise=x_T)
         plain, guided = (
             predictor(model, clip_denoised=self._clip, model_kwargs={"y": y})
             for model in (denoiser, self._guide(denoiser))
         )
 
-        def predict(x_t: Tensor, t: Tensor) -> samplers.Prediction:
-            return (guided if self._guided_steps[int(t[0])] else plain)(x_t, t)
+        def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
+            return (guided if level[0].item() in self._guided_levels else plain)(x_t, level)
 
-        timesteps = tqdm(range(self._diffusion.num_timesteps - 1, -1, -1), unit="step", disable=not self._progress)
-        return samplers.loop(self._new_step(), predict, x_T, timesteps, noise.randn_like)
+        levels = tqdm(self._grid, unit="step", disable=not self._progress)
+        return samplers.loop(self._new_step(), predict, x_T, levels, noise.randn_like)
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:
@@ -187,7 +192,7 @@ class ImageSampler:
 
     def shown_steps(self, frames: int) -> list[int]:
         """Numbers of ``frames`` evenly spaced steps of the sampler, from 1 to the last; one frame is the last."""
-        steps = self._diffusion.num_timesteps
+        steps = len(self._grid)
         return np.linspace(1, steps, frames).round().astype(int).tolist() if frames > 1 else [steps]
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from masked_diffusion.data.image_files import read_image
 from masked_diffusion.diffusion.guidance import Denoiser
+from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.diffusion.samplers import Predict
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
 from masked_diffusion.models import MDT
 from masked_diffusion.models.backbone import LatentTransformer
@@ -75,28 +75,28 @@ class Inpainting:
             return interpolated_at_once(model, hole_tokens)
         return interpolated_by_halves(model, hole_tokens, self.side.patch_size, SampleNoise(seed, indices, "halves"))
 
-    def hold(self, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Set the known region of x_t to the known latents at t. noise: (N, C, h, w), the same at all t.
+    def hold(self, objective: Objective, x_t: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Set the known region of x_t to the known latents at a level. noise: (N, C, h, w), the same at all levels.
 
         One noise for all steps is the path of the ODE through the known latents, which solvers stay on.
         """
-        return torch.where(self.hole, x_t, diffusion.q_sample(self.known.expand_as(noise), t, noise))
+        return torch.where(self.hole, x_t, objective.q_sample(self.known.expand_as(noise), level, noise))
 
     def predictor(
         self,
-        diffusion: GaussianDiffusion,
+        objective: Objective,
         denoiser: Denoiser,
         noise: Tensor,
         clip_denoised: bool,
         model_kwargs: dict[str, Any],
     ) -> Predict:
-        """``diffusion.predictor`` with the known region held. noise: as of :meth:`hold`."""
+        """``objective.predictor`` with the known region held. noise: as of :meth:`hold`."""
 
         def fill(pred_xstart: Tensor) -> Tensor:
             return torch.where(self.hole, pred_xstart, self.known)
 
-        predict = diffusion.predictor(denoiser, clip_denoised, denoised_fn=fill, model_kwargs=model_kwargs)
-        return lambda x_t, t: predict(self.hold(diffusion, x_t, t, noise), t)
+        predict = objective.predictor(denoiser, clip_denoised, denoised_fn=fill, model_kwargs=model_kwargs)
+        return lambda x_t, level: predict(self.hold(objective, x_t, level, noise), level)
 
 
 def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:

@@ -11,25 +11,24 @@ QUARTILES = 4
 
 
 class Meter:
-    """Keep running means on the device: losses of each view, over all timesteps and by quartile (``_q0`` ... ``_q3``),
+    """Keep running means on the device: losses of each view, over all levels and by quartile of the noise (``_q0`` ... ``_q3``),
     the gradient's norm, and the number of skipped updates.
 
     The names are fixed from the start, so a quartile that no image hit still takes part in the reduction over ranks.
     """
 
-    def __init__(self, loss_names: list[str], num_timesteps: int, ranks: Ranks) -> None:
+    def __init__(self, loss_names: list[str], ranks: Ranks) -> None:
         self._losses = loss_names
-        self._num_timesteps = num_timesteps
         self._ranks = ranks
         self._quartiles = torch.arange(QUARTILES, device=ranks.device)
         self._sums = torch.zeros(len(loss_names), QUARTILES, dtype=torch.float64, device=ranks.device)
         self._counts = torch.zeros(QUARTILES, dtype=torch.float64, device=ranks.device)
         self._updates = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # sum of norms, made, skipped
 
-    def add_losses(self, t: Tensor, losses: dict[str, Tensor]) -> None:
-        """t: (n,) timesteps; losses: name -> (n,)."""
+    def add_losses(self, share: Tensor, losses: dict[str, Tensor]) -> None:
+        """share: (n,) float64 in [0, 1), the share of noise; losses: name -> (n,)."""
         # Not one_hot, which reads its input on a CPU to check the range.
-        quartile = (t[:, None] * QUARTILES // self._num_timesteps == self._quartiles).double()  # (n, 4)
+        quartile = ((share[:, None] * QUARTILES).floor() == self._quartiles).double()  # (n, 4)
         self._sums += torch.stack([losses[name].double() for name in self._losses]) @ quartile
         self._counts += quartile.sum(dim=0)
 

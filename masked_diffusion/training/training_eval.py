@@ -23,7 +23,7 @@ import torch
 
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import Denoiser
-from masked_diffusion.diffusion.samplers import SAMPLERS
+from masked_diffusion.diffusion.samplers import SAMPLERS, check_serves
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.models import family_of
@@ -100,7 +100,8 @@ class EvalConfig:
 
     def sampler(self, run_config: RunConfig) -> SamplerConfig:
         """The published sampling of the model's family with these settings. Raises ValueError for what the trained
-        process or model cannot do."""
+        process or model cannot do, and for a sampler that does not serve the objective."""
+        check_serves(self.eval_sampler, run_config.objective.objective, "--eval_sampler")
         if self.eval_sampling_steps > (steps := run_config.diffusion.diffusion_steps):
             raise ValueError(f"--eval_sampling_steps {self.eval_sampling_steps}: the process has {steps}")
         if self.eval_cfg_scale and not run_config.class_cond:

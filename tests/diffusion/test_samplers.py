@@ -33,7 +33,7 @@ def exact_denoiser(full_alphas_cumprod):
 def run(name, diffusion, alphas_cumprod, x_T):
     """States of a whole trajectory from ``x_T``."""
     predict = diffusion.predictor(exact_denoiser(alphas_cumprod), clip_denoised=False)
-    step = samplers.SAMPLERS[name](diffusion)
+    step = samplers.SAMPLERS[name].start(diffusion)
     return list(samplers.loop(step, predict, x_T, range(diffusion.num_timesteps - 1, -1, -1)))
 
 
@@ -123,5 +123,5 @@ def test_a_solver_draws_no_noise(name):
     diffusion, alphas_cumprod = uniform_log_snr_process(4)
     predict = diffusion.predictor(exact_denoiser(alphas_cumprod), clip_denoised=False)
     samplers.last(
-        samplers.loop(samplers.SAMPLERS[name](diffusion), predict, torch.ones(1, 1, 1, 1), [2, 1, 0], randn_like)
+        samplers.loop(samplers.SAMPLERS[name].start(diffusion), predict, torch.ones(1, 1, 1, 1), [2, 1, 0], randn_like)
     )

@@ -66,7 +66,14 @@ def test_a_folder_without_a_configuration_has_none(tmp_path):
     assert read_config(tmp_path / "missing") is None
 
 
-@pytest.mark.parametrize("section", ["model", "diffusion"])
+def test_a_run_from_before_there_was_a_choice_of_objectives_is_of_ddpm(tmp_path):
+    value = RUN.as_json()
+    assert value.pop("objective") == {"objective": "ddpm"}
+    write_json(tmp_path / "config.json", value)
+    assert read_config(tmp_path) == RUN
+
+
+@pytest.mark.parametrize("section", ["model", "diffusion", "objective"])
 def test_unknown_keys_are_refused_naming_the_file(tmp_path, section):
     value = RUN.as_json()
     value[section]["of_the_future"] = 1

@@ -238,7 +238,7 @@ def test_the_unconditional_half_is_left_out_where_the_weight_is_one_within_the_t
 def test_of_the_published_250_steps_24_are_not_guided_and_110_within_a_hundredth():
     def count(**settings):
         sampler = SamplerConfig(250, cfg_cond=True, cfg_scale=3.8, **settings)
-        return sampler.guided_steps(run_config(), sampler.build_diffusion(run_config())).count(False)
+        return 250 - len(sampler.guided_levels(run_config(), sampler.build_objective(run_config())))
 
     assert (count(), count(cfg_skip_tol=1e-2)) == (24, 110)
 
@@ -248,7 +248,7 @@ def test_leaving_out_the_half_of_weight_one_changes_the_last_bits_alone(monkeypa
     """uncond + 1 (cond - uncond) is cond but for rounding."""
     make = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
     skipping = samplers.last(make.states(range(4), LABELS[:4]))
-    monkeypatch.setattr(SamplerConfig, "guided_steps", lambda self, config, diffusion: [True] * 30)
+    monkeypatch.setattr(SamplerConfig, "guided_levels", lambda self, config, objective: set(objective.grid()))
     everywhere = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
     torch.testing.assert_close(skipping, samplers.last(everywhere.states(range(4), LABELS[:4])), rtol=0, atol=1e-4)
 
@@ -279,16 +279,18 @@ def test_the_model_sees_timesteps_of_the_trained_process_in_falling_order(model,
 
 
 def test_the_respacing_of_the_training_is_replaced():
-    assert SamplerConfig(5).build_diffusion(run_config(timestep_respacing="20")).num_timesteps == 5
-    assert SamplerConfig(1000).build_diffusion(run_config()).num_timesteps == 1000
-    assert SamplerConfig(1).build_diffusion(run_config()).num_timesteps == 1
+    def grid(num_steps, **process):
+        return list(SamplerConfig(num_steps).build_objective(run_config(**process)).grid())
+
+    assert grid(5, timestep_respacing="20") == [4, 3, 2, 1, 0]
+    assert len(grid(1000)) == 1000 and grid(1) == [0]
 
 
 def test_impossible_numbers_of_steps_are_refused_naming_the_flag():
     with pytest.raises(ValueError, match="--num_sampling_steps 0: must be at least 1"):
         SamplerConfig(0)
     with pytest.raises(ValueError, match="--num_sampling_steps 51: the process has 50"):
-        SamplerConfig(51).build_diffusion(run_config(diffusion_steps=50))
+        SamplerConfig(51).build_objective(run_config(diffusion_steps=50))
 
 
 def test_latents_are_decoded_by_the_first_stage(model):

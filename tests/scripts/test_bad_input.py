@@ -55,6 +55,7 @@ def trained(monkeypatch, tmp_path):
         (["--device", "cuda"], "no CUDA device"),
         (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda"),
         (["--vae_path", "./no_vae"], "--vae_path ./no_vae: not a folder with a diffusers AutoencoderKL"),
+        (["--objective", "best"], "--objective best: unknown; choose one of ddpm"),
         (["--schedule_sampler", "best"], "choose one of uniform, loss-second-moment"),
         (["--noise_schedule", "best"], "--noise_schedule best: unknown"),
         (["--timestep_respacing", "1001"], "cannot take 1001 timesteps"),
