@@ -11,8 +11,8 @@ QUARTILES = 4
 
 
 class Meter:
-    """Keep running means on the device: losses of each view, over all levels and by quartile of the noise (``_q0`` ... ``_q3``),
-    the gradient's norm, and the number of skipped updates.
+    """Keep running means on the device: losses of each view, over all levels of noise and by quartile (``_q0`` ...
+    ``_q3``), the gradient's norm, and the number of skipped updates.
 
     The names are fixed from the start, so a quartile that no image hit still takes part in the reduction over ranks.
     """
