@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import ImageDataset
@@ -23,8 +23,7 @@ from masked_diffusion.data.fast_decode import read_resized
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.source import ImageSource
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
-from masked_diffusion.processes.loader_processes import iterate
-from masked_diffusion.processes.preemption import ignore_signals
+from masked_diffusion.processes.loader_processes import iterate, never
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -374,12 +373,14 @@ def load_data(
     draws: DrawSpec | None = None,
     pin_memory: bool = False,
     dataset: ImageDataset | None = None,
+    asked_to_stop: Callable[[], bool] = never,
 ) -> Generator[Batch, None, None]:
     """Endless iterator of this rank's batches (SPEC 6: randomness by identity).
 
     batch_size: per rank. deterministic: every epoch in the order of the files. position: images consumed by all ranks
     so far. draws: shapes of the random numbers to deliver with each image. dataset: an open data set, which then
-    stands for data_dir and the settings of :func:`open_dataset`.
+    stands for data_dir and the settings of :func:`open_dataset`. asked_to_stop: asked now and then while a batch of the
+    loader processes is waited for.
 
     Yields (images, extra): images (N, C, image_size, image_size) float32 contiguous in [-1, 1]; extra holds ``y``,
     ``epoch``, ``index`` and ``used``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. ``used``
@@ -387,7 +388,8 @@ def load_data(
     False ``y`` is the null label of every image (see :func:`no_classes`). Batches are the same for any num_workers,
     and those of all ranks side by side are the one batch of a single rank with world_size times the batch size.
     Nothing is drawn from torch's global generator. ``close()`` ends the workers.
-    Raises FileNotFoundError or ValueError, at the call, for settings or data that cannot work.
+    Raises FileNotFoundError or ValueError, at the call, for settings or data that cannot work; later LoaderError or
+    StoppedWaitingError, see :func:`masked_diffusion.processes.loader_processes.iterate`.
     """
     if num_workers < 0:
         raise ValueError(f"--num_workers {num_workers}: must be 0 (load in the training process) or more")
@@ -404,18 +406,20 @@ def load_data(
     elif dataset.image_size != image_size:
         raise ValueError(f"--image_size {image_size}: the data set was opened for {dataset.image_size}")
     order = DataOrder(len(dataset), seed, deterministic)
-    loader = DataLoader(
-        _Examples(dataset, seed, draws),
-        batch_sampler=RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size),
-        num_workers=num_workers,
-        generator=torch.Generator(),  # the loader seeds its workers: from its own generator, not from the global one
-        worker_init_fn=ignore_signals,
-        pin_memory=pin_memory,
+    batch_sampler = RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size)
+    return _batches(
+        partial(
+            iterate,
+            _Examples(dataset, seed, draws),
+            num_workers,
+            asked_to_stop,
+            batch_sampler=batch_sampler,
+            pin_memory=pin_memory,
+        )
     )
-    return _batches(loader)
 
 
-def _batches(loader: DataLoader[dict[str, Any]]) -> Generator[Batch, None, None]:
+def _batches(begin: Callable[[], Generator[dict[str, Any], None, None]]) -> Generator[Batch, None, None]:
     # What iterates lives in this frame alone: when the generator is closed or collected, so is that.
-    for batch in iterate(loader):
+    for batch in begin():
         yield batch.pop("image"), batch

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from masked_diffusion import dist_util
+from masked_diffusion.processes.loader_processes import LoaderError
 from masked_diffusion.runs.trained import Request
 
 USAGE_ERROR = 2
@@ -176,8 +177,17 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
     """Prepare, then work. Returns the exit status: the work's, None being 0.
 
     prepare: checks the input and returns the work, registering on the stack what has to be closed. Only its ValueError
-    and OSError become one line on stderr and status 2: an error on day three keeps its traceback.
+    and OSError become one line on stderr and status 2: an error on day three keeps its traceback. A LoaderError, which
+    says all there is to say, becomes a line and status 1.
     """
+    try:
+        return _run(prepare)
+    except LoaderError as error:
+        report_error(error, dist_util.launched_rank(os.environ))
+        return 1
+
+
+def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:
     with contextlib.ExitStack() as stack:
         try:
             work = prepare(stack)
@@ -195,8 +205,13 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
 
 
 def usage_error(error: Exception, rank: int = 0) -> int:
-    """Report bad input as one line on stderr and return the exit status, 2. Other ranks than 0 name themselves."""
+    """Report bad input as one line on stderr and return the exit status, 2."""
+    report_error(error, rank)
+    return USAGE_ERROR
+
+
+def report_error(error: Exception, rank: int = 0) -> None:
+    """One line on stderr. Other ranks than 0 name themselves."""
     text = " ".join(str(error).split())
     program = sys.argv[0].rsplit("/", 1)[-1]
     sys.stderr.write(f"{program}: error: {text}\n" if rank == 0 else f"{program}: rank {rank}: error: {text}\n")
-    return USAGE_ERROR

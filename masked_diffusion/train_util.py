@@ -20,6 +20,7 @@ from masked_diffusion.logger import Logger
 from masked_diffusion.models import MDTv2
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
+from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.resample import ScheduleSampler
@@ -48,7 +49,7 @@ class TrainLoop:
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
-    begin; its checkpoint is read here. evaluation: None for none.
+    begin; its checkpoint is read here. evaluation: None for none. signals: what ends the data's waits, too.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TrainLoop:
         start: checkpoint.Start,
         position: int,
         evaluation: Evaluation | None = None,
+        signals: StopSignals | None = None,
     ) -> None:
         self.config = config
         self.run_config = run_config
@@ -80,6 +82,7 @@ class TrainLoop:
         self.logger = logger
         self.folder = folder
         self.evaluation = evaluation
+        self.signals = signals or StopSignals()
 
         self.model = model.train()
         self.shared_model, self.skeleton = prepare_model(self.model, start, config, ranks, logger)
@@ -130,16 +133,20 @@ class TrainLoop:
             return 0
         stopping, failure, launcher = False, None, Launcher()
         self.shared_model.train()
-        with StopSignals() as signals, progress_bar(end, self.step, self.ranks) as bar:
+        with self.signals as signals, progress_bar(end, self.step, self.ranks) as bar:
 
             def asked() -> bool:
-                return signals.received is not None or launcher.has_ended()
+                return signals.asked() or launcher.has_ended()
 
             if lacks_evaluation:
                 self.log(bar, self._evaluate(asked))
                 stopping = self._stopped_evaluating
             while not (stopping or failure) and (end is None or self.step < end):
-                images, extras = next(self.data)
+                try:
+                    images, extras = next(self.data)
+                except StoppedWaitingError:  # for the first batch: there is nothing to save
+                    self.logger.text(f"stopped by a signal before step {self.step + 1}: no batch has come")
+                    return STOPPED
                 self.bad_images.note(extras)
                 self.train_step(images, extras)
                 bar.update(1)
@@ -171,10 +178,12 @@ class TrainLoop:
         """The exit status of a run that has saved; raises what ended it."""
         if ended and failure is None:
             return 0
-        failure = failure or self.data.failure
+        if not isinstance(self.data.failure, StoppedWaitingError):
+            failure = failure or self.data.failure
         # No rank fails before rank 0 has saved: a launcher ends the others with it.
         failures = self.ranks.sum_(torch.tensor(int(failure is not None), device=self.ranks.device)).item()
         if failure is not None:
+            self.logger.text(f"stopped after step {self.step}: {failure}")
             raise failure
         if failures:
             self.logger.text(f"stopped after step {self.step}: another process could not read its data")

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import write_list
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
 from masked_diffusion.image_datasets import LatentDataset, SourceDataset, center_crop_arr, open_dataset
+from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
 
 DEFAULTS = {
@@ -42,6 +43,8 @@ AFTER_IMAGES = (
 AFTER_LATENTS = (
     "a training replaces images that were left out; repair them and encode all into another folder to have them"
 )
+
+SECONDS_FOR_A_FILE = 600  # of latents, which may have gigabytes
 
 # Of one image: its index, its size in pixels, and why it cannot be read, which is empty when it can.
 Finding = tuple[int, tuple[int, int], str]
@@ -111,19 +114,19 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
 
 def check_latents(dataset: LatentDataset, num_workers: int, out: Path | None) -> int:
     """Read all latents and report. Returns the exit status."""
-    loader = DataLoader(_Shards(dataset), batch_size=None, num_workers=num_workers)
+    shards = _Shards(dataset)
     bad: dict[str, str] = {}
-    for problems in tqdm(loader, unit="file"):
+    files = iterate(shards, num_workers, silence_seconds=SECONDS_FOR_A_FILE, batch_size=None)
+    for problems in tqdm(files, total=len(shards), unit="file"):
         bad |= problems
     return tell([str(dataset), *report_bad(bad, len(dataset), AFTER_LATENTS)], bad, out)
 
 
 def check(dataset: SourceDataset, num_workers: int, out: Path | None) -> int:
     """Read all images and report. Returns the exit status."""
-    loader = DataLoader(_Findings(dataset), batch_size=16, num_workers=num_workers, collate_fn=list)
     good, bad = [], {}
     with tqdm(total=len(dataset), unit="image") as bar:
-        for findings in loader:
+        for findings in iterate(_Findings(dataset), num_workers, batch_size=16, collate_fn=list):
             for index, size, reason in findings:
                 if reason:
                     bad[dataset.name_of(index)] = reason

@@ -24,6 +24,7 @@ from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models import can_mask
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.processes.preemption import StopSignals
 from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -264,6 +265,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=list_path)
     first = min(max(global_batch, 16), 64)  # of a tiny batch a bad image would be the half
     bad_images.check(order[i] for i in range(position, position + first))
+    signals = StopSignals()
     data = load_data(
         data_dir=args.data_dir,
         dataset=dataset,
@@ -276,6 +278,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         num_workers=choose_num_workers(args.num_workers),
         draws=DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic),
         pin_memory=device.type == "cuda",
+        asked_to_stop=signals.asked,
     )
     stack.callback(data.close)
     evaluation = None
@@ -307,6 +310,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         start=start,
         position=position,
         evaluation=evaluation,
+        signals=signals,
     )
     where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
     for message in [

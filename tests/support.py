@@ -113,13 +113,17 @@ def begin(arguments, env):
 
 def kill_run(process, folder):
     """SIGKILL to a command and every process of its run: torchrun's ranks are in sessions of their own."""
-    wanted = f"OPENAI_LOGDIR={folder}".encode()
     os.kill(process.pid, signal.SIGKILL)
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit() and wanted in environ_of(path):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(path.name), signal.SIGKILL)
+    for number in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.communicate(timeout=TIMEOUT)
+
+
+def processes_of(folder):
+    """Ids of the processes that still run with this output folder."""
+    wanted = f"OPENAI_LOGDIR={folder}".encode()
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and wanted in environ_of(path)]
 
 
 def pid_of_rank(number, folder):

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.latent_cache import ShardFiles
 from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.processes.loader_processes import iterate
-from masked_diffusion.processes.preemption import ignore_signals
 from masked_diffusion.processes.resumable_parts import make_parts
 
 
@@ -51,12 +50,10 @@ def encode_shards(
     missing = shards.missing(rank, world_size)
     of_shard = {shard: _batches(shards.indices(shard), batch_size) for shard in missing}
     # One loader over all shards, so that it reads the next one's images while this one's are encoded.
-    loader = DataLoader(
+    images_of_all = iterate(
         _Images(dataset),
+        num_workers,
         batch_sampler=[batch for shard in missing for batch in of_shard[shard]],
-        num_workers=num_workers,
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
     )
 
@@ -72,7 +69,7 @@ def encode_shards(
             tell(len(images))
         shards.write_part(shard, {name: torch.cat(parts) for name, parts in moments.items() if parts})
 
-    with contextlib.closing(iterate(loader)) as loaded:
+    with contextlib.closing(images_of_all) as loaded:
         make_parts(shards, encode_shard, rank, world_size, missing)
 
 

@@ -61,6 +61,10 @@ class StopSignals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether a signal was received."""
+        return self.received is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a loader process, forked with these handlers
             return

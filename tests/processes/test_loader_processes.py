@@ -1,0 +1,175 @@
+"""Loader processes that cannot deliver end a run soon, in a sentence, and leave nothing behind."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import tempfile
+import time
+from multiprocessing import process
+
+import pytest
+import torch
+from support import TINY_DIGITS, call
+
+from masked_diffusion.processes import loader_processes
+from masked_diffusion.processes.loader_processes import LoaderError, StoppedWaitingError, iterate
+
+
+class Items:
+    """1000 items; of the one numbered ``trouble``, ``cause`` is called while it is loaded."""
+
+    def __init__(self, trouble=-1, cause=lambda: None):
+        self.trouble, self.cause = trouble, cause
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        if index == self.trouble:
+            self.cause()
+        return torch.full((3,), float(index))
+
+
+def hang():
+    time.sleep(1000)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(loader_processes, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(loader_processes, "SILENCE_SECONDS", 1.5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def firsts(batches):
+    return [batch[:, 0].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_those_of_the_data_set(num_workers):
+    batches = iterate(Items(), num_workers, batch_sampler=[[0, 1], [2], [5, 4]])
+    assert firsts(batches) == [[0, 1], [2], [5, 4]]
+
+
+def test_a_disk_that_hangs_ends_the_wait_with_what_to_do():
+    batches = iterate(Items(trouble=2, cause=hang), 1, batch_sampler=[[0, 1], [2, 3], [4]])
+    assert next(batches)[0, 0] == 0
+    began = time.monotonic()
+    with pytest.raises(LoaderError) as raised:
+        next(batches)
+    assert time.monotonic() - began < 8
+    assert all(knob in str(raised.value) for knob in ("--data_dir hangs", "TMPDIR", "/dev/shm", "ulimit -n"))
+    assert str(raised.value).endswith("--num_workers 0") and "\n" not in str(raised.value)
+
+
+def test_slow_items_are_waited_for():
+    class Slow(Items):
+        def __getitem__(self, index):
+            time.sleep(0.6)
+            return super().__getitem__(index)
+
+    assert firsts(iterate(Slow(), 1, batch_sampler=[[0, 1, 2, 3, 4]])) == [[0, 1, 2, 3, 4]]  # 3 s without a batch
+
+
+def test_a_wait_ends_when_the_run_is_asked_to_stop():
+    asked = []
+    batches = iterate(Items(trouble=1, cause=hang), 1, lambda: bool(asked), batch_sampler=[[0], [1]])
+    next(batches)
+    asked.append(True)
+    began = time.monotonic()
+    with pytest.raises(StoppedWaitingError):
+        next(batches)
+    assert time.monotonic() - began < 1.4
+
+
+def test_a_killed_process_is_said_when_its_batch_is_waited_for_and_not_before():
+    batches = iterate(Items(trouble=9, cause=hang), 1, batch_sampler=[[n] for n in range(100)])
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # torch would raise here, whatever is done at the time
+    with pytest.raises(LoaderError, match=r"was killed.*memory.*--num_workers 0"):
+        for _ in batches:
+            pass
+
+
+@pytest.fixture
+def long_tmpdir(monkeypatch, tmp_path):
+    folder = tmp_path / ("x" * 133)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(process.current_process()._config, "tempdir", str(folder))
+
+
+def test_processes_are_not_left_when_not_all_can_be_started(monkeypatch):
+    start, started = multiprocessing.Process.start, []
+
+    def fail_at_the_second(self):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", fail_at_the_second)
+    with pytest.raises(LoaderError, match="temporarily unavailable.*--num_workers 0"):
+        next(iterate(Items(), 2, batch_sampler=[[0]]))
+    started[0].join(5)
+
+
+@pytest.mark.usefixtures("long_tmpdir")
+def test_a_long_tmpdir_is_named_before_anything_is_waited_for():
+    with pytest.raises(LoaderError, match=r"TMPDIR .*x{133} is too long.*--num_workers 0"):
+        next(iterate(Items(), 2, batch_sampler=[[0]]))
+
+
+@pytest.mark.usefixtures("long_tmpdir")
+def test_a_training_whose_loaders_cannot_deliver_ends_in_one_line(monkeypatch, tmp_path, capsys):
+    status = call(monkeypatch, "scripts/image_train.py", tmp_path / "run", *TINY_DIGITS, "--num_workers", 2)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and ": error: " in line and "TMPDIR" in line and line.endswith("--num_workers 0")
+
+
+def test_few_open_files_are_named():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    numbers = list(map(int, os.listdir("/proc/self/fd")))
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(numbers) + 10, hard))
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(max(numbers) + 3 - len(numbers))]
+        with pytest.raises(LoaderError, match=r"files.*ulimit -n.*--num_workers 0"):
+            list(iterate(Items(), 2, batch_sampler=[[0]]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in held:
+            os.close(number)
+
+
+def test_too_little_shared_memory_is_named(monkeypatch):
+    def allocate():
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    with pytest.raises(LoaderError, match=r"/dev/shm is missing or too small.*--num_workers 0"):
+        next(iterate(Items(trouble=0, cause=allocate), 1, batch_sampler=[[0]]))
+    monkeypatch.setattr(loader_processes, "SHARED_MEMORY", "/dev/no_such_folder")
+    with pytest.raises(LoaderError, match=r"/dev/no_such_folder is missing or too small"):
+        next(iterate(Items(), 1, batch_sampler=[[0]]))
+
+
+def test_a_bus_error_is_for_want_of_shared_memory():
+    trouble = Items(trouble=0, cause=lambda: os.kill(os.getpid(), signal.SIGBUS))
+    with pytest.raises(LoaderError, match="/dev/shm is missing or too small"):
+        next(iterate(trouble, 1, batch_sampler=[[0]]))
+
+
+def test_what_an_item_raises_is_raised_as_it_is():
+    def fail():
+        raise OSError("the bucket is gone")
+
+    with pytest.raises(OSError, match="the bucket is gone"):
+        next(iterate(Items(trouble=0, cause=fail), 1, batch_sampler=[[0]]))
