@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from support import TINY_DIGITS, begin, command, environment, names_in_order, processes_of, rows, run_command
+from support import TIMEOUT, TINY_DIGITS, begin, command, environment, names_in_order, processes_of, rows, run_command
 
 from masked_diffusion.processes.preemption import STOPPED
 
@@ -52,12 +52,12 @@ def test_a_signal_is_heeded_while_a_disk_hangs_and_what_was_trained_is_saved(col
     run = tmp_path / "run"
     flags = [*TINY_DIGITS, "--data_dir", data, "--num_workers", "1", "--batch_size", "4", "--max_steps", "100"]
     process = begin(command(TRAIN, *flags), environment(run))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while not ((run / "progress.csv").exists() and len(rows(run)) == 3):  # two batches are in hand
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == STOPPED, said
     assert (run / "checkpoint000004.json").exists()
     assert processes_of(run) == []
