@@ -18,13 +18,12 @@ import torch
 from masked_diffusion import dist_util
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
-from masked_diffusion.models import family_of
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.script_util import (
@@ -154,8 +153,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
     request = request_of(args, explicit, **usual)
     trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
-    if "guidance" not in explicit:
-        args.guidance = SAMPLING[family_of(trained.config.model.model)].get("guidance", args.guidance)
+    apply_family_defaults(SAMPLING, trained.config.model.model, args, explicit | presets.keys())
     reasons = without_effect(args, swept, trained.config)
     if swept in reasons:
         raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
@@ -231,17 +229,15 @@ def find_model(folder: Path) -> Path:
 
 def labels_of(text: str, trained: Trained, few: bool) -> list[int]:
     """Labels of the pictures to draw, the null label where the model has no classes. few: as many as fit in a row."""
-    num_classes = trained.config.model.num_classes
-    count = OWN_IMAGES
-    if few:
-        count = num_classes if 1 < num_classes <= MOST_COLUMNS else COLUMNS
-    if not trained.config.class_cond:
-        if text:
-            raise ValueError(f"--labels {text}: {trained.path} was trained without classes")
-        return [num_classes] * count
-    if not text:
-        return [i % num_classes for i in range(count)]
-    return ClassNames(num_classes, trained.config.class_names).labels(text)
+    config = trained.config
+    num_classes = config.model.num_classes
+    if text and not config.class_cond:
+        raise ValueError(f"--labels {text}: {trained.path} was trained without classes")
+    if text:
+        return ClassNames(num_classes, config.class_names).labels(text)
+    small = 1 < num_classes <= MOST_COLUMNS
+    count = OWN_IMAGES if not few else num_classes if small else COLUMNS
+    return labels_for(config, "balanced", count).tolist()
 
 
 def say(message: str) -> None:

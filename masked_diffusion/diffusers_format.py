@@ -7,8 +7,7 @@
 ``scripts/convert_checkpoint.py`` writes such folders.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from masked_diffusion.data.class_names import ClassNames, names_by_label
-from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, guided
-from masked_diffusion.models import DiT, create_model, family_of
+from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, Guidance
+from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.runs.config import DiffusionConfig, RunConfig
-from masked_diffusion.runs.family_defaults import SAMPLING
+from masked_diffusion.sampling.image_sampler import SamplerConfig
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
@@ -122,28 +121,27 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
-        weight = self._guidance_weight(guidance_scale, scale_pow)
-        guided_predict = guided(self._predict, config.num_classes, weight, cfg_channels)
-        # Where the weight is 1 the unconditional half of the batch would change nothing.
-        is_guided = (weight(self.scheduler.timesteps.cpu()) != 1).tolist()
+        guidance = self._guidance(guidance_scale, scale_pow, cfg_channels)
+        guided_predict = guidance.lead(self._predict)
+        is_idle = guidance.is_idle(self.scheduler.timesteps.cpu()).tolist()
         takes_variance = self._takes_variance()
-        for t, with_guidance in zip(self.progress_bar(self.scheduler.timesteps), is_guided, strict=True):
+        for t, idle in zip(self.progress_bar(self.scheduler.timesteps), is_idle, strict=True):
             x = self.scheduler.scale_model_input(latents, t)
-            output = (guided_predict if with_guidance else self._predict)(x, t.to(device).expand(len(y)), y)
+            output = (self._predict if idle else guided_predict)(x, t.to(device).expand(len(y)), y)
             output = output if takes_variance else output[:, : config.in_channels]
             latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _guidance_weight(self, guidance_scale: float | None, scale_pow: float) -> Callable[[Tensor], Tensor]:
-        """(N,) timesteps -> (N,) weights, by the schedule that the model is scored with."""
-        recipe = {"cfg_scale": 3.8, "guidance": "power_cosine", **SAMPLING[family_of(self.transformer.config.model)]}
-        settings = {"cfg_scale": recipe["cfg_scale"] if guidance_scale is None else guidance_scale}
-        if recipe["guidance"] == "power_cosine":
-            settings["scale_pow"] = scale_pow
-        steps = self.scheduler.config.num_train_timesteps
-        return partial(SCHEDULES[recipe["guidance"]].weight, diffusion_steps=steps, **settings)
+    def _guidance(self, guidance_scale: float | None, scale_pow: float, cfg_channels: int) -> Guidance:
+        """The guidance that the model is scored with, but for what the caller asks for."""
+        config = self.transformer.config
+        asked = {} if guidance_scale is None else {"cfg_scale": guidance_scale}
+        sampler = SamplerConfig.of_family(
+            config.model, cfg_cond=True, scale_pow=scale_pow, cfg_channels=cfg_channels, **asked
+        )
+        return sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps)
 
     def _takes_variance(self) -> bool:
         """Whether the scheduler uses the network's variance channels; the others get its first channels alone."""

@@ -48,10 +48,11 @@ CHECKPOINT_HELPS = {
 # Help of the sampling flags that scripts share.
 SAMPLER_HELPS = {
     "sampler": "ddpm or ddim; or, for fewer steps, a solver without noise: dpmsolver++, unipc, heun",
+    "guide_from": "what predictions are led away from: null_label (classifier-free guidance)",
     "guidance": "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
     "cfg_interval": "first and last timestep that --guidance interval guides at, such as 80-470",
     "cfg_channels": "latent channels that are guided: 3, as published, or 4",
-    "cfg_skip_tol": "do not compute the unconditional half where the weight is within this of 1, such as 0.01: faster",
+    "cfg_skip_tol": "do not compute the weak prediction where the weight is within this of 1, such as 0.01: faster",
 }
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from masked_diffusion import dist_util, model_and_diffusion_defaults
-from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.logger import output_folder
@@ -27,7 +26,7 @@ from masked_diffusion.runs.config import library_versions
 from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
 from masked_diffusion.runs.run_folder import held, writing_to
 from masked_diffusion.runs.trained import Trained, open_trained
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -89,6 +88,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "sampler": "ddpm",
         "clip_denoised": False,
         "cfg_cond": False,
+        "guide_from": "null_label",
         "guidance": "power_cosine",
         "cfg_scale": 3.8,
         "scale_pow": 4.0,
@@ -167,7 +167,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
             for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
                 say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
     class_cond = args.class_cond and trained.config.class_cond
-    labels, null = labels_of(args, trained), trained.config.model.num_classes
+    labels = labels_of(args, trained)
     if args.compile and (problem := compile_blocks(trained.model, device)):
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
     new_sampler = partial(
@@ -206,7 +206,6 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         settings |= stream_entry(stream)
         samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)
         needed = ranks.from_main(lambda: claim(samples))
-    labels = labels if class_cond else np.full_like(labels, null)
     return partial(work, samples, new_sampler(stream=stream), labels, class_cond, ranks, needed)
 
 
@@ -252,16 +251,14 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
 
 
 def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
-    """(num_samples,) labels asked for. Raises ValueError where guidance or a label cannot be had."""
+    """(num_samples,) labels of the samples. Raises ValueError where guidance or a label cannot be had."""
     if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
         raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
     unconditional = not (args.class_cond and trained.config.class_cond)
     if (args.cfg_cond or unconditional) and not trained.model.has_null_class:
         flag = "--cfg_cond True" if args.cfg_cond else "--class_cond False"
         raise ValueError(f"{flag}: {trained.path} has no null class in its label table")
-    num_classes = trained.config.model.num_classes
-    names = ClassNames(num_classes, trained.config.class_names)
-    return choose_labels(args.labels, args.num_samples, num_classes, names, args.seed)
+    return labels_for(trained.config, args.labels, args.num_samples, args.seed, args.class_cond)
 
 
 def half_precision(model: torch.nn.Module, enabled: bool) -> Callable[..., torch.Tensor]:

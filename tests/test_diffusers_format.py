@@ -1,6 +1,7 @@
 """Our models through the classes of diffusers: the same numbers."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from masked_diffusion.diffusers_format import (
     scheduler_of,
     use_dit_frequencies,
 )
-from masked_diffusion.diffusion.guidance import guided, power_cosine_weight
+from masked_diffusion.diffusion.guidance import Guidance, NullLabel, power_cosine_weight
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
@@ -51,7 +52,8 @@ def drawn_by_us(model, config, y, steps, cfg_scale=None, scale_pow=0.0):
     diffusion = dataclasses.replace(config.diffusion, timestep_respacing=str(steps)).build()
     total, denoise = config.diffusion.diffusion_steps, model
     if cfg_scale is not None:
-        denoise = guided(model, 3, lambda t: power_cosine_weight(t, cfg_scale, total, scale_pow))
+        weight = partial(power_cosine_weight, cfg_scale=cfg_scale, diffusion_steps=total, scale_pow=scale_pow)
+        denoise = Guidance(NullLabel(3), weight).lead(model)
     torch.manual_seed(0)
     noise = torch.randn(len(y), *config.model.latent_shape)
     return diffusion.p_sample_loop(denoise, noise.shape, noise, clip_denoised=False, model_kwargs={"y": y})

@@ -1,12 +1,13 @@
-"""Classifier-free guidance (2207.12598): weights over time, and the wrapper that makes a denoiser of a model.
+"""Guidance: weights over time, what a prediction is led away from, and the wrapper that makes a denoiser of a model.
 
 Guidance wraps the model; samplers know nothing of it. This module imports nothing of ours, so that the models'
-``forward_with_cfg`` and :func:`guided` can share its arithmetic.
+``forward_with_cfg`` and :class:`Guidance` can share its arithmetic.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_inter
 
 
 # Flags that only guidance heeds.
-GUIDANCE_FLAGS = ("guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
+GUIDANCE_FLAGS = ("guide_from", "guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
 
 
 class WeightSchedule(NamedTuple):
@@ -70,30 +71,81 @@ def foreign_settings(guidance: str) -> dict[str, str]:
 
 
 def combine(
-    cond: Tensor, uncond: Tensor, weight: Tensor, latent_channels: int, cfg_channels: int = GUIDED_CHANNELS
+    strong: Tensor, weak: Tensor, weight: Tensor, latent_channels: int, channels: int = GUIDED_CHANNELS
 ) -> Tensor:
-    """``uncond + weight (cond - uncond)`` on the first ``cfg_channels`` latent channels, or all where there are fewer.
+    """``weak + weight (strong - weak)`` on the first ``channels`` latent channels, or all where there are fewer.
 
-    cond, uncond: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, <= cfg_channels, H, W).
+    strong, weak: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, <= channels, H, W).
     """
-    guided_channels = min(cfg_channels, latent_channels)
+    guided_channels = min(channels, latent_channels)
     weight = weight.view(-1, 1, 1, 1)
-    return uncond[:, :guided_channels] + weight * (cond - uncond)[:, :guided_channels]
+    return weak[:, :guided_channels] + weight * (strong - weak)[:, :guided_channels]
 
 
-def guided(
-    model: Denoiser, y_null: int, weight: Callable[[Tensor], Tensor], cfg_channels: int = GUIDED_CHANNELS
-) -> Denoiser:
-    """Wrap ``model(x, t, y)`` so that it predicts with classifier-free guidance.
+class Away(Protocol):
+    """What a guided prediction is led away from: the weak prediction beside the strong one.
 
-    weight: (N,) timesteps -> (N,) guidance weights. Both halves share x, so the caller's state stays (N, C, H, W).
-    The channels that are not guided are the conditional half's.
+    cost: passes of the model per guided step. It decides its own batching: how many passes it makes, and of how many
+    rows each.
     """
 
-    def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        labels = torch.cat([y, torch.full_like(y, y_null)])
-        cond, uncond = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        eps = combine(cond, uncond, weight(t), x.shape[1], cfg_channels)
-        return torch.cat([eps, cond[:, eps.shape[1] :]], dim=1)
+    @property
+    def cost(self) -> float: ...
 
-    return denoise
+    def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
+        """The strong and the weak prediction, each (N, C_out, H, W).
+
+        x: (N, C, H, W). t: (N,) original timesteps. y: (N,) labels. view: further arguments of the model for these N
+        rows, such as ``kept``; each has a method ``repeat`` that repeats its rows.
+        """
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it beside the weight's schedule."""
+        ...
+
+
+@dataclass(frozen=True)
+class NullLabel:
+    """Classifier-free guidance (2207.12598): the weak prediction is that of the null label, in the same pass."""
+
+    null_label: int
+    cost: float = 2.0
+
+    def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
+        labels = torch.cat([y, torch.full_like(y, self.null_label)])
+        twice = {name: value.repeat(2) for name, value in view.items()}
+        strong, weak = model(torch.cat([x, x]), torch.cat([t, t]), labels, **twice).chunk(2)
+        return strong, weak
+
+    def record(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Leads the predictions of a model away from weaker ones.
+
+    weight: (N,) original timesteps -> (N,) guidance weights; 1 gives the strong prediction. channels: how many latent
+    channels are guided, all where there are fewer; the others are the strong prediction's. skip_tol: where the weight
+    is within this of 1, no weak prediction is computed.
+    """
+
+    away: Away
+    weight: Callable[[Tensor], Tensor]
+    channels: int = GUIDED_CHANNELS
+    skip_tol: float = 0.0
+
+    def is_idle(self, t: Tensor) -> Tensor:
+        """Whether the weak prediction has no say at these timesteps, (N,) bool. t: (N,) original timesteps."""
+        return (self.weight(t) - 1).abs() <= self.skip_tol
+
+    def lead(self, model: Denoiser) -> Denoiser:
+        """Wrap ``model(x, t, y)`` so that it is guided at every timestep. The caller's state stays (N, C, H, W)."""
+
+        def denoise(x: Tensor, t: Tensor, y: Tensor, **view: Any) -> Tensor:
+            strong, weak = self.away.both(model, x, t, y, **view)
+            eps = combine(strong, weak, self.weight(t), x.shape[1], self.channels)
+            return torch.cat([eps, strong[:, eps.shape[1] :]], dim=1)
+
+        return denoise

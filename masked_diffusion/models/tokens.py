@@ -34,6 +34,12 @@ class KeptTokens:
         order = torch.linspace(0, 0.5, dropped.shape[1], device=dropped.device)
         return cls.from_noise(dropped + order, int((~dropped[0]).sum()))
 
+    def repeat(self, times: int) -> "KeptTokens":
+        """The same tokens for ``times`` batches of the same samples, one after the other: (times N, ...)."""
+        return KeptTokens(
+            self.ids_keep.repeat(times, 1), self.ids_restore.repeat(times, 1), self.dropped.repeat(times, 1)
+        )
+
     def leave(self, x: Tensor) -> Tensor:
         """Take the kept tokens out: (N, L, D) -> (N, L_keep, D)."""
         return x.gather(1, self.ids_keep[..., None].expand(-1, -1, x.shape[-1]))

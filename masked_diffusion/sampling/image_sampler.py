@@ -1,7 +1,7 @@
 """A trained model with its sampler, guidance and first stage: sample numbers and labels -> images."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,17 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion import samplers
-from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, guided
+from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, Guidance, NullLabel
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.models import family_of
 from masked_diffusion.randomness import STREAM, SampleNoise, numpy_generator
 from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
+
+GUIDE_FROM = ("null_label",)
 
 
 @dataclass(frozen=True)
@@ -26,15 +30,17 @@ class SamplerConfig:
     """How a trained model is sampled; named as the flags.
 
     num_sampling_steps: steps of the sampling. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
-    the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. cfg_interval: first and last original
-    timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided. cfg_skip_tol: where the
-    weight is within this of 1, no unconditional half is computed. Raises ValueError for other values.
+    the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. guide_from: what predictions are led
+    away from, one of ``GUIDE_FROM``. cfg_interval: first and last original timestep that ``interval`` guides at.
+    cfg_channels: 3 or 4 latent channels are guided. cfg_skip_tol: where the weight is within this of 1, no weak
+    prediction is computed. Raises ValueError for other values.
     """
 
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     clip_denoised: bool = False
     cfg_cond: bool = False
+    guide_from: str = "null_label"
     guidance: str = "power_cosine"
     cfg_scale: float = 3.8
     scale_pow: float = 4.0
@@ -46,10 +52,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
             raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: must be at least 1")
-        if self.sampler not in samplers.SAMPLERS:
-            raise ValueError(f"--sampler {self.sampler}: unknown; choose one of {', '.join(samplers.SAMPLERS)}")
-        if self.guidance not in SCHEDULES:
-            raise ValueError(f"--guidance {self.guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
+        for name, choices in (("sampler", samplers.SAMPLERS), ("guide_from", GUIDE_FROM), ("guidance", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         if self.guidance == "interval" and self.cfg_interval is None:
             raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
         if self.cfg_channels not in (3, 4):
@@ -57,10 +62,21 @@ class SamplerConfig:
         if not self.cfg_skip_tol >= 0:  # NaN is not
             raise ValueError(f"--cfg_skip_tol {self.cfg_skip_tol}: must be 0 or more, such as 0.01")
 
+    @classmethod
+    def of_family(cls, model: str, **settings: Any) -> "SamplerConfig":
+        """The settings that the family of a model's name is published with, but for ``settings``."""
+        return cls(**{**SAMPLING[family_of(model)], **settings})
+
     @property
     def guidance_settings(self) -> dict[str, Any]:
         """The settings of the chosen schedule alone."""
         return {name: getattr(self, name) for name in SCHEDULES[self.guidance].settings}
+
+    def record(self) -> dict[str, Any]:
+        """All settings, for a manifest."""
+        # Sets that were begun before there was the flag stay the same ones.
+        unsaid = {"guide_from"} if self.guide_from == "null_label" else set()
+        return {name: value for name, value in asdict(self).items() if name not in unsaid}
 
     def guidance_record(self) -> dict[str, Any] | None:
         """What a manifest says of the guidance."""
@@ -69,33 +85,21 @@ class SamplerConfig:
         record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
         return {**record, "cfg_channels": self.cfg_channels, "cfg_skip_tol": self.cfg_skip_tol}
 
-    def build_guidance(self, model: Denoiser, config: RunConfig) -> Denoiser:
-        """The model guided at every timestep as these settings say; the model itself without guidance.
+    def build_guidance(self, num_classes: int, diffusion_steps: int) -> Guidance:
+        """The guidance that ``cfg_cond`` asks for, of a model of so many classes and a process of so many steps.
 
         Raises ValueError for an interval outside the trained process.
         """
-        if not self.cfg_cond:
-            return model
-        return guided(model, config.model.num_classes, self._weight(config), self.cfg_channels)
-
-    def guided_levels(self, config: RunConfig, objective: Objective) -> set[float]:
-        """The levels of the grid whose guidance weight differs from 1 by more than ``cfg_skip_tol``."""
-        if not self.cfg_cond:
-            return set()
-        levels = torch.tensor(objective.grid())
-        weights = self._weight(config)(objective.timesteps(levels))
-        return set(levels[(weights - 1).abs() > self.cfg_skip_tol].tolist())
-
-    def _weight(self, config: RunConfig) -> Callable[[Tensor], Tensor]:
-        steps = config.diffusion.diffusion_steps
-        if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= steps:
-            raise ValueError(f"--cfg_interval {'-'.join(map(str, self.cfg_interval))}: timesteps are 0 ... {steps - 1}")
-        return partial(
+        if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= diffusion_steps:
+            interval = "-".join(map(str, self.cfg_interval))
+            raise ValueError(f"--cfg_interval {interval}: timesteps are 0 ... {diffusion_steps - 1}")
+        weight = partial(
             SCHEDULES[self.guidance].weight,
             cfg_scale=self.cfg_scale,
-            diffusion_steps=steps,
+            diffusion_steps=diffusion_steps,
             **self.guidance_settings,
         )
+        return Guidance(NullLabel(num_classes), weight, self.cfg_channels, self.cfg_skip_tol)
 
     def build_objective(self, config: RunConfig) -> Objective:
         """The objective for a sampling of ``num_sampling_steps``.
@@ -137,10 +141,14 @@ class ImageSampler:
         self._objective = sampler.build_objective(config)
         self._grid = self._objective.grid()
         self._new_step = partial(samplers.SAMPLERS[sampler.sampler].start, self._objective.schedule)
-        self._model = model
-        self._guide = partial(sampler.build_guidance, config=config)
-        # Decided here, before any step. What the guidance refuses is refused here, too.
-        self._guided_levels = sampler.guided_levels(config, self._objective)
+        self._model = self._guided_model = model
+        self._idle_levels = set(self._grid)
+        if sampler.cfg_cond:
+            guidance = sampler.build_guidance(config.model.num_classes, config.diffusion.diffusion_steps)
+            self._guided_model = guidance.lead(model)
+            # Decided here, before any step, without waiting for the device.
+            levels = torch.tensor(self._grid)
+            self._idle_levels = set(levels[guidance.is_idle(self._objective.timesteps(levels))].tolist())
 
     def states(
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
@@ -149,20 +157,18 @@ class ImageSampler:
         noise = SampleNoise(self._seed, indices, stream=self._stream)
         y = torch.tensor(list(labels), device=self._device)
         x_T = noise.randn(self._latent_shape, self._device)
-        denoiser: Denoiser = self._model
+        models = [self._model, self._guided_model]
         predictor: Callable[..., samplers.Predict] = self._objective.predictor
         if inpainting is not None:
-            denoiser = inpainting.denoiser(denoiser, self._seed, indices)
+            draws = SampleNoise(self._seed, indices, "halves", self._stream)
+            models = [inpainting.denoiser(model, draws) for model in models]
             predictor = partial(inpainting.predictor, self._objective, noise=x_T)
             noisiest = torch.tensor(self._grid[:1], device=self._device).expand(len(y))
             x_T = inpainting.hold(self._objective, x_T, noisiest, noise=x_T)
-        plain, guided = (
-            predictor(model, clip_denoised=self._clip, model_kwargs={"y": y})
-            for model in (denoiser, self._guide(denoiser))
-        )
+        plain, guided = (predictor(model, clip_denoised=self._clip, model_kwargs={"y": y}) for model in models)
 
         def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
-            return (guided if level[0].item() in self._guided_levels else plain)(x_t, level)
+            return (plain if level[0].item() in self._idle_levels else guided)(x_t, level)
 
         levels = tqdm(self._grid, unit="step", disable=not self._progress)
         return samplers.loop(self._new_step(), predict, x_T, levels, noise.randn_like)
@@ -196,15 +202,20 @@ class ImageSampler:
         return np.linspace(1, steps, frames).round().astype(int).tolist() if frames > 1 else [steps]
 
 
-def choose_labels(text: str, num_samples: int, num_classes: int, names: ClassNames, seed: int) -> np.ndarray:
-    """Labels of all samples, (num_samples,) int64.
+def labels_for(config: RunConfig, text: str, num_samples: int, seed: int = 0, class_cond: bool = True) -> np.ndarray:
+    """Labels of all samples, (num_samples,) int64; the null label for all where the model or the caller has no classes.
 
     text: ``random`` (keyed by seed and sample index), ``balanced`` (0, 1, ..., K - 1, 0, 1, ...), or a comma list of
-    labels or class names, repeated as often as needed. Raises ValueError for a label or name the model does not have.
+    labels or class names, repeated as often as needed. class_cond: False asks for no classes. Raises ValueError for a
+    label or name the model does not have.
     """
-    if text == "balanced":
-        return np.arange(num_samples, dtype=np.int64) % num_classes
-    if text == "random":
-        labels = [numpy_generator(seed, "label", i).integers(num_classes) for i in range(num_samples)]
-        return np.array(labels, dtype=np.int64)
-    return np.resize(np.array(names.labels(text), dtype=np.int64), num_samples)
+    num_classes = config.model.num_classes
+    if text not in ("balanced", "random"):
+        listed = ClassNames(num_classes, config.class_names).labels(text)
+        labels = np.resize(np.array(listed, dtype=np.int64), num_samples)
+    elif text == "balanced":
+        labels = np.arange(num_samples, dtype=np.int64) % num_classes
+    else:
+        drawn = [numpy_generator(seed, "label", i).integers(num_classes) for i in range(num_samples)]
+        labels = np.array(drawn, dtype=np.int64)
+    return labels if class_cond and config.class_cond else np.full_like(labels, num_classes)

@@ -1,11 +1,10 @@
 """Fill a region of an image with a trained model, with or without MDT's side-interpolater (2303.14389).
 
-Inpainting wraps the prediction that a sampler is given, so every sampler and guidance works with it. Before each
-prediction it sets the known region of x_t to the known latents at that noise level; after it, it sets their estimate of
-x_0 to the known latents.
+Inpainting wraps the model that a sampler is given, guided or not, so every sampler and guidance works with it. Before
+each prediction it sets the known region of x_t to the known latents at that noise level; after it, it sets their
+estimate of x_0 to the known latents.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,14 @@ class Inpainting:
     hole: Tensor
     side: SideInterpolation | None = None
 
-    def denoiser(self, model: Denoiser, seed: int, indices: Sequence[int]) -> Denoiser:
-        """The model with the side-interpolater, or as it is. indices: numbers of the samples, for the draws."""
+    def denoiser(self, model: Denoiser, draws: SampleNoise) -> Denoiser:
+        """The model with the side-interpolater, or as it is. draws: of the samples, for their halves of the hole."""
         if self.side is None:
             return model
         hole_tokens = F.max_pool2d(self.hole.float(), self.side.patch_size).flatten(1).bool()
-        hole_tokens = hole_tokens.expand(len(indices), -1)
         if not self.side.halves:
             return interpolated_at_once(model, hole_tokens)
-        return interpolated_by_halves(model, hole_tokens, self.side.patch_size, SampleNoise(seed, indices, "halves"))
+        return interpolated_by_halves(model, hole_tokens, self.side.patch_size, draws)
 
     def hold(self, objective: Objective, x_t: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Set the known region of x_t to the known latents at a level. noise: (N, C, h, w), the same at all levels.
@@ -106,32 +104,27 @@ def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:
     def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not some_known:  # nothing to interpolate from
             return model(x, t, y)
-        return model(x, t, y, kept=KeptTokens.all_but(_for_batch(hole_tokens, x)))
+        return model(x, t, y, kept=KeptTokens.all_but(hole_tokens.expand(len(x), -1)))
 
     return denoise
-
-
-def _for_batch(tokens: Tensor, x: Tensor) -> Tensor:
-    """Guidance asks for two halves of a batch, of the same samples."""
-    return tokens.repeat(len(x) // len(tokens), 1)
 
 
 def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int, noise: SampleNoise) -> Denoiser:
     """The model with the hole masked by halves: each token of it is predicted by a pass that sees it.
 
     In each of two passes, one half of the hole is masked and interpolated from the known region and the other half;
-    the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N, L) bool, the same number
-    in each row. noise: draws (N, L) values per call.
+    the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N or 1, L) bool, the same
+    number in each row. noise: draws (N, L) values per call.
     """
     num_hole = int(hole_tokens[0].sum())
 
     def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if num_hole < 2:  # nothing to halve
             return model(x, t, y)
-        draw = noise.randn(hole_tokens.shape[1:], x.device).masked_fill(~hole_tokens, torch.inf)
+        hole = hole_tokens.expand(len(x), -1)
+        draw = noise.randn(hole.shape[1:], x.device).masked_fill(~hole, torch.inf)
         rank = draw.argsort(dim=1).argsort(dim=1)
         first = rank < num_hole // 2  # (N, L)
-        first, hole = _for_batch(first, x), _for_batch(hole_tokens, x)
         sees_first = model(x, t, y, kept=KeptTokens.all_but(hole & ~first))
         sees_rest = model(x, t, y, kept=KeptTokens.all_but(first))
         grid_size = x.shape[-1] // patch_size

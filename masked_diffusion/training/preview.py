@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.models import family_of
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.family_defaults import SAMPLING
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.pictures import grid, save_picture
 from masked_diffusion.training.train_config import TrainConfig
 
@@ -36,18 +34,16 @@ class Preview:
         self._device = device
         self._folder = folder
         self._report = report
-        self._sampler = SamplerConfig(
+        self._sampler = SamplerConfig.of_family(
+            run_config.model.model,
             num_sampling_steps=min(config.preview_steps, run_config.diffusion.diffusion_steps),
             sampler="ddim",
             cfg_cond=run_config.class_cond,
-            **SAMPLING[family_of(run_config.model.model)],
         )
 
     def draw(self, step: int, averaged: Callable[..., Tensor]) -> None:
         """averaged: the model with its averaged weights, in eval mode."""
-        num_classes = self._run_config.model.num_classes
-        numbers = range(self._count)
-        labels = [i % num_classes if self._run_config.class_cond else num_classes for i in numbers]
+        labels = labels_for(self._run_config, "balanced", self._count).tolist()
         try:
             make = ImageSampler(
                 averaged,
@@ -57,6 +53,6 @@ class Preview:
                 self._device,
                 stream=self._run_config.stream,
             )
-            save_picture(grid(make(numbers, labels)), self._folder / f"preview_{step:06d}.png")
+            save_picture(grid(make(range(self._count), labels)), self._folder / f"preview_{step:06d}.png")
         except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
             self._report(f"no preview of step {step}: {error}")

@@ -21,17 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import Denoiser
 from masked_diffusion.diffusion.samplers import SAMPLERS, check_serves
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.models import family_of
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig, library_versions
-from masked_diffusion.runs.family_defaults import SAMPLING
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet
 
 BACKENDS = ("torch", "tensorflow")
@@ -109,10 +106,9 @@ class EvalConfig:
                 f"--eval_cfg_scale {self.eval_cfg_scale}: guidance needs classes, and --class_cond is False"
             )
         settings: dict[str, Any] = {"sampler": self.eval_sampler, "num_sampling_steps": self.eval_sampling_steps}
-        if self.eval_cfg_scale:
-            recipe = SAMPLING[family_of(run_config.model.model)]
-            settings |= {"cfg_cond": True, **recipe, "cfg_scale": self.eval_cfg_scale}
-        return SamplerConfig(**settings)
+        if not self.eval_cfg_scale:
+            return SamplerConfig(**settings)
+        return SamplerConfig.of_family(run_config.model.model, cfg_cond=True, cfg_scale=self.eval_cfg_scale, **settings)
 
 
 class EvaluationError(RuntimeError):
@@ -150,7 +146,7 @@ class Evaluation:
         self._ranks = ranks
         self._folder = folder
         self._sampler = config.sampler(run_config)
-        self._labels = self._choose_labels()
+        self._labels = labels_for(run_config, "random", config.eval_num_samples, self._sampler.seed)
 
     @property
     def no_scores(self) -> Scores:
@@ -218,13 +214,6 @@ class Evaluation:
     def _step_folder(self, step: int) -> Path:
         return self._folder / FOLDER_NAME / f"{step:06d}"
 
-    def _choose_labels(self) -> np.ndarray:
-        model, count = self._run_config.model, self.config.eval_num_samples
-        if not self._run_config.class_cond:
-            return np.full(count, model.num_classes, dtype=np.int64)  # the null label
-        names = ClassNames(model.num_classes, self._run_config.class_names)
-        return choose_labels("random", count, model.num_classes, names, self._sampler.seed)
-
     def _settings(self, step: int) -> dict[str, Any]:
         """What determines the images, for their manifest."""
         of_training = ("ema_rate", "seed", "lr", "data_dir")
@@ -232,7 +221,7 @@ class Evaluation:
             "step": step,
             "model": dataclasses.asdict(self._run_config.model),
             "training": {name: self._run_config.training.get(name) for name in of_training},
-            "sampler": dataclasses.asdict(self._sampler),
+            "sampler": self._sampler.record(),
             "labels": "random" if self._run_config.class_cond else None,
             "num_samples": self.config.eval_num_samples,
             "batch_size": self.config.eval_batch_size,

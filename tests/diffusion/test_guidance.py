@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from masked_diffusion import create_diffusion
-from masked_diffusion.diffusion.guidance import constant_weight, guided, interval_weight, power_cosine_weight
+from masked_diffusion.diffusion.guidance import (
+    Guidance,
+    NullLabel,
+    constant_weight,
+    interval_weight,
+    power_cosine_weight,
+)
+from masked_diffusion.models.tokens import KeptTokens
 
 
 def weights_of_250_steps():
@@ -32,7 +39,7 @@ def linear_model(x, t, y):
 def test_guidance_touches_the_first_three_latent_channels_and_never_the_variance(channels, num_guided):
     x = torch.randn(2, channels, 3, 3)
     t, y = torch.tensor([0, 5]), torch.tensor([1, 2])
-    denoise = guided(linear_model, y_null=0, weight=lambda t: t + 2.0)
+    denoise = Guidance(NullLabel(0), weight=lambda t: t + 2.0).lead(linear_model)
     out, cond = denoise(x, t, y), linear_model(x, t, y)
     expected_shift = ((t + 2.0 - 1) * y).view(-1, 1, 1, 1).expand(-1, num_guided, 3, 3)
     torch.testing.assert_close(out[:, :num_guided] - cond[:, :num_guided], expected_shift)
@@ -48,3 +55,26 @@ def test_an_interval_guides_inside_its_ends_and_nowhere_else():
     t = torch.tensor([0, 99, 100, 300, 470, 471, 999])
     weights = interval_weight(t, 2.0, 1000, (100, 470))
     assert weights.dtype == torch.float32 and weights.tolist() == [1, 1, 2, 2, 2, 1, 1]
+
+
+def test_guidance_is_idle_where_its_weight_is_one_within_the_tolerance():
+    t = torch.tensor([0, 1, 2, 3])
+    weight = torch.tensor([3.0, 1.125, 1.0, 0.875])
+    for skip_tol, idle in ((0.0, [False, False, True, False]), (0.125, [False, True, True, True])):
+        assert Guidance(NullLabel(0), lambda t: weight[t], skip_tol=skip_tol).is_idle(t).tolist() == idle
+
+
+def test_both_halves_of_a_guided_batch_keep_the_same_tokens_of_each_sample():
+    kept = KeptTokens.from_noise(torch.rand(3, 16), 10)
+    seen = []
+
+    def watching(x, t, y, kept):
+        seen.append((y.tolist(), kept))
+        return torch.cat([x, x], dim=1)
+
+    denoise = Guidance(NullLabel(9), lambda t: t + 2.0).lead(watching)
+    denoise(torch.zeros(3, 4, 8, 8), torch.zeros(3), torch.tensor([1, 2, 3]), kept=kept)
+    [(labels, doubled)] = seen
+    assert labels == [1, 2, 3, 9, 9, 9]
+    for name in ("ids_keep", "ids_restore", "dropped"):
+        assert torch.equal(getattr(doubled, name), torch.cat([getattr(kept, name)] * 2))

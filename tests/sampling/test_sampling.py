@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
+from masked_diffusion.diffusion.guidance import Guidance
 from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.processes import resumable_parts
 from masked_diffusion.processes.resumable_parts import make_parts
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, choose_labels
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, generate
 
 NUM_CLASSES = 7
@@ -140,16 +141,24 @@ def test_every_setting_of_the_sampler_changes_the_samples(model, change):
     assert not np.array_equal(sampler_of(model, **change)(range(4), LABELS[:4]), without)
 
 
+def test_of_a_family_are_its_published_settings_but_for_those_that_are_given():
+    def settings(model, **given):
+        sampler = SamplerConfig.of_family(model, **given)
+        return sampler.guidance, sampler.cfg_scale
+
+    assert settings("MDT_XL_2") == settings("MDTv2_S_2") == ("power_cosine", 3.8)
+    assert settings("DiT_B_4") == ("constant", 1.5)
+    assert settings("DiT_B_4", cfg_scale=4.0) == ("constant", 4.0)
+
+
 def test_four_channels_are_guided_where_there_are_four():
     def model(x, t, y):
         return torch.cat([x + y.view(-1, 1, 1, 1), x], dim=1)
 
-    config = run_config()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, in_channels=4))
     t, y = torch.tensor([500]), torch.tensor([2])
     for cfg_channels in (3, 4):
         sampler = SamplerConfig(cfg_cond=True, guidance="constant", cfg_scale=2.0, cfg_channels=cfg_channels)
-        out = sampler.build_guidance(model, config)(torch.zeros(1, 4, 2, 2), t, y)
+        out = sampler.build_guidance(NUM_CLASSES, 1000).lead(model)(torch.zeros(1, 4, 2, 2), t, y)
         uncond, cond = NUM_CLASSES, 2.0
         guided = uncond + 2 * (cond - uncond)
         assert out[0, :4, 0, 0].tolist() == [guided] * cfg_channels + [cond] * (4 - cfg_channels)
@@ -174,7 +183,7 @@ def test_unknown_samplers_and_guidance_are_refused(settings, sentence):
 def test_an_interval_outside_the_process_is_refused():
     sampler = SamplerConfig(cfg_cond=True, guidance="interval", cfg_interval=[5, 50])
     with pytest.raises(ValueError, match="--cfg_interval 5-50: timesteps are 0 ... 49"):
-        sampler.build_guidance(None, run_config(diffusion_steps=50))
+        sampler.build_guidance(NUM_CLASSES, 50)
 
 
 def test_the_record_of_the_guidance_has_the_schedules_own_settings():
@@ -237,8 +246,8 @@ def test_the_unconditional_half_is_left_out_where_the_weight_is_one_within_the_t
 
 def test_of_the_published_250_steps_24_are_not_guided_and_110_within_a_hundredth():
     def count(**settings):
-        sampler = SamplerConfig(250, cfg_cond=True, cfg_scale=3.8, **settings)
-        return 250 - len(sampler.guided_levels(run_config(), sampler.build_objective(run_config())))
+        guidance = SamplerConfig(250, cfg_cond=True, cfg_scale=3.8, **settings).build_guidance(NUM_CLASSES, 1000)
+        return guidance.is_idle(torch.tensor(create_diffusion("250").timestep_map)).sum()
 
     assert (count(), count(cfg_skip_tol=1e-2)) == (24, 110)
 
@@ -248,7 +257,7 @@ def test_leaving_out_the_half_of_weight_one_changes_the_last_bits_alone(monkeypa
     """uncond + 1 (cond - uncond) is cond but for rounding."""
     make = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
     skipping = samplers.last(make.states(range(4), LABELS[:4]))
-    monkeypatch.setattr(SamplerConfig, "guided_levels", lambda self, config, objective: set(objective.grid()))
+    monkeypatch.setattr(Guidance, "is_idle", lambda self, t: torch.zeros(30, dtype=torch.bool))
     everywhere = sampler_of(model, num_sampling_steps=30, cfg_cond=True, **settings)
     torch.testing.assert_close(skipping, samplers.last(everywhere.states(range(4), LABELS[:4])), rtol=0, atol=1e-4)
 
@@ -305,11 +314,15 @@ def test_latents_are_decoded_by_the_first_stage(model):
 
 # -- labels ------------------------------------------------------------------------------------------------------------
 
-NAMES = ClassNames(3, ["cat", "dog", "owl"])
+THREE_CLASSES = dataclasses.replace(
+    run_config(),
+    model=dataclasses.replace(run_config().model, num_classes=3),
+    class_names=["cat", "dog", "owl"],
+)
 
 
 def labels_of(text, num_samples=7, seed=0):
-    labels = choose_labels(text, num_samples, 3, NAMES, seed)
+    labels = labels_for(THREE_CLASSES, text, num_samples, seed)
     assert labels.dtype == np.int64 and labels.shape == (num_samples,)
     return labels.tolist()
 
@@ -340,6 +353,13 @@ def test_random_labels_are_uniform_and_differ_between_seeds():
     labels = labels_of("random", 3000)
     assert min(np.bincount(labels, minlength=3)) > 900 and set(labels) == {0, 1, 2}
     assert labels != labels_of("random", 3000, seed=1)
+
+
+@pytest.mark.parametrize("text", ["random", "balanced", "owl,0"])
+def test_without_classes_every_label_is_the_null_label(text):
+    without = dataclasses.replace(THREE_CLASSES, class_cond=False)
+    for labels in (labels_for(without, text, 5), labels_for(THREE_CLASSES, text, 5, class_cond=False)):
+        assert labels.dtype == np.int64 and labels.tolist() == [3] * 5
 
 
 # -- sets of samples ---------------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ def sample_flags(path, *flags):
         (["--sampler", "unipc", "--use_ddim", "True"], "--sampler unipc and --use_ddim True contradict each other"),
         (["--sampler", "ddim", "--use_ddim", "False"], "--sampler ddim and --use_ddim False contradict each other"),
         (["--guidance", "cosine"], "--guidance cosine: unknown"),
+        (["--guide_from", "noise"], "--guide_from noise: unknown; choose one of null_label"),
         (["--guidance", "interval"], "--guidance interval: give the timesteps"),
         (["--cfg_channels", "5"], "--cfg_channels 5: choose 3"),
         (["--cfg_skip_tol", "-1"], "--cfg_skip_tol -1.0: must be 0 or more"),
@@ -244,6 +245,7 @@ def test_an_lfs_pointer_and_a_torn_file_are_told_apart(refused, trained):
         (["--class_cond", "False", "--labels", "3"], "--labels is ignored"),
         (["--device", "cpu", "--tf32", "False"], "--tf32 is ignored on a CPU"),
         (["--guidance", "constant"], "--guidance is ignored without --cfg_cond True"),
+        (["--guide_from", "null_label"], "--guide_from is ignored without --cfg_cond True"),
         (["--cfg_skip_tol", "0.01"], "--cfg_skip_tol is ignored without --cfg_cond True"),
         (
             ["--cfg_cond", "True", "--guidance", "constant", "--scale_pow", "2"],

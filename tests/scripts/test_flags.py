@@ -38,6 +38,7 @@ CONTRACT = {
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
         "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False, "compile": False,
+        "guide_from": "null_label",
     },
     "scripts/convert_checkpoint.py": {
         "model_path": "", "out": "", "decode_layer": None, "diffusion_steps": 1000, "noise_schedule": "linear",
@@ -51,7 +52,7 @@ CONTRACT = {
         "num_sampling_steps": None, "seed": 0, "out": None, "vae_path": None, "decode_layer": None, "device": "auto",
         "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
         "cfg_skip_tol": 0.0, "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
-        "interpolate_pos": False, "drop_extra": False,
+        "interpolate_pos": False, "drop_extra": False, "guide_from": "null_label",
     },
 }  # fmt: skip
 
