@@ -52,9 +52,12 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:
             raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: must be at least 1")
-        for name, choices in (("sampler", samplers.SAMPLERS), ("guide_from", GUIDE_FROM), ("guidance", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
+        if self.sampler not in samplers.SAMPLERS:
+            raise ValueError(f"--sampler {self.sampler}: unknown; choose one of {', '.join(samplers.SAMPLERS)}")
+        if self.guide_from not in GUIDE_FROM:
+            raise ValueError(f"--guide_from {self.guide_from}: unknown; choose one of {', '.join(GUIDE_FROM)}")
+        if self.guidance not in SCHEDULES:
+            raise ValueError(f"--guidance {self.guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
         if self.guidance == "interval" and self.cfg_interval is None:
             raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
         if self.cfg_channels not in (3, 4):
