@@ -133,7 +133,7 @@ def _longer_than_before(sigmas: Tensor, step: int) -> bool:
 
 
 def heun_step(
-    scheduler: Any,
+    sigmas: Tensor,
     schedule: Schedule,
     predict: Predict,
     x_t: Tensor,
@@ -142,16 +142,30 @@ def heun_step(
 ) -> Step:
     """One step of Heun's method (EDM, 2206.00364, Alg. 1): Euler, then the mean of the slopes at both ends.
 
-    The scheduler integrates x / sqrt(alpha_bar). Two predictions per step, but one at t = 0, which Euler ends.
+    It integrates x / sqrt(alpha_bar), whose noise level at each timestep is ``sigmas``, (T,) float32. It takes two
+    predictions, but one at t = 0 and where :func:`_euler_is_better`.
     """
     prediction = predict(x_t, t)
     i = int(t[0])
-    sample = scheduler.step(prediction.eps, i, x_t / schedule.alpha_bar(t, x_t).sqrt()).prev_sample
+    sigma, sigma_prev = sigmas[i], sigmas[i - 1] if i > 0 else torch.zeros(())
+    x = x_t / schedule.alpha_bar(t, x_t).sqrt()
+    slope = (x - (x - sigma * prediction.eps)) / sigma  # (x - D) / sigma
+    x_prev = x + slope * (sigma_prev - sigma)
     scale_prev = schedule.alpha_bar_prev(t, x_t).sqrt()
-    if i > 0:
-        eps_prev = predict(sample * scale_prev, t - 1).eps
-        sample = scheduler.step(eps_prev, i - 1, sample).prev_sample
-    return Step(sample * scale_prev, prediction.pred_xstart)
+    if i > 0 and not _euler_is_better(sigma, sigma_prev):
+        slope_prev = (x_prev - (x_prev - sigma_prev * predict(x_prev * scale_prev, t - 1).eps)) / sigma_prev
+        x_prev = x + (slope + slope_prev) / 2 * (sigma_prev - sigma)
+    return Step(x_prev * scale_prev, prediction.pred_xstart)
+
+
+def _euler_is_better(sigma: Tensor, sigma_prev: Tensor) -> bool:
+    """Whether a step begins so far out in the noise that the slope at its end is wrong for most of it.
+
+    Of Gaussian data of deviation s the mean of two slopes is the worse one for sigma over 5 sigma_prev, or, where
+    sigma_prev is small, over 2.8 s. The first step of a cosine process is of this kind: at 25 steps it leads from
+    20,000 to 16. Data has deviations between 0.5 and 1.
+    """
+    return bool(sigma > 5 * sigma_prev + 2)
 
 
 def _dpm_solver(schedule: Schedule) -> StepFunction:
@@ -165,7 +179,8 @@ def _unipc(schedule: Schedule) -> StepFunction:
 
 
 def _heun(schedule: Schedule) -> StepFunction:
-    return partial(heun_step, _scheduler("HeunDiscreteScheduler", schedule), schedule)
+    sigmas = np.sqrt((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod)
+    return partial(heun_step, torch.from_numpy(sigmas).float(), schedule)
 
 
 class Sampler(NamedTuple):
