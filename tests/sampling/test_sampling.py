@@ -228,7 +228,8 @@ INTERVAL = {"guidance": "interval", "cfg_interval": [100, 700], "cfg_scale": 2.0
         ({**CONSTANT, "cfg_skip_tol": 0.005}, [999, 666, 333, 0]),
         ({**CONSTANT, "cfg_skip_tol": 0.011}, []),
         (INTERVAL, [666, 333]),
-        # Heun looks twice at each step but the first of four, the second time at the next timestep, whose weight decides.
+        # Heun looks twice at each of four steps but the first, the second time at the next timestep, whose weight
+        # decides.
         ({**INTERVAL, "sampler": "heun"}, [666, 333, 333]),
     ],
 )
