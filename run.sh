@@ -5,6 +5,7 @@
 #                                              digits, sample, and see how many of them can be read
 # Settings are environment variables, which --help lists; arguments go to image_train.py, with DATA_PATH only.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
@@ -35,7 +36,14 @@ run() {
 if [ -n "${DATA_PATH:-}" ]; then
   case "$DATA_PATH" in
     *:*) ;; # a bucket or an embedded data set
-    *) [ -d "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
+    /*) [ -e "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
+    *)
+      if [ ! -e "$DATA_PATH" ]; then
+        hint=""
+        if [ -e "$called_from/$DATA_PATH" ]; then hint="; give $called_from/$DATA_PATH"; fi
+        echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder in $PWD, from where it is looked for$hint" >&2
+        exit 2
+      fi ;;
   esac
   MODEL="${MODEL:-MDT_S_2}"
   # shellcheck source=scripts/published.sh

@@ -88,11 +88,19 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self.register_to_config(class_names=list(class_names or ()))
 
     def label(self, item: int | str) -> int:
-        """A label or the name of a class as a label. Raises ValueError for what the model does not have."""
+        """A label or the name of a class as a label. Where names are numbers, a number is a name.
+
+        Raises ValueError for what the model does not have.
+        """
         num_classes = self.transformer.config.num_classes
-        row = item if isinstance(item, int) else ClassNames(num_classes, self.config.class_names).row(item)
-        if row is None or not 0 <= row < num_classes:
-            raise ValueError(f"{item!r}: not one class of this model; labels are 0 ... {num_classes - 1}")
+        names = ClassNames(num_classes, self.config.class_names)
+        row = names.row_of_number(item) if isinstance(item, int) else names.row(item)
+        if row is None:
+            known = ", ".join(self.config.class_names[:5])
+            raise ValueError(
+                f"{item!r}: not one class of this model; labels are 0 ... {num_classes - 1}"
+                + (f", names are such as {known}" if known else "")
+            )
         return row
 
     @torch.no_grad()

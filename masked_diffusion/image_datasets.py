@@ -186,6 +186,7 @@ class SourceDataset(ImageDataset):
     ) -> None:
         self.source = open_images(source) if isinstance(source, str) else source
         super().__init__(image_size, *self._classes(class_cond, class_from))
+        self.notes = self.source.notes
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.fast_decode = fast_decode

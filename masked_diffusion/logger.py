@@ -181,7 +181,9 @@ class TensorBoardSink:
 
 SINKS: dict[str, Callable[[Path, int], Sink]] = {
     "stdout": lambda folder, start_step: HumanSink(sys.stdout),
-    "log": lambda folder, start_step: HumanSink((folder / "log.txt").open("a", encoding="utf-8")),
+    "log": lambda folder, start_step: HumanSink(
+        (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
+    ),
     "csv": lambda folder, start_step: CSVSink(folder / "progress.csv", start_step),
     "json": lambda folder, start_step: JSONSink(folder / "progress.json", start_step),
     "tensorboard": lambda folder, start_step: TensorBoardSink(folder / "tb", start_step),

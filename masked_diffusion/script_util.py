@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from masked_diffusion import dist_util
 from masked_diffusion.processes.loader_processes import LoaderError
@@ -181,6 +182,7 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
     and OSError become one line on stderr and status 2: an error on day three keeps its traceback. A LoaderError, which
     says all there is to say, becomes a line and status 1.
     """
+    write_any_character(sys.stdout, sys.stderr)
     try:
         return _run(prepare)
     except LoaderError as error:
@@ -203,6 +205,13 @@ def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) ->
                 traceback.print_exc()  # aborting leaves no time for it
                 dist_util.abort_mpi(1)
             raise
+
+
+def write_any_character(*streams: TextIO) -> None:
+    """Let text streams write what their encoding lacks as an escape, instead of ending the work over a file's name."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def usage_error(error: Exception, rank: int = 0) -> int:

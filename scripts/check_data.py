@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from masked_diffusion.data.bad_images import write_list
+from masked_diffusion.data.bad_images import list_entry, write_list
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
 from masked_diffusion.image_datasets import LatentDataset, SourceDataset, center_crop_arr, open_dataset
@@ -149,6 +149,7 @@ def tell(lines: Iterable[str], bad: dict[str, str], out: Path | None) -> int:
 def report(dataset: SourceDataset, sizes: Sequence[tuple[int, int]], bad: dict[str, str]) -> Iterable[str]:
     """Lines for people. sizes: (width, height) of the readable images. bad: file -> reason."""
     yield str(dataset)
+    yield from dataset.notes
     if sizes:
         (least, most) = (f"{w} x {h}" for w, h in (find(sizes, key=lambda s: s[0] * s[1]) for find in (min, max)))
         enlarged = sum(min(size) < dataset.image_size for size in sizes)
@@ -162,7 +163,7 @@ def report_bad(bad: dict[str, str], number: int, remedy: str) -> Iterable[str]:
         yield "all can be read"
         return
     yield f"{len(bad)} of {number} cannot be read:"
-    yield from (f"{name}\t{reason}" for name, reason in bad.items())
+    yield from (list_entry(name, reason) for name, reason in bad.items())
     yield remedy
 
 

@@ -113,6 +113,8 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
 
     # The processes meet once, before the work, and never again: none of them waits for a slow one.
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
+        if ranks.is_main:
+            sys.stderr.write("".join(f"{line}\n" for line in (f"data: {dataset}", *dataset.notes)))
         record, needed = ranks.from_main_patiently(claim, f"looking at the files in {args.data_dir} and {args.out}")
     shards = ShardFiles(Path(args.out).expanduser(), record)
     encode = partial(

@@ -331,12 +331,24 @@ def load_initial_weights(
 ) -> None:
     """--init_from: weights of the same model, perhaps of other classes or another resolution. Raises ValueError."""
     state = checkpoint.read_weights(path)
-    if (shown := recognise(state, path).model) != args.model:
-        raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown}")
+    shown = recognise(state, path)
+    if shown.model != args.model:
+        raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown.model}")
+    if shown.in_channels != model.in_channels:
+        raise ValueError(
+            f"--init_from {path}: its weights are of {what_has(shown.in_channels)}, the training is of "
+            f"{what_has(model.in_channels)}; give weights and --data_dir (or --vae_path) of one kind"
+        )
     former = read_config(path.parent)
     state = fit_positions(state, model, path, args.interpolate_pos, report)
     state = fit_labels(state, model, path, former.class_names if former else [], names, report)
     checkpoint.load_weights(model, state, path, args.drop_extra)
+
+
+def what_has(channels: int) -> str:
+    """What a model of so many channels is of, in words."""
+    kinds = {1: "grey images (1 channel)", 3: "colour images (3 channels)"}
+    return kinds.get(channels, f"latents of {channels} channels")
 
 
 def make_run_config(
@@ -431,6 +443,7 @@ def describe(
     recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
     return [
         f"data: {dataset}",
+        *dataset.notes,
         f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}{decoder}",
         "recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()),
         f"first stage: {run_config.first_stage}",

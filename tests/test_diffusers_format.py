@@ -154,6 +154,14 @@ def test_a_class_that_the_model_does_not_have_is_refused(item):
         pipeline([item])
 
 
+def test_where_names_are_numbers_a_number_is_a_name():
+    model, config = trained()
+    pipeline = pipeline_of(model, dataclasses.replace(config, class_names=["5", "7", "11"]), None)
+    assert [pipeline.label(item) for item in (7, "11", 5)] == [1, 2, 0]
+    with pytest.raises(ValueError, match="^1: not one class of this model; .* names are such as 5, 7, 11"):
+        pipeline.label(1)
+
+
 # -- DiT as diffusers' own class ---------------------------------------------------------------------------------------
 
 

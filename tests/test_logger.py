@@ -282,3 +282,10 @@ def test_tensorboard_events_are_written_without_importing_tensorflow(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert len(list((tmp_path / "tb").iterdir())) == 1
+
+
+def test_a_message_with_a_name_that_is_no_utf_8_is_written_escaped(tmp_path):
+    logger = Logger.open(tmp_path, 0, ["log"])
+    logger.text("caf\udce9.png is bad")
+    logger.close()
+    assert (tmp_path / "log.txt").read_text() == "caf\\udce9.png is bad\n"

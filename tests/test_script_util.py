@@ -1,5 +1,6 @@
 import argparse
 import contextlib
+import io
 import shlex
 import sys
 
@@ -240,3 +241,11 @@ def test_the_status_of_usage_errors_is_that_of_argparse():
     with pytest.raises(SystemExit) as raised:
         argparse.ArgumentParser().error("bad")
     assert raised.value.code == script_util.USAGE_ERROR
+
+
+def test_what_the_terminals_encoding_lacks_is_written_escaped(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run_script(lambda stack: lambda: sys.stdout.write("ü \udce9.png\n") and None) == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == b"\\xfc \\udce9.png\n"

@@ -3,6 +3,8 @@
 What takes their place is decided where images are loaded (``image_datasets.py``).
 """
 
+import contextlib
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,9 +22,16 @@ LIST_NAME = "bad_files.txt"
 SHOWN = 10  # in one message; the list has them all
 
 
+def list_entry(name: str, reason: str) -> str:
+    """One line: a file's name, a tab, the reason. A name with a line break, tab or leading quote is written in JSON."""
+    if name.startswith('"') or len(name.splitlines()) > 1 or any(mark in name for mark in "\t\n\r"):
+        name = json.dumps(name)
+    return f"{name}\t{' '.join(reason.split())}"
+
+
 def write_list(path: Path, reasons: Mapping[str, str]) -> None:
-    """One line per file: its name, a tab, the reason."""
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in reasons.items())
+    """One :func:`list_entry` per file."""
+    lines = "".join(f"{list_entry(name, reason)}\n" for name, reason in reasons.items())
     with atomic_write(path) as file:
         file.write(lines.encode("utf-8", "surrogateescape"))
 
@@ -32,7 +41,14 @@ def read_list(path: Path) -> list[str]:
     if not path.is_file():
         return []
     lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    return [line.partition("\t")[0] for line in lines if line]
+    names = [line.partition("\t")[0] for line in lines if line]
+    return [_from_json(name) if name.startswith('"') else name for name in names]
+
+
+def _from_json(text: str) -> str:
+    with contextlib.suppress(ValueError):  # a damaged line is the name of no file
+        text = str(json.loads(text))
+    return text
 
 
 class BadImages:
@@ -121,7 +137,8 @@ class BadImages:
         self.found |= {index: self._reason(index) if self.ranks.is_main else "" for index in new}
         if not new or not self.ranks.is_main:
             return []
-        messages = [f"{self.dataset.name_of(i)} is replaced by another image: {self.found[i]}" for i in new[:SHOWN]]
+        entries = [list_entry(self.dataset.name_of(i), self.found[i]).partition("\t") for i in new[:SHOWN]]
+        messages = [f"{name} is replaced by another image: {reason}" for name, _, reason in entries]
         if len(new) > SHOWN:
             messages.append(f"so are {len(new) - SHOWN} others")
         try:

@@ -1,5 +1,7 @@
 """Class names a user may write in place of labels: those of the data, and ImageNet's in words."""
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import islice
@@ -10,7 +12,9 @@ IMAGENET_CLASSES = 1000
 class ClassNames:
     """Names of a model's classes. class_names: in label order, as recorded with the training; empty when unknown.
 
-    Models of ImageNet (WordNet ids for names, or 1000 classes of unknown names) are also asked for in words.
+    Models of ImageNet (WordNet ids for names, or 1000 classes of unknown names) are also asked for in words. Names
+    compare in Unicode's form NFC, for a Mac writes the é of a folder as two characters. Where names are numbers, a
+    number is a name and never a label.
     """
 
     def __init__(self, num_classes: int, class_names: Sequence[str] = ()) -> None:
@@ -19,7 +23,9 @@ class ClassNames:
         self._labels: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for label, names in enumerate(names_by_label(num_classes, class_names)):
             for name in names:
+                name = unicodedata.normalize("NFC", name)
                 self._labels[name.lower()][name].add(label)
+        self._numbers_are_names = any(map(_is_number, class_names))
         self._examples = list(class_names[:5])
         if all(map(_is_wordnet_id, class_names)):
             words = (name for name in self._labels if not _is_wordnet_id(name) and len(self._meant(name)) == 1)
@@ -27,6 +33,7 @@ class ClassNames:
 
     def _meant(self, item: str) -> dict[int, str]:
         """Labels that a name can mean, with the spelling of each: those of exactly this one, else of any case."""
+        item = unicodedata.normalize("NFC", item)
         spellings = self._labels.get(item.lower(), {})
         if item in spellings:
             spellings = {item: spellings[item]}
@@ -37,8 +44,17 @@ class ClassNames:
         found = list(self._meant(name))
         return found[0] if len(found) == 1 else None
 
+    def row_of_number(self, number: int) -> int | None:
+        """The label that a number means: that of the class of this name where names are numbers, else itself.
+
+        None for a number that means none.
+        """
+        if self._numbers_are_names:
+            return self.row(str(number))
+        return number if 0 <= number < self._num_classes else None
+
     def label(self, item: str) -> int:
-        """A label or a class name as a label. Where both could be meant it is the name.
+        """A label or a class name as a label. Where names are numbers, or both could be meant, it is the name.
 
         A name may be written in any case, but the exact one wins. Raises ValueError for a name no class has or several
         have, and for a label outside 0 ... K - 1.
@@ -52,18 +68,51 @@ class ClassNames:
         try:
             label = int(item)
         except ValueError:
-            some = f"; names are such as {', '.join(self._examples)}" if self._examples else ""
-            raise ValueError(f"--labels {item}: no class of this name{some}") from None
-        if not 0 <= label < self._num_classes:
+            raise ValueError(f"--labels {item}: no class of this name{self._such_as}") from None
+        if self._numbers_are_names:
+            raise ValueError(f"--labels {item}: no class of this name; here numbers are names{self._such_as}")
+        if (row := self.row_of_number(label)) is None:
             raise ValueError(f"--labels {item}: labels are 0 ... {self._num_classes - 1}")
-        return label
+        return row
+
+    @property
+    def _such_as(self) -> str:
+        return f"; names are such as {', '.join(self._examples)}" if self._examples else ""
 
     def labels(self, text: str) -> list[int]:
-        """A comma list of labels and names. Raises ValueError as :meth:`label`, and for an empty list."""
-        items = [item.strip() for item in text.split(",") if item.strip()]
-        if not items:
+        """A comma list of labels and names. A name with commas in it may be written as it is or in double quotes.
+
+        Raises ValueError as :meth:`label`, and for an empty list.
+        """
+        parts, labels = text.split(","), []
+        while parts:
+            if not parts[0].strip():
+                parts.pop(0)
+                continue
+            # The shortest run of parts that is a name or a label; if there is none, the first part is what is wrong.
+            ends = range(1, min(len(parts), self._most_parts) + 1)
+            tried = ((end, _unquoted(",".join(parts[:end]).strip())) for end in ends)
+            end, item = next((pair for pair in tried if self._is_known(pair[1])), (1, parts[0].strip()))
+            labels.append(self.label(item))
+            del parts[:end]
+        if not labels:
             raise ValueError(f"--labels {text!r}: give labels or class names, separated by commas")
-        return [self.label(item) for item in items]
+        return labels
+
+    @property
+    def _most_parts(self) -> int:
+        return 1 + max((name.count(",") for name in self._labels), default=0)
+
+    def _is_known(self, item: str) -> bool:
+        return bool(self._meant(item)) or (_is_number(item) and not self._numbers_are_names)
+
+
+def _unquoted(item: str) -> str:
+    return item[1:-1] if len(item) > 1 and item[0] == item[-1] == '"' else item
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[+-]?[0-9]+", text) is not None
 
 
 def names_by_label(num_classes: int, class_names: Sequence[str] = ()) -> list[list[str]]:

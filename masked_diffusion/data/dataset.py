@@ -1,5 +1,7 @@
 """What the stream of batches asks of a data set."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -8,11 +10,12 @@ class ImageDataset:
 
     image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
     labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
-    None for images.
+    None for images. notes: what a user should know of the data beside their number and classes, a line each.
     """
 
     channels = 3
     encoded_by: tuple[str, str] | None = None
+    notes: Sequence[str] = ()
 
     def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:
         if image_size < 1:

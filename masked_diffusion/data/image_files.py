@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.listing_cache import keep_listing, kept_listing
+from masked_diffusion.data.listing_cache import Listing, keep_listing, kept_listing
 from masked_diffusion.files import atomic_write
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 # 1 GiB / 4 / 3, from where on Pillow suspects a decompression bomb; it warns there and refuses at twice as many.
 MAX_PIXELS = 2**30 // 12
 # The short side is what is scaled to the image size: a line of pixels would become a huge picture.
@@ -49,7 +49,12 @@ def join(folder: str, relative: str) -> str:
 
 
 def list_image_files(data_dir: str) -> list[str]:
-    """Paths below ``data_dir`` of all its images, sorted: the order that image indices refer to.
+    """Paths below ``data_dir`` of all its images, sorted. See :func:`list_folder`, also for what it raises."""
+    return list_folder(data_dir).files
+
+
+def list_folder(data_dir: str) -> Listing:
+    """The images of a folder, sorted: the order that image indices refer to; and what is left out.
 
     Extensions count in any case; hidden files and folders are left out. Links are followed, but a folder is listed
     once however many links lead to it (under its own name if it lies in ``data_dir`` itself), and a link that leads
@@ -59,18 +64,24 @@ def list_image_files(data_dir: str) -> list[str]:
     be read.
     """
     if is_remote(data_dir):
-        files = _list_remote(data_dir)
+        listing = _list_remote(data_dir)
     elif Path(data_dir).is_file():
         raise ValueError(f"--data_dir {data_dir}: is a file; give the folder that holds the images")
     elif not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"--data_dir {data_dir}: no such folder; give the folder that holds the images")
+        raise FileNotFoundError(
+            f"--data_dir {data_dir}: no such folder{looked_in(data_dir)}; give the folder that holds the images"
+        )
     else:
-        kept = kept_listing(Path(data_dir))
-        files = _list_anew(data_dir) if kept is None else kept
-    if not files:
+        listing = kept_listing(Path(data_dir)) or _list_anew(data_dir)
+    if not listing.files:
         kinds = " ".join(extension[1:] for extension in EXTENSIONS)
         raise ValueError(f"--data_dir {data_dir}: no images in it or below it; give a folder with files of {kinds}")
-    return sorted(files)
+    return listing
+
+
+def looked_in(path: str) -> str:
+    """From where a relative path was looked for, for a message; empty for an absolute one."""
+    return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
@@ -87,27 +98,43 @@ def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
         return np.fromiter(chain.from_iterable(answers), dtype=np.int64, count=len(paths))
 
 
-def _wanted(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
+def _take(listing: Listing, path: str) -> None:
+    """Count a file among the images or among those left out."""
+    extension = os.path.splitext(path)[1].lower()  # noqa: PTH122  (a million of them)
+    if extension in EXTENSIONS:
+        listing.files.append(path)
+    else:
+        listing.skipped[extension or "no extension"] += 1
 
 
-def _list_anew(data_dir: str) -> list[str]:
+def _finish(listing: Listing, folders: Iterable[str]) -> Listing:
+    """Sort a new list, and find the folders that have no image. folders: all that were met, below the root."""
+    listing.files.sort()
+    filled = {""}
+    for path in listing.files:
+        while (path := path.rpartition("/")[0]) not in filled:
+            filled.add(path)
+    bare = set(folders) - filled
+    listing.empty = sorted(folder for folder in bare if folder.rpartition("/")[0] not in bare)
+    return listing
+
+
+def _list_anew(data_dir: str) -> Listing:
     try:
-        files, folders, met_links = _list_local(data_dir)
+        listing, folders, met_links = _list_local(data_dir)
     except OSError as error:
         raise ValueError(
             f"--data_dir {data_dir}: cannot list {error.filename} ({error.strerror}); make it readable or move it"
         ) from error
-    files.sort()
     if not met_links:
-        keep_listing(Path(data_dir), folders, files)
-    return files
+        keep_listing(Path(data_dir), folders, listing)
+    return listing
 
 
-def _list_local(root: str) -> tuple[list[str], list[str], bool]:
-    """The files, the folders they were found in, and whether there were links."""
-    files: list[str] = []
-    listed_folders: list[str] = []
+def _list_local(root: str) -> tuple[Listing, dict[str, int], bool]:
+    """The files, the folders they were found in with the number of their entries, and whether there were links."""
+    listing = Listing()
+    entries_of: dict[str, int] = {}
     met_links = False
     listed: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
@@ -124,9 +151,10 @@ def _list_local(root: str) -> tuple[list[str], list[str], bool]:
         if (status.st_dev, status.st_ino) in listed:
             continue
         listed.add((status.st_dev, status.st_ino))
-        listed_folders.append(folder)
+        entries_of[folder] = 0
         with os.scandir(join(root, folder)) as entries:
             for entry in entries:
+                entries_of[folder] += 1
                 if entry.name.startswith("."):
                     continue
                 relative = f"{folder}/{entry.name}" if folder else entry.name
@@ -135,13 +163,13 @@ def _list_local(root: str) -> tuple[list[str], list[str], bool]:
                     met_links = True
                     if Path(entry.path).is_dir():
                         links.append(relative)
-                    elif _wanted(entry.name) and Path(entry.path).is_file():
-                        files.append(relative)
+                    elif Path(entry.path).is_file():
+                        _take(listing, relative)
                 elif entry.is_dir():
                     folders.append(relative)
-                elif _wanted(entry.name) and entry.is_file():
-                    files.append(relative)
-    return files, listed_folders, met_links
+                elif entry.is_file():
+                    _take(listing, relative)
+    return _finish(listing, entries_of), entries_of, met_links
 
 
 def _leads_back(root: str, link: str) -> bool:
@@ -179,13 +207,13 @@ def local_copy(path: str, folder: Path) -> Path:
     return target
 
 
-def _list_remote(root: str) -> list[str]:
+def _list_remote(root: str) -> Listing:
     blobfile = _blobfile(root)
-    files: list[str] = []
+    listing = Listing()
     try:
         if not blobfile.isdir(root):
             raise FileNotFoundError(f"--data_dir {root}: no such remote folder; give the folder that holds the images")
-        folders = [""]
+        folders, met = [""], list[str]()
         while folders:
             folder = folders.pop()
             for entry in blobfile.scandir(join(root, folder)):
@@ -194,15 +222,16 @@ def _list_remote(root: str) -> list[str]:
                 relative = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir:
                     folders.append(relative)
-                elif _wanted(entry.name):
-                    files.append(relative)
+                    met.append(relative)
+                else:
+                    _take(listing, relative)
     except FileNotFoundError:
         raise
     except Exception as error:  # network, credentials, an unknown scheme: blobfile's errors have no common base
         raise ValueError(
             f"--data_dir {root}: cannot be listed ({error}); check the path and the credentials"
         ) from error
-    return files
+    return _finish(listing, met)
 
 
 class PathTable:
@@ -241,7 +270,7 @@ class PathTable:
 
 
 # Of the extensions. Pillow knows others, and some can be more than pictures: EPS is a program.
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 
 
 class UnreadableImageError(ValueError):
@@ -335,6 +364,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _eight_bit_grey(image)
+    if image.mode == "F":
+        raise ValueError("pixels in floating point, of which nobody says what is white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,13 +1,18 @@
 """Lists of a large folder's files, kept between runs: on network storage, listing a million files takes minutes.
 
-A list holds as long as every folder it was read from has the modification time of then: adding, removing or renaming a
-file changes that of its folder. Links may lead anywhere, so a folder with links in it is listed anew each time.
+A list holds as long as every folder it was read from has the times, size and number of then, and as a sample of the
+folders has as many entries: adding, removing or renaming a file changes these of its folder. Copies that keep a
+folder's modification time change its other time. Where times seem not to change at all, no list is kept. Links may lead
+anywhere, so a folder with links in it is listed anew each time.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from masked_diffusion.files import atomic_write, cache_folder
@@ -15,6 +20,41 @@ from masked_diffusion.files import atomic_write, cache_folder
 FEWEST_FILES = 10_000
 # A folder that was changed just now may change again without getting another time, where clocks are coarse or apart.
 QUIET_SECONDS = 60
+# Folders whose entries are counted before a kept list is believed; evenly spaced, the same on all ranks.
+COUNTED_FOLDERS = 16
+NAMED = 5  # of the things that are left out
+
+
+@dataclass
+class Listing:
+    """What was found in a data folder and the folders below it.
+
+    files: images, below the folder. skipped: number of files of other extensions, by extension in lower case. empty:
+    folders that have no image in or below them. kept_in: where the list was kept, if it was not made anew.
+    """
+
+    files: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)
+    kept_in: Path | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it, a line each."""
+        parts = []
+        if self.skipped:
+            kinds = sorted(self.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
+            parts.append(f"{self.skipped.total()} files ({_some([f'{name} {number}' for name, number in kinds])})")
+        if self.empty:
+            parts.append(f"folders without images: {_some(self.empty)}")
+        lines = [f"left out: {'; '.join(parts)}"] if parts else []
+        if self.kept_in is not None:
+            lines.append(f"the list of files is the one of the last start; remove {self.kept_in} to list them anew")
+        return lines
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:NAMED]) + (f", ... ({len(items)} in all)" if len(items) > NAMED else "")
 
 
 def pack_paths(paths: list[str]) -> bytes:
@@ -27,29 +67,45 @@ def unpack_paths(packed: bytes) -> list[str]:
     return packed.decode("utf-8", "surrogateescape").split("\0")
 
 
-def kept_listing(root: Path) -> list[str] | None:
+def kept_listing(root: Path) -> Listing | None:
     """The files below a folder as they were listed before; None where they were not, or where a folder has changed."""
     try:
-        header, _, packed = _file_of(root).read_bytes().partition(b"\n")
-        folders: dict[str, list[int]] = json.loads(header)
-        current = all(_state(root / folder) == state for folder, state in folders.items())
-    except (OSError, ValueError, AttributeError):  # none, not readable, or a folder is gone
+        path = _file_of(root)
+        header, _, packed = path.read_bytes().partition(b"\n")
+        record = json.loads(header)
+        folders: dict[str, list[int]] = record["folders"]
+        current = all(_state(root / folder) == state[:-1] for folder, state in folders.items())
+        counted = sorted(folders)[:: -(-len(folders) // COUNTED_FOLDERS)]
+        current = current and all(len(os.listdir(root / folder)) == folders[folder][-1] for folder in counted)
+        listing = Listing(unpack_paths(packed), Counter(record["skipped"]), record["empty"], path)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none, not readable, or a folder is gone
         return None
-    return unpack_paths(packed) if current else None
+    return listing if current else None
 
 
-def keep_listing(root: Path, folders: list[str], files: list[str]) -> None:
-    """Keep the list of files of a folder, if it is large and at rest. folders: all that were listed, below root."""
-    if len(files) < FEWEST_FILES:
+def keep_listing(root: Path, folders: dict[str, int], listing: Listing) -> None:
+    """Keep the list of files of a folder, if it is large and at rest. folders: all that were listed, below root, and
+    how many entries each has."""
+    if len(listing.files) < FEWEST_FILES:
         return
     with contextlib.suppress(OSError):  # it saves time, and no more
-        states = {folder: _state(root / folder) for folder in folders}
-        if max(changed for changed, _ in states.values()) > time.time_ns() - QUIET_SECONDS * 10**9:
+        states = {folder: [*_state(root / folder), entries] for folder, entries in folders.items()}
+        if max(modified for modified, *_ in states.values()) > time.time_ns() - QUIET_SECONDS * 10**9:
+            return
+        if _times_stand_still([(modified, changed) for modified, changed, *_ in states.values()]):
             return
         path = _file_of(root)
         path.parent.mkdir(parents=True, exist_ok=True)
+        header = {"folders": states, "skipped": listing.skipped, "empty": listing.empty}
         with atomic_write(path) as file:
-            file.write(json.dumps(states).encode() + b"\n" + pack_paths(files))
+            file.write(json.dumps(header).encode() + b"\n" + pack_paths(listing.files))
+
+
+def _times_stand_still(times: list[tuple[int, int]]) -> bool:
+    """Whether the file system seems to give no true times: none at all, or all folders' are one and the same."""
+    return min(min(pair) for pair in times) <= 0 or (
+        len(times) > 1 and len({time for pair in times for time in pair}) == 1
+    )
 
 
 def _file_of(root: Path) -> Path:
@@ -58,4 +114,4 @@ def _file_of(root: Path) -> Path:
 
 def _state(folder: Path) -> list[int]:
     status = folder.stat()
-    return [status.st_mtime_ns, status.st_ino]
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size, status.st_nlink]

@@ -1,5 +1,6 @@
 """What every source of data offers: names, sizes, labels, and the bytes of an image. ``sources.py`` lists them."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -20,11 +21,12 @@ class Source:
     """Where the items of a data set lie. A source knows no crops, no flips and no order but that of its names.
 
     data_dir: what the user gave. names: of the items, below data_dir, with forward slashes; sorted, for an item's
-    place in them is its identity.
+    place in them is its identity. notes: what a user should know of it, such as what is left out; a line each.
     """
 
     data_dir: str
     names: PathTable
+    notes: Sequence[str] = ()
 
     def __init__(self, data_dir: str) -> None:
         """Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for what cannot be used."""

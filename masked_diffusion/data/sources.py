@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import PathTable, file_sizes, is_remote, list_image_files, read_bytes
+from masked_diffusion.data.image_files import PathTable, file_sizes, is_remote, list_folder, read_bytes
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
@@ -141,11 +141,13 @@ class LatentFolder(Source):
 
 
 class Folder(ImageSource):
-    """Image files of a local or remote folder and the folders below it. Raises what ``list_image_files`` does."""
+    """Image files of a local or remote folder and the folders below it. Raises what ``list_folder`` does."""
 
     def __init__(self, data_dir: str) -> None:
+        listing = list_folder(data_dir)
         self.data_dir = data_dir
-        self.names = PathTable(list_image_files(data_dir))
+        self.names = PathTable(listing.files)
+        self.notes = listing.notes
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:

@@ -158,7 +158,7 @@ def read_config(folder: Path) -> RunConfig | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())  # of bytes: with the mark that some editors put before the text
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     return RunConfig.from_json(value, path)

@@ -213,4 +213,9 @@ def open_photo(image: Path, mask: Path, image_size: int, grey: bool) -> Photo:
             f"--mask {mask}: nothing to fill, it is black where the model's {image_size} x {image_size} pixels are; "
             "paint white what should be filled"
         )
+    if filled.all():
+        raise ValueError(
+            f"--mask {mask}: it is white everywhere (transparent parts count as white), so nothing of the image would "
+            "be kept; paint black what should stay, or leave out --image and --mask"
+        )
     return Photo(pixels, filled)

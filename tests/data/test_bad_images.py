@@ -160,3 +160,19 @@ def test_a_nan_batch_names_the_image_that_was_shown(train, colours, monkeypatch,
 def test_an_unreadable_image_says_which_and_why():
     error = UnreadableImageError("a.png", "cut\n off")
     assert error.reason == "cut off" and "a.png" in str(error)
+
+
+def test_names_with_line_breaks_or_without_utf_8_come_back_from_the_list(tmp_path):
+    names = [
+        "a.png",
+        "line\nbreak.png",
+        "tab\tand\rreturn.png",
+        '"quoted".png',
+        "\udce9.png",
+        "line\u2028sep.png",
+        "b\\n.png",
+    ]
+    write_list(tmp_path / "bad.txt", dict.fromkeys(names, "because\nof this"))
+    assert read_list(tmp_path / "bad.txt") == names
+    lines = (tmp_path / "bad.txt").read_bytes().split(b"\n")
+    assert len(lines) == len(names) + 1 and lines[0] == b"a.png\tbecause of this" and lines[4].startswith(b"\xe9.png")

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,36 @@ def test_labels_are_found_by_number_where_no_name_is_meant():
 def test_numbers_that_are_names_win_over_labels():
     names = ClassNames(3, ["2", "10", "300"])
     assert names.labels("2,10,300") == [0, 1, 2]
-    assert names.label("1") == 1  # no name
+
+
+@pytest.mark.parametrize("class_names, item", [(["1", "2", "3"], "0"), (["001", "002"], "1"), (["7", "cat"], "0")])
+def test_where_names_are_numbers_a_number_that_is_none_is_refused(class_names, item):
+    names = ClassNames(len(class_names), class_names)
+    with pytest.raises(
+        ValueError, match=f"^--labels {item}: .* here numbers are names; names are such as {class_names[0]}"
+    ):
+        names.labels(f"{class_names[0]},{item}")
+    assert names.row_of_number(int(item)) is None and ClassNames(3, ["1", "2", "3"]).row_of_number(3) == 2
+
+
+def test_numbers_are_labels_where_no_name_is_one():
+    names = ClassNames(2, ["cat", "dog2"])
+    assert [names.row_of_number(number) for number in (0, 1, 2, -1)] == [0, 1, None, None]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_are_found_in_either_form_of_unicode(forms):
+    recorded, asked = (unicodedata.normalize(form, "café") for form in forms)
+    names = ClassNames(2, [recorded, "thé"])
+    assert names.labels(f"{asked},{asked.upper()}") == [0, 0] and names.row(asked) == 0
+
+
+def test_names_with_commas_can_be_asked_for():
+    names = ClassNames(4, ["tench, Tinca tinca", "a", "b", "a,b"])
+    assert names.labels("tench, Tinca tinca,b,0") == [0, 2, 0]
+    assert names.labels('a,b,"a,b"') == [1, 2, 3] and names.labels('"a"') == [1]
+    with pytest.raises(ValueError, match="--labels tench: no class of this name"):
+        names.labels("tench, Tinca")
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20, unique=True))

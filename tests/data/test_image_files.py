@@ -22,6 +22,7 @@ from masked_diffusion.data.image_files import (
     PathTable,
     UnreadableImageError,
     file_sizes,
+    list_folder,
     list_image_files,
     read_image,
 )
@@ -45,9 +46,54 @@ def listing(request, monkeypatch):
 
 
 def test_extensions_count_in_any_case_and_each_file_once(tmp_path, listing):
-    names = ["a.jpg", "b.JPG", "c.JPEG", "d.Png", "e.gif", "f.webp", "g.bmp", "deep/er/h.jpeg"]
-    touch(tmp_path, *names, "i.txt", "j.tiff", "jpg", "k.jpg.part", "deep/npg")
+    names = ["a.jpg", "b.JPG", "c.JPEG", "d.Png", "e.gif", "f.webp", "g.bmp", "deep/er/h.jpeg", "l.TIF", "m.tiff"]
+    names.append("n.jfif")
+    touch(tmp_path, *names, "i.txt", "j.heic", "jpg", "k.jpg.part", "deep/npg")
     assert listing(tmp_path) == sorted(names)
+
+
+def test_what_is_left_out_is_said(tmp_path, listing):
+    assert listing is not None  # local and remote
+    touch(tmp_path, "a/1.png", "a/2.heic", "a/3.HEIC", "b/4.txt", "b/deep/5.heic", "README", "c/d/6.png")
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    [note] = list_folder(str(tmp_path)).notes
+    assert note == "left out: 5 files (.heic 3, .txt 1, no extension 1); folders without images: b, empty"
+    (tmp_path / "many").mkdir()
+    for number in range(9):
+        (tmp_path / "many" / str(number)).mkdir()
+        touch(tmp_path, f"c/{number}.png", f"c/x.kind{number}")
+    [note] = list_folder(str(tmp_path)).notes
+    assert ", ... (12 in all)" in note and note.endswith("folders without images: b, empty, many")
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path, listing):
+    touch(tmp_path, "a/1.png", ".hidden", "a/.DS_Store")
+    assert list_folder(str(tmp_path)).notes == []
+
+
+def test_a_relative_folder_that_is_missing_is_refused_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"--data_dir images: no such folder in {tmp_path};"):
+        list_image_files("images")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiff_files_stand_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    for name in ("a.tif", "a.png"):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    pictures = [np.asarray(read_image(str(tmp_path / name))) for name in ("a.tif", "a.png")]
+    assert np.array_equal(*pictures)
+
+
+def test_tiff_files_of_16_bits_are_scaled_and_of_floating_point_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16)).save(tmp_path / "deep.tif")
+    assert np.all(np.asarray(read_image(str(tmp_path / "deep.tif"))) == 100)
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UnreadableImageError, match="float.tif: .*floating point"):
+        read_image(str(tmp_path / "float.tif"))
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path, listing):
@@ -75,7 +121,7 @@ def test_order_is_that_of_the_paths_not_of_the_file_system(tmp_path, monkeypatch
 def test_folder_without_images_is_refused(tmp_path, listing, prepare):
     if prepare == "no_images":
         touch(tmp_path, "sub/readme.txt", ".hidden.png")
-    with pytest.raises(ValueError, match=f"--data_dir {tmp_path}: no images.*jpg jpeg png gif webp bmp"):
+    with pytest.raises(ValueError, match=f"--data_dir {tmp_path}: no images.*jpg jpeg jfif png gif webp bmp tif tiff"):
         listing(tmp_path)
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from masked_diffusion.data import image_files, listing_cache
-from masked_diffusion.data.image_files import list_image_files
+from masked_diffusion.data.image_files import list_folder, list_image_files
 from masked_diffusion.files import cache_folder
 
 hours_ago = itertools.count(1000, -1)
@@ -82,8 +82,8 @@ def test_every_change_is_seen(folder, change):
     before = list_image_files(str(folder))
     change(folder)
     after = list_image_files(str(folder))
-    listed_anew, _, _ = image_files._list_local(str(folder))
-    assert after == sorted(listed_anew) != before
+    anew, _, _ = image_files._list_local(str(folder))
+    assert after == anew.files != before
     rest(folder)
     assert list_image_files(str(folder)) == after
 
@@ -117,3 +117,46 @@ def test_a_damaged_list_is_made_again(folder, content):
 def test_a_list_that_cannot_be_kept_is_no_loss(folder, tmp_path):
     (tmp_path / "kept").write_text("a file where the folder would be")
     assert len(list_image_files(str(folder))) == 4
+
+
+def at_times(folder, times):
+    """Give every folder the modification times of before, as copies that keep times do."""
+    for path, time_ns in times.items():
+        os.utime(path, ns=(time_ns, time_ns))
+
+
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder, *(p for p in folder.rglob("*") if p.is_dir()))}
+
+
+@pytest.mark.parametrize("change", [add, remove, rename])
+def test_changes_that_keep_the_times_of_folders_are_seen(folder, change):
+    before, times = list_image_files(str(folder)), times_of(folder)
+    change(folder)
+    at_times(folder, times)
+    assert list_image_files(str(folder)) != before
+
+
+def test_a_sample_of_the_folders_is_counted_where_no_time_tells(folder, monkeypatch):
+    monkeypatch.setattr(listing_cache, "_state", lambda folder: [1, 2, 3, 4, 5])
+    monkeypatch.setattr(listing_cache, "_times_stand_still", lambda times: False)
+    before = list_image_files(str(folder))
+    assert len(kept()) == 1 and list_image_files(str(folder)) == before
+    add(folder)
+    assert len(list_image_files(str(folder))) == len(before) + 1
+
+
+@pytest.mark.parametrize("times", [[0, 5], [7, 7]])
+def test_no_list_is_kept_where_times_stand_still(folder, monkeypatch, times):
+    monkeypatch.setattr(listing_cache, "_state", lambda folder: [*times, 3, 4, 5])
+    list_image_files(str(folder))
+    assert not kept()
+
+
+def test_a_kept_list_is_said_with_how_to_make_it_anew(folder):
+    (folder / "a" / "x.heic").touch()
+    rest(folder)
+    first, second = list_folder(str(folder)), list_folder(str(folder))
+    assert first.notes == ["left out: 1 files (.heic 1)"]
+    assert second.files == first.files and second.notes[0] == first.notes[0]
+    assert second.notes[1:] == [f"the list of files is the one of the last start; remove {kept()[0]} to list them anew"]

@@ -232,3 +232,9 @@ def test_a_long_list_of_names_is_shortened_in_the_message(tmp_path):
     with pytest.raises(ValueError) as raised:
         check_resume(dataclasses.replace(RUN, class_names=names), RUN, tmp_path)
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_saved_by_an_editor_that_marks_its_encoding_is_read(tmp_path, encoding):
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(RUN)), encoding=encoding)
+    assert read_config(tmp_path) == RUN

@@ -311,12 +311,23 @@ def test_a_mask_of_the_models_size_is_taken_as_it_is(files):
         ((32, 48), (0, 0, 9, 9), "it is 32 x 48 pixels, the image is 48 x 32; make them equal"),
         ((8, 8), (0, 0, 9, 9), "it is 8 x 8 pixels, the image is 48 x 32"),
         ((48, 32), None, "nothing to fill, it is black"),
+        ((48, 32), (0, 0, 48, 32), "it is white everywhere"),
+        ((48, 32), (4, 0, 44, 32), "it is white everywhere .* nothing of the image would be kept"),  # in the middle
         ((48, 32), (0, 0, 4, 32), "nothing to fill, it is black where the model's 16 x 16 pixels are"),  # cut off
     ],
 )
 def test_masks_that_do_not_fit_are_refused(files, mask_size, white, sentence):
     with pytest.raises(ValueError, match=sentence):
         open_photo(*files((48, 32), mask_size, white), image_size=16, grey=False)
+
+
+def test_a_hole_in_the_alpha_of_a_white_mask_is_refused_and_not_taken_for_the_whole(tmp_path, files):
+    image, mask = files((16, 16), (16, 16))
+    alpha = np.full((16, 16, 4), 255, dtype=np.uint8)
+    alpha[4:9, 4:9, 3] = 0
+    Image.fromarray(alpha).save(mask)
+    with pytest.raises(ValueError, match="transparent parts count as white"):
+        open_photo(image, mask, 16, grey=False)
 
 
 def test_files_that_are_no_images_are_refused(tmp_path, files):

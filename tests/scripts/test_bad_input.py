@@ -144,6 +144,12 @@ def test_a_run_from_elsewhere_does_not_describe_the_weights_of_another(monkeypat
     assert (tmp_path / "config.json").read_text() == content
 
 
+def test_weights_of_grey_images_are_no_start_for_colour_images(refused, trained, colour_folder):
+    flags = ["--data_dir", colour_folder, "--init_from", next(trained.parent.glob("model*.pt"))]
+    sentence = refused(TRAIN, *TINY_DIGITS, *flags)
+    assert "its weights are of grey images (1 channel), the training is of colour images (3 channels)" in sentence
+
+
 def test_training_refuses_a_folder_with_the_configuration_of_another_program(refused, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     assert "not a configuration of this code" in refused(TRAIN, *TINY_DIGITS, folder=tmp_path)
@@ -165,7 +171,7 @@ def sample_flags(path, *flags):
         (["--num_classes", "11"], "--num_classes 11"),
         (["--learn_sigma", "False"], "--learn_sigma False"),
         (["--diffusion_steps", "100"], "--diffusion_steps 100"),
-        (["--labels", "3,10"], "--labels 10: labels are 0 ... 9"),
+        (["--labels", "3,10"], "--labels 10: no class of this name; here numbers are names"),
         (["--labels", "ten"], "--labels ten: no class of this name"),
         (["--num_samples", "0"], "--num_samples 0"),
         (["--batch_size", "0"], "--batch_size 0"),

@@ -71,3 +71,12 @@ def test_run_sample_sh_samples_with_the_published_settings(asked_for, tmp_path, 
 def test_what_the_environment_says_wins(asked_for):
     [line] = asked_for("run.sh", MODEL="MDTv2_S_2", DATA_PATH="a:b", LR="1e-4", DECODE_LAYER=4, BATCH_SIZE=64)
     assert "--lr 1e-4" in line and "--decode_layer 4" in line and "--batch_size 64" in line
+
+
+def test_a_relative_folder_that_is_missing_is_refused_with_where_it_was_looked_for(tmp_path):
+    (tmp_path / "images").mkdir()
+    env = environment("", VIRTUAL_ENV="active", DATA_PATH="images")
+    done = run_command(["bash", str(REPO / "run.sh")], env, cwd=tmp_path)
+    assert done.returncode == 2
+    expected = f"DATA_PATH images: no such folder in {REPO}, from where it is looked for; give {tmp_path}/images"
+    assert expected in done.stderr
