@@ -546,7 +546,7 @@ this model has no null class | use_timesteps: | a sampling loop needs | so there
 no images to compute features of | statistics of different widths | a covariance needs | what arrived is not the graph
 none of these folders can be written to | bytes arrived | of the .npy format | --data_dir: …
 holds something else than its name says | expected uint8 images
-pixels are none | perhaps a decompression bomb | times the other
+pixels are none | perhaps a decompression bomb | times the other | pixels in floating point
 """
 
 
