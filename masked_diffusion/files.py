@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +18,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name only when it is complete and on disk.
 
     The temporary file lies in the same folder: a rename is atomic only inside one file system. It is removed when
-    writing fails.
+    writing fails. Its name is nobody else's: several machines may write one file of a shared folder at once.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.randbits(64)}.tmp")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,8 +36,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def remove_unfinished(folder: Path, is_owned: Callable[[str], bool]) -> None:
     """Remove the temporary files that :func:`atomic_write` left in a folder when its process was killed.
 
-    is_owned: whether the caller alone writes files of this name there. The number in a temporary name helps little: the
-    process may have run on another machine.
+    is_owned: whether the caller alone writes files of this name there. The number in a temporary name does not say
+    whose it is.
     """
     for path in folder.glob(".*.tmp"):
         match = _UNFINISHED.fullmatch(path.name)

@@ -26,6 +26,20 @@ def test_a_new_content_appears_only_when_it_is_complete(tmp_path):
     assert contents(tmp_path) == {"file.bin": b"new"}
 
 
+def test_two_that_write_a_file_at_once_do_not_mix_even_with_one_process_number(tmp_path, monkeypatch):
+    """As two machines do that share a folder."""
+    monkeypatch.setattr(os, "getpid", lambda: 12)
+    path = tmp_path / "file.bin"
+    with atomic_write(path) as slow:
+        slow.write(b"half and ")
+        slow.flush()
+        with atomic_write(path) as fast:
+            fast.write(b"all at once")
+        assert path.read_bytes() == b"all at once"
+        slow.write(b"half")
+    assert contents(tmp_path) == {"file.bin": b"half and half"}
+
+
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("bad"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, error):
     path = tmp_path / "file.bin"

@@ -67,6 +67,7 @@ def manifest_file(step: int) -> str:
 def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], config: dict[str, Any]) -> None:
     """Write ``parts`` (file name -> state) and then their manifest, which carries ``config``. Each file is atomic.
 
+    Weights of this step in another format are of a former run through it, and go before the manifest is written.
     A part named ``.safetensors`` is a mapping of names to contiguous tensors, any other what ``torch.save`` takes.
     """
     files: dict[str, dict[str, Any]] = {}
@@ -74,11 +75,19 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], config: d
         for name, part in parts.items():
             _write_part(folder / name, part)
             files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for other in (folder / name for part in parts for name in _in_all_formats(part) if name not in parts):
+            other.unlink(missing_ok=True)
         write_json(folder / manifest_file(step), {"step": step, "files": files, "config": config})
     except BaseException:
         for name in files:  # of no use without a manifest, and the disk may be full
             (folder / name).unlink(missing_ok=True)
         raise
+
+
+def _in_all_formats(name: str) -> list[str]:
+    """The names that a model or EMA file may have; none for other files."""
+    weights = MODEL_FILE.fullmatch(name) or EMA_FILE.fullmatch(name)
+    return [str(Path(name).with_suffix(f".{form}")) for form in WEIGHTS_FORMATS] if weights else []
 
 
 def _write_part(path: Path, part: Any) -> None:
@@ -222,6 +231,12 @@ class Start:
     messages: tuple[str, ...] = ()
 
 
+def _listed_files(folder: Path, step: int) -> dict[str, Any] | None:
+    """The files that the manifest of a step lists; None where there is none."""
+    path = folder / manifest_file(step)
+    return json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else None
+
+
 def damage(folder: Path, step: int) -> str | None:
     """What is wrong with the checkpoint of a step that has a manifest; None for nothing."""
     try:
@@ -341,7 +356,14 @@ def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) ->
             step = int(match[1])
             if (path.parent / manifest_file(step)).exists() and (problem := damage(path.parent, step)):
                 raise ValueError(f"--resume_checkpoint {path}: this checkpoint is damaged: {problem}; give another one")
-            if not (path.parent / manifest_file(step)).exists() and (path.parent / "config.json").exists():
+            listed = _listed_files(path.parent, step)
+            if listed is not None and path.name not in listed:
+                given = next((name for name in listed if MODEL_FILE.fullmatch(name)), "another one")
+                raise ValueError(
+                    f"--resume_checkpoint {path}: this file is left over from another run, {manifest_file(step)} does "
+                    f"not list it; give {given}"
+                )
+            if listed is None and (path.parent / "config.json").exists():
                 raise ValueError(
                     f"--resume_checkpoint {path}: this checkpoint is incomplete, it has no {manifest_file(step)}; give "
                     "an earlier one, or take its weights alone with --init_from"
@@ -424,13 +446,14 @@ def read_state(start: Start) -> dict[str, Any] | None:
 
 
 def sibling(start: Start, name: Callable[[int, str], str]) -> Path:
-    """The file of a checkpoint in whichever format it has. name: of step and format, such as :func:`model_file`.
+    """The file of a checkpoint in the format that its manifest lists; of one without a manifest, in whichever it has.
 
-    Raises FileNotFoundError naming the file.
+    name: of step and format, such as :func:`model_file`. Raises FileNotFoundError naming the file.
     """
     paths = [start.folder / name(start.step, form) for form in WEIGHTS_FORMATS]
+    listed = _listed_files(start.folder, start.step)
     for path in paths:
-        if path.is_file():
+        if path.is_file() and (listed is None or path.name in listed):
             return path
     raise FileNotFoundError(f"{paths[0]}: no such file; it belongs to the checkpoint of step {start.step}")
 

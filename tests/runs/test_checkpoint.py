@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -352,6 +353,42 @@ def test_a_manifest_that_points_out_of_its_folder_touches_nothing_there(tmp_path
     assert newest_complete_step(run, reports.append) == 10
     assert "is missing" in reports[0]
     assert outside.read_bytes() == b"precious" and names(tmp_path) == ["outside.pt", "run"]
+
+
+def test_the_weights_that_the_manifest_lists_are_loaded_whatever_lies_beside_them(tmp_path):
+    """Both formats of a step, as a run through it in another one left them: the other is stale."""
+    write_checkpoint(tmp_path, 4)
+    listed = json.loads((tmp_path / "checkpoint000004.json").read_text())
+    for kind in ("model000004", "ema_0.9999_000004"):
+        stale, fresh = tmp_path / f"{kind}.pt", tmp_path / f"{kind}.safetensors"
+        fresh.write_bytes(stale.read_bytes())
+        listed["files"][fresh.name] = listed["files"].pop(stale.name)
+    (tmp_path / "checkpoint000004.json").write_text(json.dumps(listed))
+    start = plan(tmp_path)
+    for name in (checkpoint.model_file, partial(checkpoint.ema_file, "0.9999")):
+        assert checkpoint.sibling(start, name).suffix == ".safetensors"
+    with pytest.raises(FileNotFoundError, match=r"ema_0\.5_000004\.pt: no such file"):
+        checkpoint.sibling(start, partial(checkpoint.ema_file, "0.5"))
+    with pytest.raises(ValueError) as raised:
+        plan(tmp_path / "new", str(tmp_path / "model000004.pt"))
+    assert_one_sentence(
+        raised, "--resume_checkpoint", "model000004.pt: this file is left over", "give model000004.safetensors"
+    )
+    (tmp_path / "model000004.safetensors").unlink()  # nothing takes its place
+    with pytest.raises(FileNotFoundError):
+        checkpoint.sibling(start, checkpoint.model_file)
+
+
+def test_saving_a_step_in_another_format_removes_its_weights_in_the_former_one(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 2)
+    write_checkpoint(tmp_path, 4)
+    seen = []
+    monkeypatch.setattr(checkpoint, "write_json", lambda path, value: seen.append(names(path.parent)))
+    weights, rest = {"w": torch.ones(3)}, {checkpoint.opt_file(4): {}, checkpoint.state_file(4): {}}
+    formats = {f"{kind}000004.safetensors": weights for kind in ("model", "ema_0.9999_")}
+    save_checkpoint(tmp_path, 4, formats | rest, {})
+    assert [name for name in seen[0] if "000004" in name] == sorted([*formats, *rest, "checkpoint000004.json"])
+    assert set(names_of_step(2)) <= set(seen[0])
 
 
 # -- where a training begins -------------------------------------------------------------------------------------------
