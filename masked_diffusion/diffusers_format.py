@@ -47,6 +47,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         decode_layer: int | None = None,
+        policy: str | None = None,
     ) -> None:
         super().__init__()
         self.network = create_model(
@@ -56,6 +57,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
             decode_layer=decode_layer,
+            policy=policy,
         )
 
     def forward(
@@ -206,6 +208,7 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
         num_classes=settings.num_classes,
         learn_sigma=settings.learn_sigma,
         decode_layer=model.decode_layer or None,
+        policy=settings.policy,
     )
     transformer.network.load_state_dict(model.state_dict())
     return MaskedDiffusionPipeline(transformer.eval(), scheduler_of(config.diffusion), vae, config.class_names)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import blocks_of
+from masked_diffusion.models.policies import View
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.optimizers import MOMENTS
 from masked_diffusion.training.sharding import SHARDINGS
@@ -19,21 +20,21 @@ from masked_diffusion.training.sharding import SHARDINGS
 GIGA = 1e9
 
 
-def forward_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int], enable_mask: bool) -> float:
+def forward_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int], view: View) -> float:
     """Of one image through the model; a multiply-add counts as one, as in the papers' tables. Where the mask ratio is
     drawn, it is the mean one."""
     on_paper = copy.deepcopy(model).to("meta").eval()
     x = torch.zeros(1, *latent_shape, device="meta")
     zero = torch.zeros(1, dtype=torch.long, device="meta")
+    draw = on_paper.draw(torch.zeros(1, model.num_tokens, device="meta"), 0.5) if view.drops else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_paper(x, zero, zero, **({"enable_mask": True, "ratio_noise": 0.5} if enable_mask else {}))
+        on_paper(x, zero, zero, draw=draw)
     return counter.get_total_flops() / 2 / GIGA
 
 
 def views_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> list[float]:
-    """Forward of one image: with all tokens and, where the model masks, masked."""
-    views = (False, True) if model.mask_ratio is not None else (False,)
-    return [forward_gflops(model, latent_shape, masked) for masked in views]
+    """Forward of one image, in each view of a training step."""
+    return [forward_gflops(model, latent_shape, view) for view in model.views]
 
 
 def training_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> float:
@@ -91,7 +92,9 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
     gflops = views_gflops(loop.skeleton, loop.run_config.model.latent_shape)
-    passes = f"{gflops[0]:.4g}" + (f" with all tokens, {gflops[1]:.4g} masked" if loop.masks else "")
+    words = [" masked" if view.drops else " with all tokens" for view in loop.views]
+    words = words if loop.model.policy.drops else [""]
+    passes = ", ".join(f"{number:.4g}{word}" for number, word in zip(gflops, words, strict=True))
     step = training_gflops(loop.skeleton, loop.run_config.model.latent_shape)
     peak = peak_gigabytes(loop.ranks)
     where = "on the GPU" if loop.ranks.device.type == "cuda" else "on the host"

@@ -17,9 +17,9 @@ from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.logger import Logger
-from masked_diffusion.models import MDTv2
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
+from masked_diffusion.models.policies import View
 from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
@@ -102,7 +102,7 @@ class TrainLoop:
         self.saver = Saver(state, config, run_config, ranks, logger, folder, start.step)
         self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
-        self.masks = model.mask_ratio is not None
+        self.views = model.views
         self.meter = Meter(self._loss_names(), ranks)
         self._last_log = (time.monotonic(), self.step)
 
@@ -116,8 +116,7 @@ class TrainLoop:
         return self.config.batch_size * self.ranks.world_size
 
     def _loss_names(self) -> list[str]:
-        names = self.objective.loss_names
-        return [*names, *(f"m_{name}" for name in names)] if self.masks else names
+        return [view.prefix + name for view in self.views for name in self.objective.loss_names]
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -214,27 +213,24 @@ class TrainLoop:
     def _backward(self, z: Tensor, t: Tensor, weights: Tensor, draws: Batch, batch_size: int, is_last: bool) -> Tensor:
         """Add a microbatch's gradients. Each view runs backward by itself, so that the two graphs never live
         together; ranks exchange gradients in the step's very last pass. Returns the unweighted losses, (n,)."""
-        views = [("", False), ("m_", True)] if self.masks else [("", False)]
         terms: dict[str, Tensor] = {}
-        for prefix, enable_mask in views:
-            synchronize = is_last and enable_mask == self.masks
+        for view in self.views:
+            synchronize = is_last and view is self.views[-1]
             with contextlib.nullcontext() if synchronize else no_sync(self.shared_model):
-                view = self._losses(z, t, draws, prefix, enable_mask)
+                losses = self._losses(z, t, draws, view)
                 # Parts add up to the batch mean, whatever their number.
-                self.scaler.scale((weights * view["loss"]).sum() / batch_size).backward()
-            terms |= {prefix + name: value.detach() for name, value in view.items()}
+                self.scaler.scale((weights * losses["loss"]).sum() / batch_size).backward()
+            terms |= {view.prefix + name: value.detach() for name, value in losses.items()}
         self.meter.add_losses(self.objective.share(t), terms)
-        return sum(terms[prefix + "loss"] for prefix, _ in views)  # type: ignore[return-value]
+        return sum(terms[view.prefix + "loss"] for view in self.views)  # type: ignore[return-value]
 
-    def _losses(self, z: Tensor, t: Tensor, draws: Batch, prefix: str, enable_mask: bool) -> dict[str, Tensor]:
-        """Loss terms of the full or the masked view, each (n,). The two share t and nothing else."""
-        model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{prefix}label_noise"]}
-        if enable_mask:
-            model_kwargs |= {"enable_mask": True, "token_noise": draws["token_noise"]}
-            if isinstance(self.model, MDTv2):  # of one length in all parts of a step, or they would wait for each other
-                ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
-                model_kwargs["ratio_noise"] = ratio_noise
-        return self.objective.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{prefix}noise"])
+    def _losses(self, z: Tensor, t: Tensor, draws: Batch, view: View) -> dict[str, Tensor]:
+        """Loss terms of a view, each (n,). Views share t and nothing else."""
+        model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"]}
+        if view.drops:  # as many tokens in all parts of a step and on all ranks, or they would wait for each other
+            ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
+            model_kwargs["draw"] = self.model.draw(draws["token_noise"], ratio_noise)
+        return self.objective.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{view.prefix}noise"])
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The model under the configured compute precision; parameters and losses stay float32."""

@@ -105,11 +105,10 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     batch = training_batch(settings)
     step = timed(lambda: loop.train_step(*batch), settings, ranks.device)
 
-    def view(enable_mask: bool) -> dict[str, float]:
-        timing = timed(view_of(loop, batch, enable_mask), settings, ranks.device)
-        return timing.fields(f"{'masked' if enable_mask else 'full'}_view_")
-
-    views = {**view(False), **(view(True) if loop.masks else {})}
+    views: dict[str, float] = {}
+    for view in loop.views:
+        timing = timed(view_of(loop, batch, view), settings, ranks.device)
+        views |= timing.fields(f"{'masked' if view.drops else 'full'}_view_")
     if settings.trace and ranks.is_main:
         with profile() as profiler:
             loop.train_step(*batch)

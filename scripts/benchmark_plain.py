@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from benchmark_setup import (
@@ -28,6 +28,7 @@ from torch import Tensor
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage
 from masked_diffusion.models import FAMILIES, MDT, family_of
+from masked_diffusion.models.policies import FULL, MASKED
 from masked_diffusion.sampling.image_sampler import ImageSampler
 
 # Measures a case in a process of its own, or several under torchrun, with further flags.
@@ -44,8 +45,7 @@ def check_plain(settings: Settings) -> None:
 
 
 def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
-    model = fresh_model(settings).to(device)
-    assert isinstance(model, MDT)
+    model = cast(MDT, fresh_model(settings).to(device))
     first_stage = plain_first_stage(settings, device)
     return PlainTraining(model, settings.run_config.diffusion.build(), first_stage, settings.train_config.lr)
 
@@ -112,8 +112,8 @@ def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     works: dict[str, Callable[[], Any]] = {
         "step": lambda: loop.train_step(*batch),
         "plain_step": lambda: plain.step(*batch),
-        "full_view": view_of(loop, batch, enable_mask=False),
-        "masked_view": view_of(loop, batch, enable_mask=True),
+        "full_view": view_of(loop, batch, FULL),
+        "masked_view": view_of(loop, batch, MASKED),
         "guided": guided_steps(settings, device),
         "plain_guided": plain_guided_steps(settings, plain_model, device),
         "product": product,

@@ -25,6 +25,7 @@ from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
 from masked_diffusion.image_datasets import no_classes
 from masked_diffusion.logger import HumanSink, Logger
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.policies import View
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, training_draws
 from masked_diffusion.runs.checkpoint import Start
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
@@ -196,7 +197,7 @@ def make_loop(settings: Settings, ranks: Ranks) -> TrainLoop:
     )
 
 
-def view_of(loop: TrainLoop, batch: tuple[Tensor, Batch], enable_mask: bool) -> Callable[[], None]:
+def view_of(loop: TrainLoop, batch: tuple[Tensor, Batch], view: View) -> Callable[[], None]:
     """Forward and backward of one view alone."""
     images, extras = batch
     device = loop.ranks.device
@@ -208,7 +209,7 @@ def view_of(loop: TrainLoop, batch: tuple[Tensor, Batch], enable_mask: bool) -> 
         # The loop's own losses, so that what is measured is what it does. One view alone does not reach all parameters,
         # for whose gradients several processes would wait.
         with no_sync(loop.shared_model):
-            loop._losses(z, t, draws, "m_" if enable_mask else "", enable_mask)["loss"].mean().backward()
+            loop._losses(z, t, draws, view)["loss"].mean().backward()
         loop.optimizer.zero_grad()
 
     return forward_backward

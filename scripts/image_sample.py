@@ -20,6 +20,7 @@ from masked_diffusion import dist_util, model_and_diffusion_defaults
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.logger import output_folder
+from masked_diffusion.models import family_policy
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs.config import library_versions
@@ -281,6 +282,8 @@ def settings_of(
         "model": config.model.model,
         "image_size": config.model.image_size,
         "decode_layer": config.model.decode_layer,
+        # Sets made before there were policies stay the same ones.
+        **({"policy": config.model.policy} if config.model.policy != family_policy(config.model.model) else {}),
         "num_classes": config.model.num_classes,
         "process": {
             "diffusion_steps": config.diffusion.diffusion_steps,

@@ -22,8 +22,9 @@ from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
-from masked_diffusion.models import can_mask
+from masked_diffusion.models import family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
 from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
@@ -82,6 +83,8 @@ HELPS = {
     "compile": "compile the blocks: some minutes at the start, then faster steps; results differ by rounding",
     "grad_checkpointing": "run each block again in backward: less memory, a third more time, the same results",
     "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
+    "policy": "which tokens leave in training, and how they come back: " + ", ".join(POLICIES) + "; None is the "
+    "model's own: mdt, mdtv2, or none for DiT",
     "random_flip": "mirror half of the images",
     "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
     "random_crop": "crop at random, as ADM does, instead of at the centre",
@@ -158,6 +161,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "grad_checkpointing": False,
         "fp16_scale_growth": 1e-3,
         "model": "MDT_S_2",
+        "policy": None,
         **model_and_diffusion_defaults(),
         "objective": "ddpm",
         "min_snr_gamma": None,
@@ -177,6 +181,7 @@ def create_argparser() -> argparse.ArgumentParser:
     }
     types = {name: optional(finite_float) for name in ("mask_ratio", "min_snr_gamma")}
     types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
+    types["policy"] = str  # "none" is a policy
     parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     add_launcher_flags(parser)
@@ -221,7 +226,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
     # None stands for a default that may change; the checkpoint records what was built.
-    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer or None)
+    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer or None, mask_ratio=model.mask_ratio)
     run_config = dataclasses.replace(run_config, model=built)
 
     folder = ranks.from_main(output_folder)
@@ -371,6 +376,7 @@ def make_run_config(
             mask_ratio=args.mask_ratio,
             decode_layer=args.decode_layer,
             learn_sigma=args.learn_sigma,
+            policy=args.policy,
         ),
         diffusion=DiffusionConfig(**args_to_dict(args, DiffusionConfig.__dataclass_fields__)),
         objective=ObjectiveConfig(**args_to_dict(args, ObjectiveConfig.__dataclass_fields__)),
@@ -408,12 +414,14 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
                 f"--use_zero {args.use_zero} is --shard {asked}, but --shard {args.shard} is given: choose"
             )
         args.shard = asked
-    if not can_mask(args.model):
-        args.mask_ratio = args.decode_layer = None
+    args.policy = args.policy or family_policy(args.model)
+    for name in ignored_settings(args.model, args.policy):
+        setattr(args, name, None)
 
 
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
-    """Settings that are given and have no effect."""
+    """Settings that are given and have no effect. Raises ValueError for a model or policy that is none."""
+    policy = args.policy or family_policy(args.model)
     idle = {
         "fp16_scale_growth": not args.use_fp16 and "without --use_fp16 True",
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
@@ -421,7 +429,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         or (not args.learn_sigma and "with --learn_sigma False"),
         **dict.fromkeys(("interpolate_pos", "drop_extra"), not args.init_from and "without --init_from"),
         "min_snr_gamma": args.use_kl and "with --use_kl True",
-        **dict.fromkeys(("mask_ratio", "decode_layer"), not can_mask(args.model) and f"by {args.model}"),
+        **dict.fromkeys(ignored_settings(args.model, policy), f"by {args.model} under --policy {policy}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
         "random_flip": args.data_dir.startswith("builtin:digits") and "for the embedded digits",
@@ -439,6 +447,7 @@ def describe(
     defaulted = " (the default)" if args.decode_layer is None else ""
     decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
     masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
+    masking = f"policy {run_config.model.policy}, {masking}"
     training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
     recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
     return [

@@ -22,7 +22,7 @@ from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.models import MDT
 from masked_diffusion.models.layers import Attention
-from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.models.tokens import NO_DRAW, Draw
 from masked_diffusion.resample import UniformSampler
 
 
@@ -76,22 +76,22 @@ class PlainMDT(nn.Module):
         x: Tensor,
         t: Tensor,
         y: Tensor,
-        enable_mask: bool = False,
         *,
         label_noise: Tensor | None = None,
-        token_noise: Tensor | None = None,
+        draw: Draw = NO_DRAW,
     ) -> Tensor:
         mdt = self.mdt
         x, c = mdt.embed(x, t, y, label_noise)
-        if enable_mask:
-            assert token_noise is not None
-            kept = KeptTokens.from_noise(token_noise, mdt.num_keep(None))
-            x = mdt.encode(kept.leave(x), c, kept.ids_keep)
+        kept = draw.kept
+        x, ids_keep = (x, None) if kept is None else (kept.leave(x), kept.ids_keep)
+        for block in mdt.blocks[: -mdt.decode_layer]:
+            x = block(x, c, ids_keep)
+        if kept is not None:
             x = kept.come_back(x, mdt.mask_token) + mdt.decoder_pos_embed
             dropped = kept.dropped[..., None].float()
             x = mdt.sideblocks[0](x, c, None) * dropped + x * (1 - dropped)
         else:
-            x = mdt.encode(x, c, None) + mdt.decoder_pos_embed  # type: ignore[arg-type]
+            x = x + mdt.decoder_pos_embed
         for block in mdt.blocks[-mdt.decode_layer :]:
             x = block(x, c, None)
         return mdt.unpatchify(mdt.final_layer(x, c))
@@ -126,7 +126,7 @@ class PlainTraining:
         z = self.first_stage.encode(images.to(device), draws.get("posterior"))
         t, weights = self.schedule_sampler.from_uniform(extras["t"], device)
         full = self._losses(z, t, draws, "")
-        masked = self._losses(z, t, draws, "m_", enable_mask=True, token_noise=draws["token_noise"])
+        masked = self._losses(z, t, draws, "m_", draw=self.model.mdt.draw(draws["token_noise"]))
         ((full["loss"] * weights).mean() + (masked["loss"] * weights).mean()).backward()
         self._log(t, {**full, **{f"m_{name}": value for name, value in masked.items()}})
         self._norms()

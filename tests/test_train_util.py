@@ -441,8 +441,8 @@ def test_version_2_trains_with_adan_clipping_and_min_snr_unless_flags_say_otherw
 def test_dit_trains_with_one_view_at_its_own_learning_rate_and_keeps_its_positions(train, capsys):
     folder = train(*DIT, sinks="stdout,csv")
     out = capsys.readouterr().out
-    assert "warning: --mask_ratio is ignored by DiT_Ti_2" in out
-    assert "warning: --decode_layer is ignored by DiT_Ti_2" in out
+    assert "warning: --mask_ratio is ignored by DiT_Ti_2 under --policy none" in out
+    assert "warning: --decode_layer is ignored by DiT_Ti_2 under --policy none" in out
     assert rows(folder)[0]["lr"] == 1e-4 and "m_loss" not in rows(folder)[0]
     assert torch.equal(weights(folder, 2)["pos_embed"], weights(train(*DIT, "--lr", "1e-1"), 2)["pos_embed"])
     assert rows(train(*DIT, "--lr", "2e-4"))[0]["lr"] == 2e-4

@@ -96,7 +96,7 @@ class Away(Protocol):
         """The strong and the weak prediction, each (N, C_out, H, W).
 
         x: (N, C, H, W). t: (N,) original timesteps. y: (N,) labels. view: further arguments of the model for these N
-        rows, such as ``kept``; each has a method ``repeat`` that repeats its rows.
+        rows, such as ``draw``; each has a method ``repeat`` that repeats its rows.
         """
         ...
 

@@ -1,7 +1,8 @@
 """Builders and registry of the models: MDT and MDTv2 (2303.14389), and the baseline they start from (DiT, 2212.09748).
 
-Read in this order: ``backbone.py`` (what all share, and DiT), ``tokens.py`` (masking), ``mdt.py`` (what masking adds to
-the baseline, and what version 2 changes). Their common layers are in ``layers.py``.
+Read in this order: ``backbone.py`` (what all share, and DiT), ``tokens.py`` and ``routes.py`` (how tokens leave and
+come back), ``policies.py`` (what a training makes of that), ``mdt.py`` (what the versions of MDT add). Their common
+layers are in ``layers.py``.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from masked_diffusion.models.backbone import DiT, LatentTransformer
 from masked_diffusion.models.mdt import MDT, MDTv2
+from masked_diffusion.models.policies import policy_for
 
 Model = TypeVar("Model", bound=LatentTransformer)
 
@@ -73,16 +75,26 @@ def family_of(name: str) -> str:
     return name.split("_")[0]
 
 
-def can_mask(name: str) -> bool:
-    """Whether the model called ``name`` takes mask_ratio and decode_layer."""
-    return issubclass(FAMILIES[family_of(name)], MDT)
+def family_policy(name: str) -> str:
+    """The policy, a key of POLICIES, that the model called ``name`` is trained under where none is asked for."""
+    return FAMILIES[family_of(name)].FAMILY_POLICY
+
+
+def ignored_settings(name: str, policy: str | None) -> list[str]:
+    """Which of mask_ratio and decode_layer the model called ``name`` has no use for under a policy; None: its own.
+
+    Raises ValueError for an unknown model or policy, or a policy that is not for this model.
+    """
+    family = family_of(name)
+    chosen = policy_for(policy or family_policy(name), family)
+    used = {"mask_ratio": chosen.drops, "decode_layer": chosen.has_decoder or FAMILIES[family].HAS_DECODER}
+    return [setting for setting, is_used in used.items() if not is_used]
 
 
 def create_model(name: str, **kwargs: Any) -> LatentTransformer:
     """Build the model called ``name`` (a key of MODELS). Raises ValueError, listing the names, for an unknown one.
 
-    mask_ratio and decode_layer are left out for a model that has no use for them.
+    A mask_ratio or decode_layer for which the model has no use under its policy is ignored.
     """
-    if not can_mask(name):
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("mask_ratio", "decode_layer")}
+    family_of(name)
     return MODELS[name](**kwargs)

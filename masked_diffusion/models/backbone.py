@@ -3,8 +3,9 @@
 Shapes: N samples, C latent channels, H x W latent, L tokens of width D.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -17,50 +18,124 @@ from masked_diffusion.models.layers import (
     LabelEmbedder,
     RelativePositionBias,
     TimestepEmbedder,
+    relative_position_index,
     sincos_position_table,
     zero_,
 )
+from masked_diffusion.models.policies import View, policy_for
+from masked_diffusion.models.routes import Rejoin, walk
+from masked_diffusion.models.tokens import NO_DRAW, Draw
 
 
 class LatentTransformer(nn.Module):
-    """What the models share: tokens with positions, conditioning on timestep and label, output, guidance.
+    """What the models share: tokens with positions, conditioning on timestep and label, blocks, output, guidance.
 
     input_size: side of the square latent. class_dropout_prob: probability that a label becomes null in training;
     0 leaves the null class out, and with it guidance. learn_sigma: predict a variance beside the noise, twice the
-    channels.
+    channels. policy: how the model is trained, a name of POLICIES; None is the family's own. mask_ratio: share of the
+    tokens that leave under the policy; None is the policy's own, but under the family's policy nobody leaves.
+    decode_layer: number of decoder blocks, the last of ``depth``, where the model or the policy has a decoder; None is
+    the family's number.
 
-    Raises ValueError when input_size is no multiple of patch_size, or a width does not divide.
+    Raises ValueError when input_size is no multiple of patch_size, a width does not divide, the policy is not for this
+    family, decode_layer is outside 1 ... depth - 1, or mask_ratio is outside [0, 1) or keeps no token.
     """
 
-    # Of a model that cannot mask.
-    mask_ratio: float | None = None
+    FAMILY_POLICY = "none"
+    DEFAULT_DECODE_LAYER = 2
+    HAS_DECODER = False  # whether there are decoder blocks under every policy
+    HAS_RELATIVE_BIAS = False
+    # Of a model without a decoder of its own, see routes.Net.
+    decoder_start: int | None = None
     decode_layer: int = 0
+    decoder_sees_all = False  # whether masked tokens' own embeddings reach the decoder
+    rel_index: Tensor | None
+    decoder_pos_embed: nn.Parameter
+    mask_token: nn.Parameter
+    sideblocks: nn.ModuleList
 
     def __init__(
         self,
-        input_size: int,
-        patch_size: int,
-        in_channels: int,
-        hidden_size: int,
-        class_dropout_prob: float,
-        num_classes: int,
-        learn_sigma: bool,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        mask_ratio: float | None = None,
+        decode_layer: int | None = None,
+        policy: str | None = None,
     ) -> None:
         super().__init__()
         if input_size < patch_size or input_size % patch_size:
             raise ValueError(f"input_size {input_size}: must be a multiple of patch_size {patch_size}")
+        family = type(self).__name__
+        self.policy = policy_for(policy or self.FAMILY_POLICY, family)
         self.grid_size = input_size // patch_size
         self.num_tokens = self.grid_size**2
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.patch_size = patch_size
         self.num_classes = num_classes
+        bias_grid = self.grid_size if self.HAS_RELATIVE_BIAS else None
+        self._block = partial(Block, hidden_size, num_heads, mlp_ratio, bias_grid)
         # The order in which parameters are registered is the order of the optimizer's state in published files.
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_tokens, hidden_size))
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.final_layer: FinalLayer
+        if self.HAS_DECODER or self.policy.has_decoder:
+            self.decode_layer = self.DEFAULT_DECODE_LAYER if decode_layer is None else decode_layer
+            self._check_decoder(depth)
+        self.mask_ratio = mask_ratio if self.policy.drops else None
+        if mask_ratio is None and policy not in (None, self.FAMILY_POLICY):
+            self.mask_ratio = self.policy.mask_ratio
+        if self.mask_ratio is not None:
+            self.policy.check_ratio(self.num_tokens, self.mask_ratio, family)
+        self._add_blocks(depth)
+        self.route, self.rejoin = self.policy.route(depth, self.decode_layer), self.policy.rejoin
+        self._add_rejoin(hidden_size)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        # One index for all blocks, gathered once per pass. Theirs are kept because published checkpoints have them.
+        index = relative_position_index(self.grid_size).int() if self.HAS_RELATIVE_BIAS else None
+        self.register_buffer("rel_index", index, persistent=False)
+        self.initialize_weights()
+
+    def _check_decoder(self, depth: int) -> None:
+        if not 1 <= self.decode_layer <= depth - 1:
+            raise ValueError(f"decode_layer {self.decode_layer}: must be in 1 ... {depth - 1} for a depth of {depth}")
+
+    def _add_blocks(self, depth: int) -> None:
+        self.blocks = self.make_blocks(depth)
+
+    def _rejoins(self) -> list[Rejoin]:
+        """Whose weights the model has."""
+        return [self.rejoin]
+
+    def _add_rejoin(self, hidden_size: int) -> None:
+        for rejoin in self._rejoins():
+            rejoin.add_weights(self, hidden_size, self.num_tokens, self._trains(rejoin))
+
+    def _trains(self, rejoin: Rejoin) -> bool:
+        return rejoin is self.rejoin and self.mask_ratio is not None
+
+    def make_blocks(self, count: int, takes_skip: bool = False) -> nn.ModuleList:
+        """Fresh blocks of this model's shape."""
+        return nn.ModuleList(self._block(takes_skip=takes_skip) for _ in range(count))
+
+    @property
+    def stack(self) -> Sequence[Block]:
+        """The blocks in the order in which they run."""
+        return cast(Sequence[Block], self.blocks)
+
+    @property
+    def skips(self) -> Mapping[int, int]:
+        """Blocks that take an earlier one's output, too, see :class:`masked_diffusion.models.routes.Net`."""
+        return {}
 
     def initialize_weights(self) -> None:
         """Xavier for Linear layers and the patch embedding, N(0, 0.02) for tables; gates and output start at zero."""
@@ -73,7 +148,7 @@ class LatentTransformer(nn.Module):
         projection = self.x_embedder.proj
         zero_(projection)
         nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-        self._place(self.pos_embed)
+        self.place(self.pos_embed)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for module in self.t_embedder.modules():
             if isinstance(module, nn.Linear):
@@ -82,9 +157,11 @@ class LatentTransformer(nn.Module):
             if isinstance(module, Block | FinalLayer):
                 zero_(module.adaLN_modulation)
         zero_(self.final_layer.linear)
+        for rejoin in self._rejoins():
+            rejoin.initialize(self, self._trains(rejoin))
 
     @torch.no_grad()
-    def _place(self, positions: Tensor) -> None:
+    def place(self, positions: Tensor) -> None:
         """Make (1, L, D) positions the sin-cos table."""
         positions.copy_(torch.from_numpy(sincos_position_table(positions.shape[-1], self.grid_size)))
 
@@ -105,6 +182,49 @@ class LatentTransformer(nn.Module):
     def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latents (N, C, H, W) -> tokens (N, L, D); timesteps and labels (N,) -> conditioning c (N, D)."""
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, label_noise)
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The passes over an image in a training step."""
+        return self.policy.views_at(self.mask_ratio)
+
+    def num_keep(self, ratio_noise: float) -> int:
+        """How many tokens stay in a view that drops some. ratio_noise: see :meth:`draw`."""
+        assert self.mask_ratio is not None
+        return self.policy.num_keep(self.num_tokens, self.mask_ratio, ratio_noise)
+
+    def draw(self, token_noise: Tensor, ratio_noise: float = 0.0) -> Draw:
+        """Choose the tokens that stay in a view that drops some.
+
+        token_noise: (N, L) uniform in [0, 1). ratio_noise: uniform in [0, 1), equal for all samples of a step; it
+        matters to policies whose ratio is drawn.
+        """
+        return self.policy.draw(token_noise, self.num_keep(ratio_noise))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        enable_mask: bool = False,
+        *,
+        label_noise: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """Predict the noise (and variance) of noised latents.
+
+        x: (N, C, H, W). t: (N,) original timesteps. y: (N,) int64 in [0, num_classes], num_classes being null.
+        label_noise: (N,) uniform in [0, 1), decides label dropout. draw: which tokens leave, see :meth:`draw`; None for
+        nobody. enable_mask: without a draw, draw which tokens leave, if the model has a mask_ratio. What is drawn here
+        comes from torch's global generator: labels, ratio, tokens in this order.
+        Returns (N, C_out, H, W), C_out = 2 C with learn_sigma.
+        """
+        embedded, c = self.embed(x, t, y, label_noise)  # (N, L, D), (N, D)
+        if draw is None and enable_mask and self.mask_ratio is not None:
+            ratio_noise = torch.rand(1).item() if self.policy.ratio_spread else 0.0
+            draw = self.draw(torch.rand(embedded.shape[:2], device=x.device), ratio_noise)
+        h = walk(self, embedded, c, draw or NO_DRAW)
+        return self.unpatchify(self.final_layer(h, c))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(N, L, patch_size**2 * C_out) -> (N, C_out, H, W)."""
@@ -128,33 +248,14 @@ class LatentTransformer(nn.Module):
 
 
 class DiT(LatentTransformer):
-    """Diffusion Transformer: every block sees every token, positions are fixed. Arguments as MDT's but for masking."""
+    """Diffusion Transformer: positions are fixed, and of itself every block sees every token.
 
-    def __init__(
-        self,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        class_dropout_prob: float = 0.1,
-        num_classes: int = 1000,
-        learn_sigma: bool = True,
-    ) -> None:
-        super().__init__(input_size, patch_size, in_channels, hidden_size, class_dropout_prob, num_classes, learn_sigma)
+    Under a policy that masks it has the weights of the policy's rejoin beside its own.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.pos_embed.requires_grad_(False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.initialize_weights()
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, label_noise: Tensor | None = None) -> Tensor:
-        """Predict the noise (and variance) of noised latents; arguments and result as :meth:`MDT.forward`."""
-        x, c = self.embed(x, t, y, label_noise)  # (N, L, D), (N, D)
-        for block in self.blocks:
-            x = block(x, c)
-        return self.unpatchify(self.final_layer(x, c))
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float | None = None) -> Tensor:
         """Forward with guidance of a constant scale on a [cond | uncond] batch, see :meth:`_guided`.

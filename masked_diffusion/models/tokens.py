@@ -4,6 +4,7 @@ Shapes: N samples, L tokens of width D, L_keep tokens when some are masked.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,9 +51,22 @@ class KeptTokens:
         x = torch.cat([x, filler.to(x.dtype).expand(len(x), num_dropped, -1)], dim=1)
         return x.gather(1, self.ids_restore[..., None].expand(-1, -1, x.shape[-1]))
 
-    def relative_index(self, index: Tensor) -> Tensor:
-        """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep)."""
-        return index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]
+    def relative_index(self, index: Tensor | None) -> Tensor | None:
+        """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep). None stays None."""
+        return None if index is None else index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]
+
+
+class Draw(NamedTuple):
+    """What was drawn for one view of a batch, outside of the network. kept: the tokens that stay; None for all."""
+
+    kept: KeptTokens | None = None
+
+    def repeat(self, times: int) -> "Draw":
+        """The same draw for ``times`` batches of the same samples, one after the other."""
+        return Draw(None if self.kept is None else self.kept.repeat(times))
+
+
+NO_DRAW = Draw()
 
 
 def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
-from masked_diffusion.models import create_model
+from masked_diffusion.models import create_model, family_policy
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.randomness import FIRST_STREAM, STREAM
 from masked_diffusion.respace import SpacedDiffusion
@@ -24,13 +24,17 @@ FIXED_MODEL_SETTINGS = (
     "num_classes",
     "decode_layer",
     "learn_sigma",
+    "policy",
 )
 FIXED_PROCESS_SETTINGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "learn_sigma")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a network is built from. Raises ValueError, naming the flag, for sizes that do not fit together."""
+    """What a network is built from. Raises ValueError, naming the flag, for sizes that do not fit together.
+
+    policy: None is the family's, which is what it becomes.
+    """
 
     model: str
     image_size: int
@@ -41,8 +45,11 @@ class ModelConfig:
     decode_layer: int | None = None
     learn_sigma: bool = True
     class_dropout_prob: float = 0.1
+    policy: str | None = None
 
     def __post_init__(self) -> None:
+        if self.policy is None:
+            object.__setattr__(self, "policy", family_policy(self.model))
         if self.image_size < 1 or self.image_size % self.downsample:
             raise ValueError(
                 f"--image_size {self.image_size}: must be a multiple of {self.downsample}, the first stage's"
@@ -62,6 +69,7 @@ class ModelConfig:
                 decode_layer=self.decode_layer,
                 learn_sigma=self.learn_sigma,
                 class_dropout_prob=self.class_dropout_prob,
+                policy=self.policy,
             )
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None

@@ -10,7 +10,7 @@ import torch
 
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.models import MDT, can_mask
+from masked_diffusion.models import MDT, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -191,6 +191,7 @@ def config_of_weights(
         num_classes=shown.num_classes,
         decode_layer=shown.decode_layer,
         learn_sigma=shown.learn_sigma,
+        policy=shown.policy,
     )
     cannot_show = {"decode_layer"} if shown.decode_layer is None else set()
     if request.interpolate_pos:
@@ -200,7 +201,7 @@ def config_of_weights(
             raise ValueError(
                 f"--{name} {value}: the weights in {path} are of {getattr(model, name)}; leave the flag out"
             )
-    if not can_mask(shown.model):
+    if "decode_layer" in ignored_settings(shown.model, shown.policy):
         if request.decode_layer is not None:
             warn(f"--decode_layer {request.decode_layer} is ignored: {shown.model} has no decoder")
     elif shown.decode_layer is None:

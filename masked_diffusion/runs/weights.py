@@ -21,7 +21,10 @@ OUTPUT_BIAS = "final_layer.linear.bias"
 
 @dataclass(frozen=True)
 class Recognised:
-    """What weights show of their model. decode_layer: None where they cannot tell (MDT), or there is none (DiT)."""
+    """What weights show of their model.
+
+    decode_layer: None where they cannot tell (MDT), or there is none (DiT). policy: None is the family's.
+    """
 
     model: str
     input_size: int
@@ -29,6 +32,7 @@ class Recognised:
     num_classes: int
     learn_sigma: bool
     decode_layer: int | None
+    policy: str | None
 
 
 def recognise(state: dict[str, Tensor], source: object) -> Recognised:
@@ -37,13 +41,14 @@ def recognise(state: dict[str, Tensor], source: object) -> Recognised:
         raise ValueError(f"{source}: not a checkpoint of MDT, MDTv2 or DiT, it has no {LABEL_TABLE}")
     _, in_channels, patch_size, _ = state[PATCH_EMBEDDING].shape
     _, num_tokens, hidden_size = state["pos_embed"].shape
-    decode_layer = None
+    decode_layer = policy = None
     if "en_inblocks.0.attn.qkv.weight" in state:
         family, decode_layer = "MDTv2", _count(state, "de_blocks")
         depth = _count(state, "en_inblocks") + _count(state, "en_outblocks") + decode_layer
     else:
-        masked = {"mask_token", "decoder_pos_embed"} & set(state)
-        family, depth = "MDT" if masked else "DiT", _count(state, "blocks")
+        biased = f"blocks.0.{RELATIVE_TABLE}" in state
+        family, depth = "MDT" if biased else "DiT", _count(state, "blocks")
+        policy = "mdt" if "mask_token" in state and not biased else None
     names = (f"{family}_{size}_{patch_size}" for size, known in SIZES.items()
              if (known["depth"], known["hidden_size"]) == (depth, hidden_size))  # fmt: skip
     model = next((name for name in names if name in MODELS), None)
@@ -60,6 +65,7 @@ def recognise(state: dict[str, Tensor], source: object) -> Recognised:
         num_classes=state[LABEL_TABLE].shape[0] - 1,
         learn_sigma=state[OUTPUT_BIAS].shape[0] == 2 * in_channels * patch_size**2,
         decode_layer=decode_layer,
+        policy=policy,
     )
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.models import MDT
 from masked_diffusion.models.tokens import num_kept_tokens
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs.trained import Trained
@@ -133,7 +132,6 @@ def masked_inputs(
     model, config = trained.model, trained.config
     if reason := no_interpolater(model, config):
         raise ValueError(f"--model_path {trained.path}: {reason}; give an MDT or MDTv2 that was trained with masking")
-    assert isinstance(model, MDT)
     num_keep, grid_size = num_kept_tokens(model.num_tokens, mask_ratio), math.isqrt(model.num_tokens)
     indices = np.linspace(0, len(dataset) - 1, min(num_images, len(dataset))).round().astype(int).tolist()
     noise = np.stack([numpy_generator(seed, "mask", index).random(model.num_tokens) for index in indices])

@@ -21,9 +21,9 @@ from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.diffusion.samplers import Predict
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
-from masked_diffusion.models import MDT
+from masked_diffusion.models import family_policy
 from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.models.tokens import Draw, KeptTokens
 from masked_diffusion.randomness import SampleNoise
 from masked_diffusion.runs.config import RunConfig
 
@@ -43,7 +43,7 @@ class SideInterpolation:
     halves: bool
 
     @classmethod
-    def of(cls, model: MDT) -> "SideInterpolation":
+    def of(cls, model: LatentTransformer) -> "SideInterpolation":
         """What fits a model: the whole hole at once where its decoder sees the masked tokens' latents, too.
 
         Elsewhere the noise of a masked token cannot be predicted, and the prediction of it is near zero.
@@ -104,7 +104,7 @@ def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:
     def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if not some_known:  # nothing to interpolate from
             return model(x, t, y)
-        return model(x, t, y, kept=KeptTokens.all_but(hole_tokens.expand(len(x), -1)))
+        return model(x, t, y, draw=Draw(KeptTokens.all_but(hole_tokens.expand(len(x), -1))))
 
     return denoise
 
@@ -113,7 +113,7 @@ def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int
     """The model with the hole masked by halves: each token of it is predicted by a pass that sees it.
 
     In each of two passes, one half of the hole is masked and interpolated from the known region and the other half;
-    the halves are drawn anew each time. model: ``model(x, t, y, kept=...)``. hole_tokens: (N or 1, L) bool, the same
+    the halves are drawn anew each time. model: ``model(x, t, y, draw=...)``. hole_tokens: (N or 1, L) bool, the same
     number in each row. noise: draws (N, L) values per call.
     """
     num_hole = int(hole_tokens[0].sum())
@@ -125,8 +125,8 @@ def interpolated_by_halves(model: Denoiser, hole_tokens: Tensor, patch_size: int
         draw = noise.randn(hole.shape[1:], x.device).masked_fill(~hole, torch.inf)
         rank = draw.argsort(dim=1).argsort(dim=1)
         first = rank < num_hole // 2  # (N, L)
-        sees_first = model(x, t, y, kept=KeptTokens.all_but(hole & ~first))
-        sees_rest = model(x, t, y, kept=KeptTokens.all_but(first))
+        sees_first = model(x, t, y, draw=Draw(KeptTokens.all_but(hole & ~first)))
+        sees_rest = model(x, t, y, draw=Draw(KeptTokens.all_but(first)))
         grid_size = x.shape[-1] // patch_size
         squares = first.view(-1, 1, grid_size, grid_size).float()
         return torch.where(F.interpolate(squares, scale_factor=patch_size) > 0, sees_first, sees_rest)
@@ -178,14 +178,14 @@ def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -
         return None
     if reason := no_interpolater(model, config):
         raise ValueError(f"--inpaint_mode side: {reason}; use --inpaint_mode plain")
-    assert isinstance(model, MDT)
     return SideInterpolation.of(model)
 
 
 def no_interpolater(model: LatentTransformer, config: RunConfig) -> str | None:
     """Say why a model cannot interpolate masked tokens; None when it can."""
-    if not isinstance(model, MDT):
-        return f"{config.model.model} has no side-interpolater"
+    if not model.rejoin.interpolates:
+        under = "" if config.model.policy == family_policy(config.model.model) else f" under {config.model.policy}"
+        return f"{config.model.model} has no side-interpolater{under}"
     # Without masking the mask token stays zero, unless the training began with weights that had learned one.
     if not model.mask_token.any() or (config.training and config.model.mask_ratio is None):
         return "this model was trained without masking, so its side-interpolater has learned nothing"

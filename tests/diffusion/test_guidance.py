@@ -9,7 +9,7 @@ from masked_diffusion.diffusion.guidance import (
     interval_weight,
     power_cosine_weight,
 )
-from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.models.tokens import Draw, KeptTokens
 
 
 def weights_of_250_steps():
@@ -68,12 +68,12 @@ def test_both_halves_of_a_guided_batch_keep_the_same_tokens_of_each_sample():
     kept = KeptTokens.from_noise(torch.rand(3, 16), 10)
     seen = []
 
-    def watching(x, t, y, kept):
-        seen.append((y.tolist(), kept))
+    def watching(x, t, y, draw):
+        seen.append((y.tolist(), draw.kept))
         return torch.cat([x, x], dim=1)
 
     denoise = Guidance(NullLabel(9), lambda t: t + 2.0).lead(watching)
-    denoise(torch.zeros(3, 4, 8, 8), torch.zeros(3), torch.tensor([1, 2, 3]), kept=kept)
+    denoise(torch.zeros(3, 4, 8, 8), torch.zeros(3), torch.tensor([1, 2, 3]), draw=Draw(kept))
     [(labels, doubled)] = seen
     assert labels == [1, 2, 3, 9, 9, 9]
     for name in ("ids_keep", "ids_restore", "dropped"):

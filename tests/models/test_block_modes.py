@@ -28,7 +28,7 @@ def views(model, ratio_noise=0.5):
     generator = torch.Generator().manual_seed(1)
     x, token_noise = (torch.rand(shape, generator=generator) for shape in ((3, 1, 8, 8), (3, 16)))
     t, y, label_noise = torch.tensor([1, 400, 999]), torch.tensor([0, 3, 4]), torch.ones(3)
-    masked = {"enable_mask": True, "token_noise": token_noise, "ratio_noise": ratio_noise}
+    masked = {"draw": model.draw(token_noise, ratio_noise)}
     outputs = [model(x, t, y, label_noise=label_noise, **kwargs) for kwargs in ({}, masked)]
     sum(output.square().mean() for output in outputs).backward()
     return [*outputs, *(p.grad for p in model.parameters() if p.grad is not None)]

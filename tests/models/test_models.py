@@ -8,7 +8,7 @@ from golden_arrays import SEED, assert_golden, golden_json, golden_npz, named_ar
 from masked_diffusion import create_diffusion, models
 from masked_diffusion.models import MDT, MODELS, DiT, MDTv2, create_model
 from masked_diffusion.models.layers import sincos_position_table
-from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.models.tokens import Draw, KeptTokens
 
 # The published implementations of the three families, each with its numbers.
 FAMILIES = {"MDT": (MDT, "model_v1"), "MDTv2": (MDTv2, "model_v2"), "DiT": (DiT, "model_dit")}
@@ -273,27 +273,26 @@ def test_side_interpolater_changes_masked_positions_only(model):
     kept = KeptTokens.from_noise(torch.rand(N, L), num_keep=11)
     x, c = torch.randn(N, 11, D), torch.randn(N, D)
     before = kept.come_back(x, model.mask_token) + model.decoder_pos_embed
-    after = model.side_interpolate(x, c, kept)
+    after = model.rejoin(model, x, torch.randn(N, L, D), c, Draw(kept))
     assert torch.equal(after[~kept.dropped], before[~kept.dropped])
     assert (after[kept.dropped] != before[kept.dropped]).any(dim=1).all()
 
 
 def test_masking_nothing_encodes_as_without_a_mask(masked):
     model, inputs = masked.model(mask_ratio=0.0), masked.inputs()
-    masked_out = model(*inputs, enable_mask=True, ratio_noise=0.0)
+    masked_out = model(*inputs, draw=model.draw(torch.rand(4, 16)))
     torch.testing.assert_close(masked_out, model(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_draws_that_are_passed_in_are_the_ones_used(masked):
     model, inputs = masked.model().train(), masked.inputs()
     torch.manual_seed(5)
-    draws = {"label_noise": torch.rand(4)}
-    if masked.build is MDTv2:
-        draws["ratio_noise"] = torch.rand(1).item()
-    draws["token_noise"] = torch.rand(4, 16)
+    label_noise = torch.rand(4)
+    ratio_noise = torch.rand(1).item() if masked.build is MDTv2 else 0.0
+    draw = model.draw(torch.rand(4, 16), ratio_noise)
     torch.manual_seed(5)
     drawn = model(*inputs, enable_mask=True)
-    assert torch.equal(model(*inputs, enable_mask=True, **draws), drawn)
+    assert torch.equal(model(*inputs, label_noise=label_noise, draw=draw), drawn)
 
 
 @pytest.mark.parametrize("ratio_noise, num_keep", [(0.0, 11), (0.5, 9), (0.999, 8)])
@@ -303,7 +302,7 @@ def test_version_2_masks_up_to_a_fifth_more_and_version_1_does_not(ratio_noise, 
         model, seen = goldens(family).model(), []
         blocks = model.blocks if family == "MDT" else model.en_inblocks
         blocks[0].register_forward_hook(lambda block, inputs, out, seen=seen: seen.append(out.shape[1]))
-        model(*goldens(family).inputs(), enable_mask=True, ratio_noise=ratio_noise)
+        model(*goldens(family).inputs(), draw=model.draw(torch.rand(4, 16), ratio_noise))
         assert seen == [expected]
 
 
@@ -311,7 +310,7 @@ def test_version_2_masks_up_to_a_fifth_more_and_version_1_does_not(ratio_noise, 
 def test_autocast_stays_near_float32(model, dtype):
     x, t, y = tensor("x"), tensor("t"), tensor("y")
     with torch.autocast("cpu", dtype=dtype):
-        out = model(x, t, y, enable_mask=True, token_noise=torch.rand(4, 16))
+        out = model(x, t, y, draw=model.draw(torch.rand(4, 16)))
     assert out.isfinite().all()
     with torch.autocast("cpu", dtype=dtype):
         out = model(x, t, y)
@@ -391,7 +390,7 @@ def test_a_model_without_a_null_class_refuses_guidance():
 
 def test_an_expanded_bias_gives_equal_numbers_and_is_no_part_of_the_weights(golden):
     model, inputs = golden.model().requires_grad_(False), golden.inputs()
-    masked = [{}, {"enable_mask": True, "token_noise": torch.rand(4, 16), "ratio_noise": 0.5}][: 1 + golden.masks]
+    masked = [{}, *({"draw": model.draw(torch.rand(4, 16), 0.5)} for _ in range(golden.masks))]
     before, names = [model(*inputs, **kwargs) for kwargs in masked], list(model.state_dict())
     model.expand_bias()
     assert all(torch.equal(model(*inputs, **kwargs), out) for kwargs, out in zip(masked, before, strict=True))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from masked_diffusion.diffusion.samplers import SAMPLERS
 from masked_diffusion.first_stage import PixelSpace, load_first_stage
-from masked_diffusion.models.tokens import KeptTokens
+from masked_diffusion.models.tokens import Draw, KeptTokens
 from masked_diffusion.randomness import SampleNoise
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
@@ -133,10 +133,10 @@ def side_calls(hole_tokens, batch):
     """Masks of the passes that one prediction makes, and the prediction, which tells the pass it came from."""
     dropped = []
 
-    def model(x, t, y, kept=None):
-        if kept is None:
+    def model(x, t, y, draw=None):
+        if draw is None:
             return torch.full_like(x, -1.0)
-        dropped.append(kept.dropped)
+        dropped.append(draw.kept.dropped)
         return torch.full_like(x, float(len(dropped)))
 
     tokens = torch.from_numpy(hole_tokens).view(1, 16)
@@ -173,9 +173,9 @@ def test_a_hole_that_cannot_be_halved_is_predicted_in_one_plain_pass(count):
 def test_a_token_is_masked_when_any_pixel_of_it_is_to_be_filled(photo, model):
     masked = []
 
-    def watching(x, t, y, kept=None):
-        masked.append(kept.dropped)
-        return model(x, t, y, kept=kept)
+    def watching(x, t, y, draw=None):
+        masked.append(draw.kept.dropped)
+        return model(x, t, y, draw=draw)
 
     denoise = photo.inpainting(PixelSpace(3), SideInterpolation.of(model), "cpu").denoiser(
         watching, SampleNoise(0, [0], "halves")
@@ -188,9 +188,9 @@ def test_a_token_is_masked_when_any_pixel_of_it_is_to_be_filled(photo, model):
 def test_masking_chosen_tokens_equals_the_training_pass_that_masks_them(model):
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])
     token_noise = torch.rand(2, 16)
-    dropped = token_noise.argsort(1).argsort(1) >= model.num_keep(None)
-    expected = model(x, t, y, enable_mask=True, token_noise=token_noise)
-    torch.testing.assert_close(model(x, t, y, kept=KeptTokens.all_but(dropped)), expected, rtol=1e-4, atol=1e-5)
+    dropped = token_noise.argsort(1).argsort(1) >= model.num_keep(0.0)
+    expected = model(x, t, y, draw=model.draw(token_noise))
+    torch.testing.assert_close(model(x, t, y, draw=Draw(KeptTokens.all_but(dropped))), expected, rtol=1e-4, atol=1e-5)
 
 
 # Why a model of this configuration cannot interpolate.
@@ -231,9 +231,9 @@ def test_an_unknown_mode_is_refused(model):
 def test_version_2_interpolates_the_whole_hole_in_one_pass(photo, model_v2):
     passes = []
 
-    def watching(x, t, y, kept=None):
-        passes.append(kept.dropped)
-        return model_v2(x, t, y, kept=kept)
+    def watching(x, t, y, draw=None):
+        passes.append(draw.kept.dropped)
+        return model_v2(x, t, y, draw=draw)
 
     side = side_interpolation(model_v2, CONFIG_V2, "side")
     denoise = photo.inpainting(PixelSpace(3), side, "cpu").denoiser(watching, SampleNoise(0, range(4), "halves"))
@@ -246,7 +246,7 @@ def test_the_one_pass_of_version_2_is_the_training_pass_that_masks_the_hole(mode
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])
     token_noise = torch.rand(2, 16)
     hole = token_noise.argsort(1).argsort(1) >= model_v2.num_keep(0.5)
-    expected = model_v2(x, t, y, enable_mask=True, token_noise=token_noise, ratio_noise=0.5)
+    expected = model_v2(x, t, y, draw=model_v2.draw(token_noise, 0.5))
     torch.testing.assert_close(interpolated_at_once(model_v2, hole)(x, t, y), expected, rtol=1e-4, atol=1e-5)
 
 

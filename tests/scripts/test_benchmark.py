@@ -47,10 +47,10 @@ def passes(monkeypatch):
     seen = []
     forward = MDT.forward
 
-    def spy(self, x, t, y, enable_mask=False, **noises):
+    def spy(self, x, t, y, draw=None, **noises):
         autocast = torch.is_autocast_enabled("cpu")
-        seen.append((len(x), enable_mask, self.training, autocast, torch.is_grad_enabled()))
-        return forward(self, x, t, y, enable_mask, **noises)
+        seen.append((len(x), draw is not None, self.training, autocast, torch.is_grad_enabled()))
+        return forward(self, x, t, y, draw=draw, **noises)
 
     monkeypatch.setattr(MDT, "forward", spy)
     return seen

@@ -33,7 +33,7 @@ def test_it_is_the_same_function(setup, plain):
     copied = plain.PlainMDT(model).eval()
     x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([3, 700, 3, 700]), torch.tensor([1, 2, 10, 10])
     token_noise = torch.rand(4, 16)
-    for kwargs in ({}, {"enable_mask": True, "token_noise": token_noise}):
+    for kwargs in ({}, {"draw": model.draw(token_noise)}):
         torch.testing.assert_close(copied(x, t, y, **kwargs), model(x, t, y, **kwargs), rtol=1e-4, atol=1e-5)
     expected = model.forward_with_cfg(x, t, y, cfg_scale=3.8)
     torch.testing.assert_close(copied.guided(x, t, y, 3.8), expected, rtol=1e-4, atol=1e-5)
