@@ -283,7 +283,7 @@ def settings_of(
         "image_size": config.model.image_size,
         "decode_layer": config.model.decode_layer,
         # Sets made before there were policies stay the same ones.
-        **({"policy": config.model.policy} if config.model.policy != family_policy(config.model.model) else {}),
+        **({"policy": policy} if (policy := config.model.policy_name) != family_policy(config.model.model) else {}),
         "num_classes": config.model.num_classes,
         "process": {
             "diffusion_steps": config.diffusion.diffusion_steps,

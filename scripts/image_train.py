@@ -447,7 +447,7 @@ def describe(
     defaulted = " (the default)" if args.decode_layer is None else ""
     decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
     masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
-    masking = f"policy {run_config.model.policy}, {masking}"
+    masking = f"policy {run_config.model.policy_name}, {masking}"
     training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
     recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
     return [

@@ -24,7 +24,6 @@ FIXED_MODEL_SETTINGS = (
     "num_classes",
     "decode_layer",
     "learn_sigma",
-    "policy",
 )
 FIXED_PROCESS_SETTINGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "learn_sigma")
 
@@ -33,7 +32,7 @@ FIXED_PROCESS_SETTINGS = ("diffusion_steps", "noise_schedule", "predict_xstart",
 class ModelConfig:
     """What a network is built from. Raises ValueError, naming the flag, for sizes that do not fit together.
 
-    policy: None is the family's, which is what it becomes.
+    policy: how the model is trained, see :mod:`masked_diffusion.models.policies`; None is the family's own.
     """
 
     model: str
@@ -48,8 +47,6 @@ class ModelConfig:
     policy: str | None = None
 
     def __post_init__(self) -> None:
-        if self.policy is None:
-            object.__setattr__(self, "policy", family_policy(self.model))
         if self.image_size < 1 or self.image_size % self.downsample:
             raise ValueError(
                 f"--image_size {self.image_size}: must be a multiple of {self.downsample}, the first stage's"
@@ -73,6 +70,11 @@ class ModelConfig:
             )
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None
+
+    @property
+    def policy_name(self) -> str:
+        """The policy that the model is trained under."""
+        return self.policy or family_policy(self.model)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -181,6 +183,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
             (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))
             for name in FIXED_PROCESS_SETTINGS
         ),
+        ("--policy", former.model.policy_name, now.model.policy_name),
         *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", former.class_names, now.class_names),

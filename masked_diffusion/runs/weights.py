@@ -32,7 +32,7 @@ class Recognised:
     num_classes: int
     learn_sigma: bool
     decode_layer: int | None
-    policy: str | None
+    policy: str | None = None
 
 
 def recognise(state: dict[str, Tensor], source: object) -> Recognised:

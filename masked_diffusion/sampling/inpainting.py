@@ -21,7 +21,6 @@ from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.diffusion.samplers import Predict
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
-from masked_diffusion.models import family_policy
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.tokens import Draw, KeptTokens
 from masked_diffusion.randomness import SampleNoise
@@ -184,8 +183,7 @@ def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -
 def no_interpolater(model: LatentTransformer, config: RunConfig) -> str | None:
     """Say why a model cannot interpolate masked tokens; None when it can."""
     if not model.rejoin.interpolates:
-        under = "" if config.model.policy == family_policy(config.model.model) else f" under {config.model.policy}"
-        return f"{config.model.model} has no side-interpolater{under}"
+        return f"{config.model.model} has no side-interpolater under --policy {config.model.policy_name}"
     # Without masking the mask token stays zero, unless the training began with weights that had learned one.
     if not model.mask_token.any() or (config.training and config.model.mask_ratio is None):
         return "this model was trained without masking, so its side-interpolater has learned nothing"
