@@ -1,0 +1,74 @@
+"""``--policy`` in trainings: recorded, rebuilt for sampling, kept by a resume."""
+
+import json
+
+import pytest
+from support import TINY_DIGITS, assert_same_weights, call, rows, weights
+
+TRAIN = "scripts/image_train.py"
+DIT_UNDER_MDT = ["--model", "DiT_Ti_2", "--policy", "mdt"]
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    def start(folder, *flags, status=0):
+        assert call(monkeypatch, TRAIN, tmp_path / folder, *TINY_DIGITS, *flags) == status
+        return tmp_path / folder
+
+    return start
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_dit_trained_under_mdt_is_rebuilt_by_its_config_for_samples(train, monkeypatch):
+    folder = train("dit", *DIT_UNDER_MDT)
+    assert {"loss", "m_loss"} <= set(rows(folder)[0])
+    model = config_of(folder)["model"]
+    assert (model["policy"], model["mask_ratio"], model["decode_layer"]) == ("mdt", 0.3, 2)
+    assert "sideblocks.0.attn.qkv.weight" in weights(folder, 2)
+    flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
+    flags += ["--num_sampling_steps", 2, "--device", "cpu"]
+    assert call(monkeypatch, "scripts/image_sample.py", folder / "samples", *flags) == 0
+    assert json.loads((folder / "samples" / "manifest.json").read_text())["settings"]["policy"] == "mdt"
+
+
+def test_without_a_config_the_weights_of_a_dit_show_that_it_was_trained_under_mdt(train, monkeypatch):
+    folder = train("dit", *DIT_UNDER_MDT)
+    flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
+    flags += ["--num_sampling_steps", 2, "--device", "cpu", "--vae_path", "none"]
+    with_config = folder / "with"
+    assert call(monkeypatch, "scripts/image_sample.py", with_config, *flags) == 0
+    (folder / "config.json").unlink()
+    assert call(monkeypatch, "scripts/image_sample.py", folder / "without", *flags, "--decode_layer", 2) == 0
+    name = "samples_2x8x8x3.npz"
+    assert (with_config / name).read_bytes() == (folder / "without" / name).read_bytes()
+
+
+def test_an_mdt_under_none_trains_one_view(train, capsys):
+    folder = train("mdt", "--policy", "none")
+    assert "loss" in rows(folder)[0] and "m_loss" not in rows(folder)[0]
+    model = config_of(folder)["model"]
+    assert (model["policy"], model["mask_ratio"]) == ("none", None)
+
+
+def test_a_run_whose_config_names_no_policy_goes_on_under_the_familys(train):
+    whole, resumed = train("whole", "--max_steps", "3"), train("resumed")
+    config = config_of(resumed)
+    assert config["model"].pop("policy") == "mdt"
+    (resumed / "config.json").write_text(json.dumps(config))
+    train("resumed", "--max_steps", "3")
+    assert_same_weights(weights(whole, 3), weights(resumed, 3))
+    assert config_of(resumed)["model"]["policy"] == "mdt"
+
+
+def test_a_resume_under_another_policy_is_refused(train, capsys):
+    train("run")
+    train("run", "--max_steps", "3", "--policy", "none", status=2)
+    assert "the run to resume has --policy mdt, this one none" in capsys.readouterr().err
+
+
+def test_a_policy_that_does_not_fit_ends_the_start_with_its_name(train, capsys):
+    train("run", "--policy", "mdtv2", status=2)
+    assert "--policy mdtv2: is for MDTv2_* models" in capsys.readouterr().err
