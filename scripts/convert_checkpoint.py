@@ -19,7 +19,7 @@ from torch import Tensor
 from masked_diffusion import diffusion_defaults
 from masked_diffusion.files import atomic_write, write_json
 from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, load_first_stage
-from masked_diffusion.models import DiT
+from masked_diffusion.models import family_of
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, read_config
 from masked_diffusion.runs.trained import check_contradictions, check_first_stage, config_of_weights
@@ -136,10 +136,9 @@ def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> Non
 def diffusers_work(model: Any, config: RunConfig, out: Path, args: argparse.Namespace) -> Callable[[], None]:
     from masked_diffusion.diffusers_format import diffusers_dit, dit_pipeline_of, pipeline_of
 
-    if args.diffusers_class != "ours" and not isinstance(model, DiT):
-        raise ValueError(
-            f"--diffusers_class {args.diffusers_class}: {config.model.model} is no DiT; leave the flag out"
-        )
+    if args.diffusers_class != "ours" and (family_of(config.model.model) != "DiT" or model.rejoin.has_weights):
+        name = f"{config.model.model} trained under --policy {config.model.policy_name}"
+        raise ValueError(f"--diffusers_class {args.diffusers_class}: {name} is no DiT; leave the flag out")
     saved: Any
     if args.diffusers_class == "dit":
         if args.vae_path:

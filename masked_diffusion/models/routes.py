@@ -55,9 +55,9 @@ class Rejoin:
     The weights of a rejoin are parameters of the network, under the names that published files have.
     """
 
-    # Whether it adds decoder_pos_embed by itself, and whether it can predict tokens from the others.
-    adds_positions = False
-    interpolates = False
+    has_weights = False
+    adds_positions = False  # decoder_pos_embed, so that the walk does not
+    interpolates = False  # predicts tokens from the others
 
     def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
         """Give a network under construction what this rejoin learns. trained: whether any view drops tokens."""
@@ -77,6 +77,7 @@ class Rejoin:
 class Interpolate(Rejoin):
     """MDT's side-interpolater (2303.14389): one block predicts the tokens that were away from those that were not."""
 
+    has_weights = True
     adds_positions = True
     interpolates = True
 
