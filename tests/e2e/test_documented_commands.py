@@ -104,6 +104,7 @@ def trains(folder, flags=TRAINING, step=1):
 TABLE = [
     Row(r"--dry_run True", flags=TRAINING, says="nothing was written"),
     Row(r"--shard fsdp", **trains("output_sharded")),
+    Row(r"--policy mdt", **trains("output_dit_mdt", TRAINING.replace("MDT_Ti_2", "DiT_Ti_2"))),
     Row(r"^bash run\.sh$", elsewhere="test_learning.py runs it"),
     Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
     Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),
