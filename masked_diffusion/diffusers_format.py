@@ -7,9 +7,12 @@
 ``scripts/convert_checkpoint.py`` writes such folders.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -89,14 +92,17 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(class_names=list(class_names or ()))
 
-    def label(self, item: int | str) -> int:
+    def label(self, item: Any) -> int:
         """A label or the name of a class as a label. Where names are numbers, a number is a name.
 
         Raises ValueError for what the model does not have.
         """
         num_classes = self.transformer.config.num_classes
-        names = ClassNames(num_classes, self.config.class_names)
-        row = names.row_of_number(item) if isinstance(item, int) else names.row(item)
+        names, row = ClassNames(num_classes, self.config.class_names), None
+        if isinstance(item, str):
+            row = names.row(item)
+        elif isinstance(item, Integral) and not isinstance(item, bool):
+            row = names.row_of_number(int(item))
         if row is None:
             known = ", ".join(self.config.class_names[:5])
             raise ValueError(
@@ -105,10 +111,25 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             )
         return row
 
+    def labels(self, items: Any) -> list[int]:
+        """Labels of one or several classes: integers or names, alone, or in a sequence, array or tensor.
+
+        Raises ValueError for what the model does not have, and for none.
+        """
+        if isinstance(items, Tensor):
+            items = items.cpu().numpy()
+        listed = items.tolist() if isinstance(items, np.ndarray | np.generic) else items
+        if isinstance(listed, str) or not isinstance(listed, Iterable):
+            listed = [listed]
+        found = [self.label(item.item() if isinstance(item, Tensor) and not item.dim() else item) for item in listed]
+        if not found:
+            raise ValueError("class_labels: give at least one label or class name")
+        return found
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: Any,
         guidance_scale: float | None = None,
         scale_pow: float = 4.0,
         cfg_channels: int = GUIDED_CHANNELS,
@@ -117,7 +138,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw one image per entry of class_labels: numbers or names of classes.
+        """Draw one image per entry of class_labels, see :meth:`labels`. The scheduler works in float32 in any case.
 
         guidance_scale, scale_pow: see :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`; a DiT's scale is
         constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent
@@ -126,20 +147,22 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         does not have.
         """
         config, device = self.transformer.config, self._execution_device
-        y = torch.tensor([self.label(item) for item in class_labels], device=device)
+        y = torch.tensor(self.labels(class_labels), device=device)
         shape = (len(y), config.in_channels, config.input_size, config.input_size)
-        latents = randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = latents * self.scheduler.init_noise_sigma
         guidance = self._guidance(guidance_scale, scale_pow, cfg_channels)
         guided_predict = guidance.lead(self._predict)
         is_idle = guidance.is_idle(self.scheduler.timesteps.cpu()).tolist()
         takes_variance = self._takes_variance()
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        settings = {"generator": generator} if takes_generator else {}
         for t, idle in zip(self.progress_bar(self.scheduler.timesteps), is_idle, strict=True):
             x = self.scheduler.scale_model_input(latents, t)
             output = (self._predict if idle else guided_predict)(x, t.to(device).expand(len(y)), y)
             output = output if takes_variance else output[:, : config.in_channels]
-            latents = self.scheduler.step(output, t, latents, generator=generator).prev_sample
+            latents = self.scheduler.step(output, t, latents, **settings).prev_sample
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -164,12 +187,13 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         return False
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.transformer(x, t, y, return_dict=False)[0]
+        return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False)[0].float()
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents = self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
+            latents = latents / self.vae.config.scaling_factor + shift
+            latents = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

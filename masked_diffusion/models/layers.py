@@ -35,9 +35,9 @@ def sincos_position_table(width: int, grid_size: int) -> np.ndarray:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep -> vector: sinusoidal features, then a two-layer MLP."""
+    """Timestep -> vector: sinusoidal features, in float32 whatever the weights are, then a two-layer MLP."""
 
-    frequencies: Tensor
+    frequency_bits: Tensor
 
     def __init__(self, hidden_size: int, num_frequencies: int = 256) -> None:
         super().__init__()
@@ -46,12 +46,14 @@ class TimestepEmbedder(nn.Module):
         )
         half = num_frequencies // 2
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        # As integers, which half() leaves alone: rounded frequencies make a timestep another one.
+        self.register_buffer("frequency_bits", frequencies.view(torch.int32), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (N,) timesteps, may be fractional. Returns (N, D)."""
-        angles = t[:, None].float() * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        angles = t[:, None].float() * self.frequency_bits.view(torch.float32)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -7,7 +7,7 @@ from golden_arrays import SEED, assert_golden, golden_json, golden_npz, named_ar
 
 from masked_diffusion import create_diffusion, models
 from masked_diffusion.models import MDT, MODELS, DiT, MDTv2, create_model
-from masked_diffusion.models.layers import sincos_position_table
+from masked_diffusion.models.layers import TimestepEmbedder, sincos_position_table
 from masked_diffusion.models.tokens import Draw, KeptTokens
 
 # The published implementations of the three families, each with its numbers.
@@ -315,6 +315,17 @@ def test_autocast_stays_near_float32(model, dtype):
     with torch.autocast("cpu", dtype=dtype):
         out = model(x, t, y)
     assert (out.float() - model(x, t, y)).abs().max() < 0.1 * out.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_halves_embeds_the_timesteps_that_it_is_given(dtype):
+    """In bfloat16 999 is 1000, and the frequencies round."""
+    embedder = TimestepEmbedder(8)
+    t = torch.tensor([1, 500, 999])
+    expected = embedder(t)
+    halves = embedder.to(dtype)
+    assert (halves(t).float() - expected).abs().max() < 0.02 * expected.abs().max()
+    assert torch.equal(halves(t.float()), halves(t)) and halves(t).dtype == dtype
 
 
 @pytest.mark.parametrize("name", MODELS)
