@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +78,10 @@ class ExportedProgram(FeatureNetwork):
         torch = import_torch()
         self.path, self._device = path, torch_device(device)
         try:
-            self._module = torch.export.load(path).module().to(self._device)
+            program = torch.export.load(path)
+            # Parameters are not all that has a device: the program may make tensors where it was exported.
+            passes = importlib.import_module("torch.export.passes")
+            self._module = passes.move_to_device_pass(program, self._device).module()
         except Exception as error:  # a damaged archive raises almost anything
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"--features {path}: not a program that torch.export.save wrote ({reason})") from error

@@ -144,12 +144,13 @@ class Ranks:
     def any(self, asked: bool) -> bool:
         """Whether some rank asked for something; all ranks get the same answer, one call late where that saves a wait.
 
-        Alone, the answer is immediate. Among several, this call's question is sent off and the last one's is answered.
+        Alone, the answer is immediate. Among several, this call's question is sent off and the last one's is answered,
+        from host to host: a flag on a GPU would make the host wait for all that it has given the GPU to do.
         """
         if self.world_size == 1:
             return asked
         answered = self._asked
-        flag = torch.tensor([int(asked)], dtype=torch.int32, device=self.device)
+        flag = torch.tensor([int(asked)], dtype=torch.int32)
         self._asked = (flag, dist.all_reduce(flag, async_op=True))
         if answered is None:
             return False
@@ -174,7 +175,7 @@ class Ranks:
                 box[0] = compute()
             except Exception as error:
                 box[1] = error
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if box[1] is not None:
             raise box[1]
         return box[0]
@@ -212,8 +213,7 @@ class Ranks:
             if self._asked is not None:
                 self._asked[1].wait()
             dist.destroy_process_group()
-            if self.device.type == "cpu":
-                time.sleep(LETTING_GO.total_seconds())
+            time.sleep(LETTING_GO.total_seconds())
 
 
 def under_mpi() -> bool:
@@ -235,7 +235,7 @@ def abort_mpi(status: int) -> None:
 
 @contextlib.contextmanager
 def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -> Iterator[Ranks]:
-    """Join the process group of a run (nccl on GPUs, else gloo), and leave it at the end.
+    """Join the process group of a run (nccl for tensors on GPUs, else gloo), and leave it at the end.
 
     dist_url: where the ranks meet; ``env://`` takes MASTER_ADDR and MASTER_PORT. Raises ValueError when they are
     missing or when some rank has not joined within ``JOIN_TIMEOUT``.
@@ -306,7 +306,7 @@ def _join(place: Place, device: torch.device, dist_url: str) -> None:
             "and port"
         ) from error
     dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",  # by where a tensor is
         store=dist.PrefixStore(meeting, store),
         rank=place.rank,
         world_size=place.world_size,

@@ -48,7 +48,8 @@ def global_generator(*key: int | str) -> Iterator[None]:
     torch heeds 32 bits of the seed. Use it for what is drawn once in a run, such as fresh weights, never per image.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(key_bytes(*key)[:8], "big"))
+        # Not torch.manual_seed: it seeds the generators of all GPUs, too, which nothing would restore.
+        torch.default_generator.manual_seed(int.from_bytes(key_bytes(*key)[:8], "big"))
         yield
 
 
@@ -142,7 +143,8 @@ class SampleNoise:
 
     def randn(self, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
         """(N, *shape) float32 normal on ``device``, N the number of samples."""
-        return torch.stack([normals(tuple(shape)) for normals in self._rows]).to(device)
+        drawn = torch.stack([normals(tuple(shape)) for normals in self._rows])
+        return drawn.to(device, non_blocking=True)  # the next draws need not wait for a GPU's step
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Normal noise of x's shape (N, ...), for use as a sampler's noise source."""

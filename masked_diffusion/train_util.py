@@ -340,9 +340,9 @@ class TrainLoop:
 
     def save_and_wait(self) -> None:
         """Have the present state on disk. Raises OSError when it cannot be written."""
-        if not self.ranks.from_main(lambda: self.saver.has_written(self.step)):
+        if not self.saver.on_disk(self.step):
             self.save()
-            if error := self.saver.report(wait=True):
+            if error := self.saver.finish():
                 raise error
 
 

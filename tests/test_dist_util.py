@@ -174,6 +174,18 @@ def test_alone_everything_is_a_no_op():
     assert tensor.tolist() == [0, 1, 2]
 
 
+def test_what_ranks_ask_each_other_between_steps_stays_off_their_devices(tmp_path):
+    """On "meta", a tensor that is read or sent raises; on a GPU, it would make the host wait for the step."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ranks = Ranks(Place(0, 2), torch.device("meta"))  # which speaks to itself alone, as if to two
+        assert [ranks.any(asked) for asked in (True, False, False)] == [False, True, False]
+        assert ranks.from_main(lambda: {"a": 1}) == {"a": 1}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_only_rank_0_is_the_main_process():
     assert [Ranks(Place(rank, 3, rank), CPU).is_main for rank in range(3)] == [True, False, False]
 

@@ -12,6 +12,7 @@ from masked_diffusion.randomness import (
     STREAMS,
     DrawSpec,
     SampleNoise,
+    global_generator,
     key_bytes,
     numpy_generator,
     recorded_stream,
@@ -137,3 +138,13 @@ def test_a_samples_noise_does_not_depend_on_its_neighbours():
     x = torch.zeros(3, 2, 2)
     for _ in range(3):
         assert torch.equal(together.randn_like(x)[1:2], alone.randn_like(x[:1]))
+
+
+def test_seeding_the_global_generator_leaves_those_of_gpus_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    with global_generator(1, "init"):
+        inside = torch.rand(3)
+    assert not seeded
+    torch.manual_seed(int.from_bytes(key_bytes(1, "init")[:8], "big"))
+    assert torch.equal(inside, torch.rand(3))

@@ -65,7 +65,8 @@ class DelayedFlag:
         self._on_gpu = device.type == "cuda"
         self._host = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
         self._value = self._host.numpy()  # the same memory
-        self._arrived = torch.cuda.Event() if self._on_gpu else None
+        # The host sleeps until the event, instead of keeping a core busy that loader processes could use.
+        self._arrived = torch.cuda.Event(blocking=True) if self._on_gpu else None
 
     def put(self, flag: Tensor) -> None:
         """flag: () bool on the device."""

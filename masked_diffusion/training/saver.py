@@ -17,6 +17,8 @@ from masked_diffusion.training.optimizers import EMA, GuardedOptimizer
 from masked_diffusion.training.sharding import whole
 from masked_diffusion.training.train_config import TrainConfig
 
+WRITING = "writing a checkpoint"
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -96,7 +98,7 @@ class Saver:
 
     def save(self, step: int, position: int) -> None:
         """Begin to write a checkpoint on rank 0. All ranks have to call it, for their shards."""
-        self.report(wait=True)  # one at a time: a snapshot takes as much memory as the training's state
+        self.finish()  # one at a time: a snapshot takes as much memory as the training's state
         numbers = {
             "position": position,
             "batch_size": self._run_config.training["batch_size"],
@@ -113,6 +115,14 @@ class Saver:
         """Wait for what is being written. Returns whether a step is on disk, on rank 0; other ranks do not know."""
         self.report(wait=True)
         return self._written_step == step
+
+    def on_disk(self, step: int) -> bool:
+        """:meth:`has_written` of rank 0, on all ranks. Collective; nobody gives up waiting for a slow disk."""
+        return self._ranks.from_main_patiently(lambda: self.has_written(step), WRITING)
+
+    def finish(self) -> OSError | None:
+        """:meth:`report` of what is being written, of rank 0, on all ranks; else as :meth:`on_disk`."""
+        return self._ranks.from_main_patiently(lambda: self.report(wait=True), WRITING)
 
     def report(self, wait: bool = False) -> OSError | None:
         """Say how the writing of a checkpoint ended, if it did, and return what kept it from being written. A disk that

@@ -155,6 +155,15 @@ def test_a_program_that_runs_code_when_it_is_loaded_is_not_loaded_without_the_us
     assert made.exists(), "the crafted file does nothing, so this test proves nothing"
 
 
+def test_what_a_program_makes_for_itself_goes_to_the_device_with_its_weights(tmp_path):
+    class Ramp(torch.nn.Module):
+        def forward(self, pixels):  # exported on a CPU, the ramp is made there for ever
+            return pixels.float().flatten(1) * torch.arange(192.0, device=pixels.device)
+
+    network = ExportedProgram(export(tmp_path / "ramp.pt2", Ramp()), "meta")
+    assert network._module(torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")).device.type == "meta"
+
+
 def test_trust_where_nothing_needs_it_is_refused(graph, pair, capsys):
     message = "--trust_features True: has no effect without a program (.pt2) in --features"
     assert message in refusal(capsys, pair, "--trust_features", "True")
