@@ -51,6 +51,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         learn_sigma: bool = True,
         decode_layer: int | None = None,
         policy: str | None = None,
+        route: str | None = None,
     ) -> None:
         super().__init__()
         self.network = create_model(
@@ -61,6 +62,7 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             learn_sigma=learn_sigma,
             decode_layer=decode_layer,
             policy=policy,
+            route=route,
         )
 
     def forward(
@@ -233,6 +235,7 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
         learn_sigma=settings.learn_sigma,
         decode_layer=model.decode_layer or None,
         policy=settings.policy,
+        route=settings.route,
     )
     transformer.network.load_state_dict(model.state_dict())
     return MaskedDiffusionPipeline(transformer.eval(), scheduler_of(config.diffusion), vae, config.class_names)

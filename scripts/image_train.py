@@ -85,6 +85,7 @@ HELPS = {
     "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
     "policy": "which tokens leave in training, and how they come back: " + ", ".join(POLICIES) + "; None is the "
     "model's own: mdt, mdtv2, or none for DiT",
+    "route": "LEAVE,BACK: before which blocks, counted from 0, tokens leave and come back; None is the policy's own",
     "random_flip": "mirror half of the images",
     "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
     "random_crop": "crop at random, as ADM does, instead of at the centre",
@@ -162,6 +163,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "fp16_scale_growth": 1e-3,
         "model": "MDT_S_2",
         "policy": None,
+        "route": None,
         **model_and_diffusion_defaults(),
         "objective": "ddpm",
         "min_snr_gamma": None,
@@ -181,7 +183,7 @@ def create_argparser() -> argparse.ArgumentParser:
     }
     types = {name: optional(finite_float) for name in ("mask_ratio", "min_snr_gamma")}
     types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
-    types["policy"] = str  # "none" is a policy
+    types |= {"policy": str, "route": optional(str)}  # "none" is a policy
     parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     add_launcher_flags(parser)
@@ -226,7 +228,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
     # None stands for a default that may change; the checkpoint records what was built.
-    built = dataclasses.replace(run_config.model, decode_layer=model.decode_layer or None, mask_ratio=model.mask_ratio)
+    built = dataclasses.replace(
+        run_config.model,
+        decode_layer=model.decode_layer or None,
+        mask_ratio=model.mask_ratio,
+        route=",".join(map(str, model.route)) if model.policy.takes_route else None,
+    )
     run_config = dataclasses.replace(run_config, model=built)
 
     folder = ranks.from_main(output_folder)
@@ -377,6 +384,7 @@ def make_run_config(
             decode_layer=args.decode_layer,
             learn_sigma=args.learn_sigma,
             policy=args.policy,
+            route=args.route,
         ),
         diffusion=DiffusionConfig(**args_to_dict(args, DiffusionConfig.__dataclass_fields__)),
         objective=ObjectiveConfig(**args_to_dict(args, ObjectiveConfig.__dataclass_fields__)),

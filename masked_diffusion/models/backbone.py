@@ -23,7 +23,7 @@ from masked_diffusion.models.layers import (
     zero_,
 )
 from masked_diffusion.models.policies import View, policy_for
-from masked_diffusion.models.routes import Rejoin, walk
+from masked_diffusion.models.routes import Rejoin, parse_route, walk
 from masked_diffusion.models.tokens import NO_DRAW, Draw
 
 
@@ -35,7 +35,8 @@ class LatentTransformer(nn.Module):
     channels. policy: how the model is trained, a name of POLICIES; None is the family's own. mask_ratio: share of the
     tokens that leave under the policy; None is the policy's own, but under the family's policy nobody leaves.
     decode_layer: number of decoder blocks, the last of ``depth``, where the model or the policy has a decoder; None is
-    the family's number.
+    the family's number. route: ``LEAVE,BACK``, between which blocks tokens are away, where the policy has no decoder to
+    say so; None is the policy's own.
 
     Raises ValueError when input_size is no multiple of patch_size, a width does not divide, the policy is not for this
     family, decode_layer is outside 1 ... depth - 1, or mask_ratio is outside [0, 1) or keeps no token.
@@ -69,6 +70,7 @@ class LatentTransformer(nn.Module):
         mask_ratio: float | None = None,
         decode_layer: int | None = None,
         policy: str | None = None,
+        route: str | None = None,
     ) -> None:
         super().__init__()
         if input_size < patch_size or input_size % patch_size:
@@ -97,7 +99,11 @@ class LatentTransformer(nn.Module):
         if self.mask_ratio is not None:
             self.policy.check_ratio(self.num_tokens, self.mask_ratio, family)
         self._add_blocks(depth)
-        self.route, self.rejoin = self.policy.route(depth, self.decode_layer), self.policy.rejoin
+        self.rejoin = self.policy.rejoin
+        if route is not None and self.policy.takes_route:
+            self.route = parse_route(route, depth)
+        else:
+            self.route = self.policy.route(depth, self.decode_layer)
         self._add_rejoin(hidden_size)
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         # One index for all blocks, gathered once per pass. Theirs are kept because published checkpoints have them.

@@ -13,6 +13,9 @@ from masked_diffusion.models.routes import Interpolate, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
 
 
+INTERPOLATE = Interpolate()
+
+
 class View(NamedTuple):
     """One pass over an image in a training step. prefix: of the names of its losses and draws. drops: whether tokens
     leave."""
@@ -22,6 +25,7 @@ class View(NamedTuple):
 
 
 FULL, MASKED = View("", drops=False), View("m_", drops=True)
+SPARSE = View("", drops=True)  # the only one
 
 
 def no_route(depth: int, decode_layer: int) -> Route:
@@ -34,13 +38,23 @@ def to_decoder(depth: int, decode_layer: int) -> Route:
     return Route(0, depth - decode_layer)
 
 
+def inner(before: int, after: int) -> Callable[[int, int], Route]:
+    """All blocks but these many dense ones at both ends, as in models of 12 blocks or more; fewer in smaller ones."""
+
+    def route(depth: int, decode_layer: int) -> Route:
+        first, last = (max(1, min(count, count * depth // 12)) for count in (before, after))
+        return Route(first, depth - last)
+
+    return route
+
+
 @dataclass(frozen=True)
 class Policy:
     """A way to train on a part of the tokens.
 
     families: of the models that can be trained under it. views: of a step, in their order. route: (depth, decode_layer)
     -> Route. ratio_spread: how much more than the mask ratio may leave; how much is drawn for each step, uniformly.
-    has_decoder: whether the number of decoder blocks means something to it.
+    has_decoder: whether the decoder blocks are where tokens are back, so that no other route can be asked for.
     """
 
     families: tuple[str, ...]
@@ -64,6 +78,11 @@ class Policy:
         """How many of a sample's tokens stay. u: uniform in [0, 1), one for all samples of a step."""
         return int(num_tokens * (1 - (mask_ratio + self.ratio_spread * u)))
 
+    @property
+    def takes_route(self) -> bool:
+        """Whether another route can be asked for."""
+        return self.drops and not self.has_decoder
+
     def draw(self, token_noise: Tensor, num_keep: int) -> Draw:
         """Which tokens leave. token_noise: (N, L), uniform in [0, 1)."""
         return Draw(KeptTokens.from_noise(token_noise, num_keep))
@@ -86,7 +105,7 @@ POLICIES = {
         families=("MDT", "DiT"),
         views=(FULL, MASKED),
         route=to_decoder,
-        rejoin=Interpolate(),
+        rejoin=INTERPOLATE,
         mask_ratio=0.3,
         has_decoder=True,
     ),
@@ -95,11 +114,22 @@ POLICIES = {
         families=("MDTv2",),
         views=(FULL, MASKED),
         route=to_decoder,
-        rejoin=Interpolate(),
+        rejoin=INTERPOLATE,
         mask_ratio=0.3,
         ratio_spread=0.2,
         has_decoder=True,
     ),
+    # MDT's masked view alone.
+    "mdt_one_view": Policy(
+        families=("MDT", "DiT"),
+        views=(SPARSE,),
+        route=to_decoder,
+        rejoin=INTERPOLATE,
+        mask_ratio=0.3,
+        has_decoder=True,
+    ),
+    # Tokens skip the blocks in the middle and come back as they left (2501.04765).
+    "tread": Policy(families=("MDT", "DiT"), views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
 }
 
 

@@ -22,6 +22,18 @@ class Route(NamedTuple):
     back: int
 
 
+def parse_route(text: str, depth: int) -> Route:
+    """``2,9`` -> Route(2, 9). Raises ValueError for anything else, and for a route that a model does not have."""
+    parts = text.split(",")
+    route = Route(*map(int, parts)) if len(parts) == 2 and all(part.strip().isdigit() for part in parts) else None
+    if route is None or not 0 <= route.leave < route.back < depth:
+        raise ValueError(
+            f"--route {text}: expected LEAVE,BACK with 0 <= LEAVE < BACK < {depth}: tokens leave and come back before "
+            f"these of the {depth} blocks"
+        )
+    return route
+
+
 class Net(Protocol):
     """What walks and rejoins use of a network.
 
@@ -50,7 +62,9 @@ class Net(Protocol):
 
 
 class Rejoin:
-    """How tokens come back at the end of a route. This one is of routes that nobody leaves on: it does nothing.
+    """How tokens come back at the end of a route. This one puts the kept tokens among those that waited outside.
+
+    The tokens that were away come back as they left (TREAD, 2501.04765).
 
     The weights of a rejoin are parameters of the network, under the names that published files have.
     """
@@ -66,12 +80,12 @@ class Rejoin:
         """Draw the first values of these weights, as far as the network does not do so for all its layers."""
 
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
-        """Kept tokens (N, K, D), all tokens from before the route (N, L, D), conditioning (N, D) -> (N, L, D)."""
-        raise NotImplementedError("no token leaves under this policy")
+        """Lead the tokens back that were away.
 
-    def whole(self, net: Net, h: Tensor, stash: Tensor) -> Tensor:
-        """The same place where nobody was away: (N, L, D) -> (N, L, D)."""
-        return h
+        h: the kept tokens (N, K, D), or all where nobody was away. stash: all tokens from before the route (N, L, D).
+        c: conditioning (N, D). Returns (N, L, D).
+        """
+        return h if draw.kept is None else draw.kept.put_back(h, stash)
 
 
 class Interpolate(Rejoin):
@@ -95,12 +109,10 @@ class Interpolate(Rejoin):
 
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
         """Only the positions of tokens that were away take the side block's output; the others pass by it."""
-        assert draw.kept is not None
+        if draw.kept is None:
+            return h + net.decoder_pos_embed
         h = draw.kept.come_back(h, net.mask_token) + net.decoder_pos_embed
         return torch.where(draw.kept.dropped[..., None], net.sideblocks[0](h, c, net.rel_index), h)
-
-    def whole(self, net: Net, h: Tensor, stash: Tensor) -> Tensor:
-        return h + net.decoder_pos_embed
 
 
 def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:
@@ -117,7 +129,7 @@ def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:
                 kept = draw.kept
                 h, index = kept.leave(h), kept.relative_index(net.rel_index)
         if number == net.route.back:
-            h = net.rejoin.whole(net, h, stash) if kept is None else net.rejoin(net, h, stash, c, draw)
+            h = net.rejoin(net, h, stash, c, draw)
             kept, index = None, net.rel_index
         if number == net.decoder_start and not net.rejoin.adds_positions:
             positions = net.decoder_pos_embed

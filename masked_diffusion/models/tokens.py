@@ -51,6 +51,10 @@ class KeptTokens:
         x = torch.cat([x, filler.to(x.dtype).expand(len(x), num_dropped, -1)], dim=1)
         return x.gather(1, self.ids_restore[..., None].expand(-1, -1, x.shape[-1]))
 
+    def put_back(self, x: Tensor, stash: Tensor) -> Tensor:
+        """Put the kept tokens where they were, with the others of ``stash``: (N, L_keep, D), (N, L, D) -> (N, L, D)."""
+        return stash.scatter(1, self.ids_keep[..., None].expand(-1, -1, x.shape[-1]), x.to(stash.dtype))
+
     def relative_index(self, index: Tensor | None) -> Tensor | None:
         """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep). None stays None."""
         return None if index is None else index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]

@@ -33,6 +33,7 @@ class ModelConfig:
     """What a network is built from. Raises ValueError, naming the flag, for sizes that do not fit together.
 
     policy: how the model is trained, see :mod:`masked_diffusion.models.policies`; None is the family's own.
+    route: between which blocks tokens are away, such as ``2,9``, under policies that take one.
     """
 
     model: str
@@ -45,6 +46,7 @@ class ModelConfig:
     learn_sigma: bool = True
     class_dropout_prob: float = 0.1
     policy: str | None = None
+    route: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.image_size % self.downsample:
@@ -67,6 +69,7 @@ class ModelConfig:
                 learn_sigma=self.learn_sigma,
                 class_dropout_prob=self.class_dropout_prob,
                 policy=self.policy,
+                route=self.route,
             )
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None
@@ -184,6 +187,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
             for name in FIXED_PROCESS_SETTINGS
         ),
         ("--policy", former.model.policy_name, now.model.policy_name),
+        ("--route", former.model.route, now.model.route),
         *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", former.class_names, now.class_names),

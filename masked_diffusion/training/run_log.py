@@ -90,6 +90,7 @@ def recipe_settings(progress: RunLog) -> dict[str, Any]:
         "model": config.model.model,
         "image_size": config.model.image_size,
         "policy": config.model.policy_name,
+        "route": config.model.route,
         "mask_ratio": config.model.mask_ratio,
         "decode_layer": config.model.decode_layer,
         "global_batch": progress.global_batch,

@@ -4,10 +4,13 @@ import ast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import REPO
 
 from masked_diffusion.models import FAMILIES, create_model, ignored_settings
-from masked_diffusion.models.policies import FULL, MASKED, POLICIES
+from masked_diffusion.models.policies import FULL, MASKED, POLICIES, SPARSE
+from masked_diffusion.models.tokens import Draw, KeptTokens
 
 SIZE = {"input_size": 8, "in_channels": 1, "num_classes": 5}
 L = 16
@@ -84,7 +87,11 @@ def test_without_a_ratio_a_policy_that_is_not_the_familys_takes_its_own():
 @pytest.mark.parametrize(
     "name, policy, message",
     [
-        ("MDT_Ti_2", "mdtv2", r"--policy mdtv2: is for MDTv2_\* models, and this one is MDT; choose one of none, mdt"),
+        (
+            "MDT_Ti_2",
+            "mdtv2",
+            r"--policy mdtv2: is for MDTv2_\* models, and this one is MDT; choose one of none, mdt, ",
+        ),
         ("DiT_Ti_2", "mdtv2", r"--policy mdtv2: is for MDTv2_\* models, and this one is DiT"),
         ("MDTv2_Ti_2", "mdt", r"--policy mdt: is for MDT_\* and DiT_\* models, and this one is MDTv2"),
         ("MDT_Ti_2", "mtd", "--policy mtd: unknown; choose one of none, mdt, mdtv2"),
@@ -94,6 +101,127 @@ def test_pairs_that_do_not_fit_are_refused_by_name(name, policy, message):
     for build in (create_model, lambda *args, **kwargs: ignored_settings(name, policy)):
         with pytest.raises(ValueError, match=message):
             build(name, **SIZE, policy=policy)
+
+
+# -- routes: tread, and what it shares with others ---------------------------------------------------------------------
+
+
+@st.composite
+def routed(draw, policy):
+    """A small model under a policy with a random depth, route and ratio, its inputs, and a draw."""
+    depth, grid = draw(st.integers(2, 5)), draw(st.integers(2, 4))
+    leave = draw(st.integers(0, depth - 2))
+    route = f"{leave},{draw(st.integers(leave + 1, depth - 1))}"
+    torch.manual_seed(draw(st.integers(0, 99)))
+    family, count = FAMILIES[draw(st.sampled_from(["DiT", "MDT"]))], draw(st.integers(1, 3))
+    sizes = {"input_size": 2 * grid, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+    ratio = draw(st.sampled_from([0.0, 0.25, 0.5, 0.7]))
+    model = family(**sizes, depth=depth, decode_layer=1, policy=policy, route=route, mask_ratio=ratio).eval().double()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(count, 1, 2 * grid, 2 * grid, dtype=torch.float64)
+    t, y = torch.randint(0, 999, (count,)), torch.randint(0, 3, (count,))
+    return model, (x, t, y), torch.rand(count, grid**2)
+
+
+def per_token(x):
+    """(N, 1, 2w, 2w) -> (N, w * w): how much of each token's patch there is."""
+    return x.abs().unfold(2, 2, 2).unfold(3, 2, 2).sum(dim=(1, 4, 5)).flatten(1)
+
+
+few = settings(max_examples=15, deadline=None, derandomize=True)
+
+
+@few
+@given(routed("tread"))
+def test_keeping_all_tokens_in_any_order_is_the_plain_pass(case):
+    model, inputs, noise = case
+    all_kept = Draw(KeptTokens.from_noise(noise, model.num_tokens))
+    torch.testing.assert_close(model(*inputs, draw=all_kept), model(*inputs), rtol=1e-12, atol=1e-13)
+
+
+@few
+@given(routed("tread"))
+def test_kept_and_dropped_tokens_are_all_tokens_once(case):
+    model, _, noise = case
+    kept = model.draw(noise).kept
+    assert kept.ids_keep.shape[1] == int(model.num_tokens * (1 - model.mask_ratio))
+    for ids, dropped in zip(kept.ids_keep, kept.dropped, strict=True):
+        assert sorted([*ids.tolist(), *dropped.nonzero().flatten().tolist()]) == list(range(model.num_tokens))
+
+
+@few
+@given(routed("tread"))
+def test_a_route_of_identity_blocks_returns_what_entered_it(case):
+    model, (x, t, y), noise = case
+    for block in model.stack:  # gates of zero
+        torch.nn.init.zeros_(block.adaLN_modulation[1].weight)
+        torch.nn.init.zeros_(block.adaLN_modulation[1].bias)
+    assert torch.equal(model(x, t, y, draw=model.draw(noise)), model(x, t, y))
+
+
+@few
+@given(routed("tread"))
+def test_under_tread_every_token_reaches_the_output(case):
+    model, (x, t, y), noise = case
+    model(x.requires_grad_(), t, y, draw=model.draw(noise)).square().sum().backward()
+    assert (per_token(x.grad) > 0).all()
+
+
+@few
+@given(routed("tread"))
+def test_blocks_of_the_route_see_the_kept_tokens_and_the_others_all(case):
+    model, inputs, noise = case
+    seen = []
+    for block in model.stack:
+        block.register_forward_hook(lambda block, inputs, out: seen.append(out.shape[1]))
+    draw = model.draw(noise)
+    model(*inputs, draw=draw)
+    num_keep = draw.kept.ids_keep.shape[1]
+    inside = range(model.route.leave, model.route.back)
+    assert seen == [num_keep if number in inside else model.num_tokens for number in range(len(seen))]
+
+
+@few
+@given(routed("tread"))
+def test_the_bias_of_kept_tokens_is_that_of_full_attention_on_them(case):
+    """A block over the kept tokens is the block over all of them in which these look at each other only."""
+    model, (x, t, y), noise = case
+    if model.rel_index is None:
+        return
+    bias, kept = model.stack[0].attn.rel_pos_bias, model.draw(noise).kept
+    whole = bias(model.rel_index)[0]
+    for part, ids in zip(bias(kept.relative_index(model.rel_index)), kept.ids_keep, strict=True):
+        assert torch.equal(part, whole[:, ids][:, :, ids])
+
+
+@pytest.mark.parametrize("size, route", [("S", (2, 9)), ("B", (2, 9)), ("L", (2, 21)), ("XL", (2, 25)), ("Ti", (1, 3))])
+def test_the_route_of_tread_is_the_published_one(size, route):
+    with torch.device("meta"):
+        assert create_model(f"DiT_{size}_2", **SIZE, policy="tread").route == route
+
+
+def test_an_mdt_under_tread_leaves_its_side_interpolater_frozen():
+    model = create_model("MDT_Ti_2", **SIZE, policy="tread")
+    assert model.views == (SPARSE,) and model.mask_ratio == 0.5
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"sideblocks", "mask_token"}
+
+
+@pytest.mark.parametrize("route", ["3", "2,1", "1,4", "1,1", "-1,2", "a,b"])
+def test_a_route_that_the_model_does_not_have_is_refused(route):
+    with pytest.raises(ValueError, match=rf"--route {route}: expected LEAVE,BACK with 0 <= LEAVE < BACK < 4"):
+        create_model("DiT_Ti_2", **SIZE, policy="tread", route=route)
+
+
+def test_one_view_of_mdt_is_its_masked_view():
+    one, both = make("MDT_Ti_2", policy="mdt_one_view"), make("MDT_Ti_2", mask_ratio=0.3)
+    one.load_state_dict(both.state_dict())
+    assert one.views == (SPARSE,) and one.mask_ratio == 0.3
+    noise = torch.rand(2, L)
+    arguments = inputs()
+    assert torch.equal(one(*arguments, draw=one.draw(noise)), both(*arguments, draw=both.draw(noise)))
 
 
 def test_every_family_has_a_policy_of_its_own_that_fits():

@@ -23,7 +23,7 @@ CONTRACT = {
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
         "eval_interval": 0, "eval_num_samples": 10000, "eval_ref": "", "eval_graph": "", "eval_backend": "torch",
         "eval_sampler": "ddpm", "eval_sampling_steps": 250, "eval_cfg_scale": 0.0, "eval_batch_size": 32,
-        "max_bad_share": 0.01, "opt": "adamw", "objective": "ddpm", "policy": None,
+        "max_bad_share": 0.01, "opt": "adamw", "objective": "ddpm", "policy": None, "route": None,
         "grad_clip": 0.0, "shard": "none", "use_zero": False, "min_snr_gamma": None,
         "interpolate_pos": False, "drop_extra": False, "freeze": "", "compile": False, "grad_checkpointing": False,
     },

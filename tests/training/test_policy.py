@@ -72,3 +72,27 @@ def test_a_resume_under_another_policy_is_refused(train, capsys):
 def test_a_policy_that_does_not_fit_ends_the_start_with_its_name(train, capsys):
     train("run", "--policy", "mdtv2", status=2)
     assert "--policy mdtv2: is for MDTv2_* models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--model", "DiT_Ti_2"], ["--model", "MDT_Ti_2", "--grad_checkpointing", "True"]])
+def test_a_training_under_tread_does_not_depend_on_microbatches_and_goes_on_where_it_was(train, flags):
+    flags = [*flags, "--policy", "tread", "--max_steps", "3"]
+    whole, parts = train("whole", *flags), train("parts", *flags, "--microbatch", "2")
+    assert_same_weights(weights(whole, 3), weights(parts, 3), atol=1e-5)
+    train("resumed", *flags, "--max_steps", "2")
+    resumed = train("resumed", *flags)
+    assert_same_weights(weights(whole, 3), weights(resumed, 3))
+    model = config_of(whole)["model"]
+    assert (model["policy"], model["route"], model["mask_ratio"]) == ("tread", "1,3", 0.3)
+
+
+def test_a_resume_by_another_route_is_refused(train, capsys):
+    train("run", "--policy", "tread")
+    train("run", "--policy", "tread", "--max_steps", "3", "--route", "0,2", status=2)
+    assert "the run to resume has --route 1,3, this one 0,2" in capsys.readouterr().err
+
+
+def test_a_route_that_has_no_effect_is_warned_about(train, monkeypatch, tmp_path, capsys):
+    flags = [*TINY_DIGITS, "--max_steps", "1", "--route", "1,2"]
+    assert call(monkeypatch, TRAIN, tmp_path, *flags, sinks="stdout") == 0
+    assert "warning: --route is ignored by MDT_Ti_2 under --policy mdt" in capsys.readouterr().out
