@@ -12,7 +12,6 @@ from torch import Tensor
 from masked_diffusion.models.routes import Interpolate, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
 
-
 INTERPOLATE = Interpolate()
 
 
