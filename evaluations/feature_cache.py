@@ -19,9 +19,13 @@ _RADII = "radii_"
 
 
 def default_folders(reference: Path) -> list[Path]:
-    """Where features go unless told otherwise: beside the reference, else in the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return [reference.parent / ".evaluator_cache", Path(user_cache).expanduser() / "masked_diffusion_evaluator"]
+    """Where features go unless told otherwise: beside the reference, else in the cache folder of the user, if any."""
+    folders = [reference.parent / ".evaluator_cache"]
+    try:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # the user has no home folder
+        return folders
+    return [*folders, user_cache / "masked_diffusion_evaluator"]
 
 
 class FeatureCache:

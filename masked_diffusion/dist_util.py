@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,40 @@ def local_world_size(environ: Mapping[str, str]) -> int:
 def was_restarted(environ: Mapping[str, str]) -> bool:
     """Whether torchrun or SLURM started this command again by itself."""
     return any(environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a launcher that starts its command again. name: what it is known by. command: what it starts. attempt:
+    how often SLURM and torchrun have started it again, [0, 0] at first."""
+
+    name: str
+    command: str
+    attempt: list[int]
+
+
+def job_of(environ: Mapping[str, str], command: str) -> Job | None:
+    """The job that this process belongs to; None for a command that nobody starts again.
+
+    torchrun has no name for a job unless it is given one: then the launcher's own process is the name.
+    """
+    attempt = [int(environ.get(name, 0)) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
+    if "SLURM_JOB_ID" in environ:
+        return Job(f"SLURM {environ['SLURM_JOB_ID']}", command, attempt)
+    name = environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
+        return None
+    if name == "none":
+        name = f"{socket.gethostname()} {os.getppid()} {_started(os.getppid())}"
+    return Job(f"torchrun {name}", command, attempt)
+
+
+def _started(process: int) -> str:
+    """When a process was started, as far as that can be told: its number may be another one's later."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def allow_tf32(allowed: bool) -> None:

@@ -83,6 +83,12 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """Folder for what can be made again: ``masked_diffusion`` in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masked_diffusion"
+def cache_folder() -> Path | None:
+    """Folder for what can be made again: ``masked_diffusion`` in $XDG_CACHE_HOME, else in ~/.cache.
+
+    None for a user without a home folder: then nothing is kept.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "masked_diffusion"
+    except RuntimeError:  # as Path.home says that there is none
+        return None

@@ -15,6 +15,7 @@ from masked_diffusion.processes.loader_processes import LoaderError
 from masked_diffusion.runs.trained import Request
 
 USAGE_ERROR = 2
+NO_HOME = "home directory"  # how Path.expanduser says that ~ stands for nothing
 # Help of the flags in model_and_diffusion_defaults().
 MODEL_AND_DIFFUSION_HELPS = {
     "image_size": "side of the square images in pixels",
@@ -194,7 +195,9 @@ def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) ->
     with contextlib.ExitStack() as stack:
         try:
             work = prepare(stack)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and NO_HOME not in str(error):
+                raise
             status = usage_error(error, dist_util.launched_rank(os.environ))
             dist_util.abort_mpi(status)
             return status

@@ -19,13 +19,12 @@ import torch
 from masked_diffusion import dist_util, model_and_diffusion_defaults
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.logger import output_folder
 from masked_diffusion.models import family_policy
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs.config import library_versions
 from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
-from masked_diffusion.runs.run_folder import held, writing_to
+from masked_diffusion.runs.run_folder import held, own_folder, writing_to
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
@@ -202,7 +201,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
 
     # The processes meet once, before the work, and never again: none of them waits for a slow one.
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
-        folder = ranks.from_main(output_folder)
+        folder = ranks.from_main(lambda: own_folder(stack))
         stream = ranks.from_main(lambda: begun_stream(folder, settings))
         settings |= stream_entry(stream)
         samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)

@@ -21,7 +21,7 @@ from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
-from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
+from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
 from masked_diffusion.models import family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
@@ -38,7 +38,7 @@ from masked_diffusion.runs.config import (
     read_config,
 )
 from masked_diffusion.runs.family_defaults import TRAINING, apply_family_defaults
-from masked_diffusion.runs.run_folder import check_folder, claim_folder, held
+from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
 from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     MODEL_AND_DIFFUSION_HELPS,
@@ -124,6 +124,7 @@ HELPS = {
     "eval_cfg_scale": "largest weight of the guidance; 0 = none",
     "eval_batch_size": "images per process that are sampled at a time",
 }
+OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
 EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
 
@@ -236,11 +237,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     )
     run_config = dataclasses.replace(run_config, model=built)
 
-    folder = ranks.from_main(output_folder)
-    if dist_util.was_restarted(os.environ):  # what was asked of the first start must not undo its work
-        args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
-        if not os.environ.get("OPENAI_LOGDIR"):
-            raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
+    if dist_util.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
+        raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
+    folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
 
     def hold() -> None:
         if not args.dry_run:
@@ -248,6 +247,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
 
     if ranks.from_main(folder.is_dir):  # a new one is made when all is checked
         ranks.from_main(hold)
+    job = dist_util.job_of(os.environ, command_of(args, explicit))
+    if ranks.from_main(lambda: is_restart(folder, job, leave_no_trace=args.dry_run)):
+        # What was asked of the first start must not undo its work.
+        args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
     start = ranks.from_main(
         lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite, args.dry_run)
     )
@@ -301,6 +304,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     messages += ranks.from_main(
         lambda: check_folder(folder, run_config, args.overwrite) if args.dry_run else claim_folder(folder, run_config)
     )
+    if not args.dry_run:
+        ranks.from_main(lambda: note_job(folder, job))
     # The log of another folder's run does not go on here.
     rows_kept = start.step if start.folder == folder else 0
     if not args.dry_run:  # which writes nothing
@@ -336,6 +341,11 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     for message in [*(f"warning: {text}" for text in idle), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
+
+
+def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
+    """What was asked for, alike for all ranks and attempts of a job."""
+    return " ".join(f"--{name} {getattr(args, name)}" for name in sorted(explicit - OF_THE_LAUNCHER))
 
 
 def load_initial_weights(

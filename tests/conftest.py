@@ -55,6 +55,18 @@ def tiny_vae(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user without HOME and without an entry in the list of users, as in many containers."""
+
+    def unknown(number):
+        raise KeyError(f"uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
 @pytest.fixture(scope="session")
 def colour_folder(tmp_path_factory):
     return support.make_colour_folder(tmp_path_factory.mktemp("data") / "colours")

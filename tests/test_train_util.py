@@ -502,15 +502,58 @@ def test_the_state_of_another_optimizer_is_refused(train, monkeypatch, capsys):
     assert "it holds exp_avg, exp_avg_sq, step, which is not what --opt adan keeps" in capsys.readouterr().err
 
 
-def test_a_command_that_is_started_again_goes_on_whatever_the_first_start_was_asked(train, monkeypatch, tmp_path):
-    whole = train("--lr", "1e-3", "--max_steps", "4")
-    for flags in (["--overwrite", "True"], ["--resume_checkpoint", ""]):
-        folder = train("--lr", "1e-3", "--max_steps", "2")
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        train("--lr", "1e-3", "--max_steps", "4", *flags, folder=folder)
-        monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-        assert_same_weights(weights(whole, 4), weights(folder, 4))
-        assert not list(folder.glob("former_*"))
+@pytest.fixture
+def attempt(monkeypatch):
+    """Say which attempt of a job the next training is, as torchrun and SLURM do."""
+
+    def say(number, launcher="torchrun", job="42"):
+        names = {"torchrun": ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+                 "SLURM": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")}[launcher]  # fmt: skip
+        for name, value in zip(names, (job, number), strict=True):
+            monkeypatch.setenv(name, str(value))
+
+    return say
+
+
+def killed_at(folder, step):
+    """Make a run that ended look like one that was killed after it had saved a step."""
+    for path in folder.glob("*000*"):
+        if str(step).zfill(6) not in path.name:
+            path.unlink()
+
+
+@pytest.mark.parametrize("launcher, job", [("torchrun", "42"), ("torchrun", "none"), ("SLURM", "7")])
+@pytest.mark.parametrize("flags", [["--overwrite", "True"], ["--resume_checkpoint", ""]], ids=["overwrite", "fresh"])
+def test_a_command_that_is_started_again_goes_on_whatever_the_first_start_was_asked(
+    train, attempt, launcher, job, flags
+):
+    flags = ["--lr", "1e-3", "--max_steps", "4", "--save_interval", "2", *flags]
+    attempt(0, launcher, job)
+    folder = train(*flags)
+    whole = weights(folder, 4)
+    killed_at(folder, 2)
+    attempt(1, launcher, job)
+    train(*flags, folder=folder)
+    assert_same_weights(whole, weights(folder, 4))
+    assert not list(folder.glob("former_*"))
+
+
+@pytest.mark.parametrize("job", ["42", "none"])
+def test_a_restart_does_not_undo_a_refusal(train, attempt, monkeypatch, job):
+    flags = ["--resume_checkpoint", "", "--max_steps", "2"]
+    attempt(0, job=job)
+    folder = train(*flags)  # an earlier job of this name and command
+    for number in range(3):
+        attempt(number, job=job)
+        assert call(monkeypatch, TRAIN, folder, *TINY_DIGITS, *flags) == 2
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+
+
+def test_a_restart_does_not_drop_what_was_not_done_yet(train, attempt):
+    folder = train("--max_steps", "3")
+    attempt(1)  # the first attempt did not come as far as to this folder
+    train("--max_steps", "2", "--overwrite", "True", folder=folder)
+    assert (folder / "former_1" / "model000003.pt").exists() and not (folder / "model000003.pt").exists()
 
 
 def test_a_restarted_command_without_a_folder_is_refused(monkeypatch, tmp_path, capsys):

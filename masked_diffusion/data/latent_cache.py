@@ -247,7 +247,13 @@ class LatentCache:
         """A file of the cache on this machine."""
         if not is_remote(self.data_dir):
             return Path(self.data_dir) / name
-        return local_copy(join(self.data_dir, name), cache_folder() / "latents" / self.record.digest)
+        cache = cache_folder()
+        if cache is None:
+            raise ValueError(
+                f"--data_dir {self.data_dir}: its files are fetched to this machine, and you have no home folder; set "
+                "XDG_CACHE_HOME to a folder for them"
+            )
+        return local_copy(join(self.data_dir, name), cache / "latents" / self.record.digest)
 
     def _read_index(self) -> SourceIndex:
         content = self._local(INDEX_NAME).read_bytes()

@@ -69,8 +69,10 @@ def unpack_paths(packed: bytes) -> list[str]:
 
 def kept_listing(root: Path) -> Listing | None:
     """The files below a folder as they were listed before; None where they were not, or where a folder has changed."""
+    path = _file_of(root)
+    if path is None:
+        return None
     try:
-        path = _file_of(root)
         header, _, packed = path.read_bytes().partition(b"\n")
         record = json.loads(header)
         folders: dict[str, list[int]] = record["folders"]
@@ -86,7 +88,8 @@ def kept_listing(root: Path) -> Listing | None:
 def keep_listing(root: Path, folders: dict[str, int], listing: Listing) -> None:
     """Keep the list of files of a folder, if it is large and at rest. folders: all that were listed, below root, and
     how many entries each has."""
-    if len(listing.files) < FEWEST_FILES:
+    path = _file_of(root)
+    if path is None or len(listing.files) < FEWEST_FILES:
         return
     with contextlib.suppress(OSError):  # it saves time, and no more
         states = {folder: [*_state(root / folder), entries] for folder, entries in folders.items()}
@@ -94,7 +97,6 @@ def keep_listing(root: Path, folders: dict[str, int], listing: Listing) -> None:
             return
         if _times_stand_still([(modified, changed) for modified, changed, *_ in states.values()]):
             return
-        path = _file_of(root)
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"folders": states, "skipped": listing.skipped, "empty": listing.empty}
         with atomic_write(path) as file:
@@ -108,8 +110,11 @@ def _times_stand_still(times: list[tuple[int, int]]) -> bool:
     )
 
 
-def _file_of(root: Path) -> Path:
-    return cache_folder() / "listings" / hashlib.sha256(str(root.resolve()).encode("utf-8", "replace")).hexdigest()
+def _file_of(root: Path) -> Path | None:
+    cache = cache_folder()
+    if cache is None:
+        return None
+    return cache / "listings" / hashlib.sha256(str(root.resolve()).encode("utf-8", "replace")).hexdigest()
 
 
 def _state(folder: Path) -> list[int]:

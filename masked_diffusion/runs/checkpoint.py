@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from masked_diffusion.files import atomic_write, sha256_of, write_json
 
 BEST_NAME = "best.json"
+JOB_NAME = ".job.json"
 WEIGHTS_FORMATS = ("pt", "safetensors")
 MODEL_FILE = re.compile(r"model(\d{6,})\.(?:pt|safetensors)")
 EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.(?:pt|safetensors)")
@@ -32,7 +33,9 @@ RUN_FILES = (
     MANIFEST_FILE,
     re.compile(r"(opt|state)\d{6,}\.pt"),
     re.compile(r"preview_\d{6,}\.png"),
-    re.compile(r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb|best\.json|evaluation"),
+    re.compile(
+        r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb|best\.json|\.job\.json|evaluation"
+    ),
 )
 # Where training files keep the weights; the averaged ones are those to use.
 WRAPPER_ENTRIES = ("ema", "model", "state_dict")

@@ -1,19 +1,80 @@
 """The output folder of a run: whose it is, and that one process alone writes there."""
 
 import contextlib
+import json
 import os
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import IO
 
-from masked_diffusion.files import move_aside, remove_unfinished, write_json
+from masked_diffusion.dist_util import Job
+from masked_diffusion.files import move_aside, numbered, remove_unfinished, write_json
+from masked_diffusion.logger import output_folder
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, contradiction, read_config
 
 LOCK_SECONDS = 10.0  # for a killed process to be gone
+LOCK_NAMES = {".training.lock", ".sampling.lock"}
+
+
+def own_folder(stack: contextlib.ExitStack, leave_no_trace: bool = False) -> Path:
+    """The folder that ``OPENAI_LOGDIR`` names or, without it, a dated one that no other start has.
+
+    The dated one is made at once, because another start may come in the same second. It goes with the stack if nothing
+    was written into it. leave_no_trace: only find its name.
+    """
+    folder = output_folder()
+    if os.environ.get("OPENAI_LOGDIR"):
+        return folder
+    with writing_to(folder):
+        for number in count(1):
+            own = numbered(folder, number) if number > 1 else folder
+            if leave_no_trace and not own.exists():
+                return own
+            with contextlib.suppress(FileExistsError):
+                if not leave_no_trace:
+                    own.mkdir()
+                    stack.callback(_remove_unused, own)
+                    return own
+    raise AssertionError("numbers do not end")
+
+
+def _remove_unused(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= LOCK_NAMES:
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+
+
+def note_job(folder: Path, job: Job | None) -> None:
+    """Leave in a folder which job writes there, for :func:`is_restart`."""
+    if job is not None:
+        write_json(folder / checkpoint.JOB_NAME, {"name": job.name, "command": job.command, "attempt": job.attempt})
+
+
+def is_restart(folder: Path, job: Job | None, leave_no_trace: bool = False) -> bool:
+    """Whether an earlier attempt of this job has begun to write here: what the command asked for then is done, and must
+    not be done again to its work.
+
+    A first attempt removes what a job of the same name has left, so hold the folder. leave_no_trace: it does not.
+    """
+    if job is None:
+        return False
+    marker = folder / checkpoint.JOB_NAME
+    if not any(job.attempt):
+        if not leave_no_trace:
+            marker.unlink(missing_ok=True)
+        return False
+    try:
+        former = json.loads(marker.read_text(encoding="utf-8"))
+        return [former["name"], former["command"]] == [job.name, job.command] and former["attempt"] < job.attempt
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -49,6 +49,13 @@ def test_a_folder_at_rest_is_listed_once(folder, monkeypatch):
     assert list_image_files("images") == listed
 
 
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_a_folder_is_listed_each_time(folder):
+    assert cache_folder() is None
+    assert list_image_files(str(folder)) == list_image_files(str(folder))
+    assert len(list_image_files(str(folder))) == 4
+
+
 def add(folder):
     (folder / "a" / "deep" / "new.png").touch()
 

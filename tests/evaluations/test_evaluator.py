@@ -565,6 +565,13 @@ def test_a_corrupt_cache_is_computed_again(content, tiny_graph, pair, tmp_path, 
     assert entry.read_bytes() == good
 
 
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_features_are_cached_beside_the_reference_or_not_at_all(tiny_graph, pair, capsys, computed):
+    for _ in range(2):
+        run(capsys, *pair, "--graph", tiny_graph)
+    assert computed == ["ref.npz", "gen.npz", "gen.npz"]
+
+
 def test_no_cache_leaves_no_trace(tiny_graph, pair, tmp_path, capsys, computed):
     before = sorted(tmp_path.iterdir())
     for _ in range(2):

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from support import TINY_DIGITS, call, environment
+import torch
+from support import TINY_DIGITS, call, environment, weights
 
 from masked_diffusion.runs import run_folder
-from masked_diffusion.runs.run_folder import held
+from masked_diffusion.runs.run_folder import held, own_folder
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 HOLD = """
@@ -23,6 +24,38 @@ with held(Path(sys.argv[1]), sys.argv[2]):
         print(child, flush=True)
     time.sleep(60)
 """
+
+
+@pytest.fixture
+def unnamed(monkeypatch, tmp_path):
+    """An empty working folder, no OPENAI_LOGDIR, and a clock that stands still."""
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    monkeypatch.setattr("time.strftime", lambda form: "mdt-now")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_starts_of_the_same_second_have_folders_of_their_own(unnamed):
+    with contextlib.ExitStack() as stack:
+        folders = [own_folder(stack) for _ in range(3)]
+        assert [folder.name for folder in folders] == ["mdt-now", "mdt-now_2", "mdt-now_3"]
+        assert own_folder(stack, leave_no_trace=True).name == "mdt-now_4"
+        (folders[0] / "config.json").touch()
+        (folders[1] / ".training.lock").touch()
+    assert list(unnamed.iterdir()) == [folders[0]]  # the others were not used
+
+
+def test_a_second_training_of_the_same_second_does_not_go_on_from_the_first(unnamed, monkeypatch):
+    for seed in ("1", "2"):
+        assert call(monkeypatch, TRAIN, "", *TINY_DIGITS, "--seed", seed, "--max_steps", "2") == 0
+    [first, second] = [weights(unnamed / name, 2) for name in ("mdt-now", "mdt-now_2")]
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_refused_training_leaves_no_folder(unnamed, monkeypatch):
+    assert call(monkeypatch, TRAIN, "", *TINY_DIGITS, "--init_from", "no_such_file.pt") == 2
+    assert list(unnamed.iterdir()) == []
 
 
 @contextlib.contextmanager

@@ -26,6 +26,14 @@ def refused(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.usefixtures("no_home")
+def test_a_tilde_without_a_home_is_refused_and_all_else_works(refused, tmp_path, monkeypatch, colour_folder):
+    assert "home directory" in refused(TRAIN, *TINY_DIGITS, "--init_from", "~/model.pt")
+    # As torchrun's ranks do, the training lists the folder and looks for a kept list.
+    flags = [*TINY_DIGITS, "--data_dir", str(colour_folder), "--max_steps", "1"]
+    assert call(monkeypatch, TRAIN, tmp_path / "run", *flags) == 0
+
+
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
     folder = tmp_path / "trained"
