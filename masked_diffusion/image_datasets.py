@@ -6,7 +6,6 @@ Where images lie, and which formats there are, is decided in ``data/sources.py``
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from functools import partial
@@ -17,10 +16,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from masked_diffusion.data.class_names import sort_class_names
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
 from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.label_files import read_label_file
+from masked_diffusion.data.listing_cache import some
 from masked_diffusion.data.source import ImageSource
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
 from masked_diffusion.processes.loader_processes import iterate, never
@@ -106,14 +108,6 @@ def to_model_range(pixels: np.ndarray) -> np.ndarray:
 # Classes
 
 
-def sort_class_names(names: Iterable[str]) -> list[str]:
-    """Distinct names in the order of their labels: by value when all are integers, else as strings."""
-    distinct = sorted(set(names))
-    if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
-        distinct.sort(key=int)
-    return distinct
-
-
 def _from_folder(path: str) -> str:
     return path.rpartition("/")[0]
 
@@ -170,7 +164,8 @@ def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
 class SourceDataset(ImageDataset):
     """Images of a source, cropped to squares. Raises ValueError where the images have no classes to be had.
 
-    source: an ``ImageSource``, or the data_dir of one.
+    source: an ``ImageSource``, or the data_dir of one. labels_file: of the classes, in place of the source's own; see
+    ``data/label_files.py``.
     """
 
     def __init__(
@@ -180,20 +175,29 @@ class SourceDataset(ImageDataset):
         image_size: int,
         class_cond: bool = True,
         class_from: str = "auto",
+        labels_file: str = "",
         random_crop: bool = False,
         random_flip: bool = True,
         fast_decode: bool = False,
     ) -> None:
         self.source = open_images(source) if isinstance(source, str) else source
-        super().__init__(image_size, *self._classes(class_cond, class_from))
-        self.notes = self.source.notes
+        super().__init__(image_size, *self._classes(class_cond, class_from, labels_file))
+        self.notes = [*self.source.notes]
+        counts = np.bincount(self.labels, minlength=self.num_classes)
+        if self.class_names and (bare := [self.class_names[label] for label in np.flatnonzero(counts == 0)]):
+            self.notes.append(f"classes without images: {some(bare)}")
         self.random_crop = random_crop
         self.random_flip = random_flip
         self.fast_decode = fast_decode
 
-    def _classes(self, class_cond: bool, class_from: str) -> tuple[list[str], np.ndarray]:
+    def _classes(self, class_cond: bool, class_from: str, labels_file: str) -> tuple[list[str], np.ndarray]:
         if not class_cond:
             return no_classes(len(self.source))
+        if labels_file:
+            known = read_label_file(labels_file).of(self.source.names)
+            if known is None:
+                raise ValueError(f"--labels_file {labels_file}: has no labels; leave it out, or fill it")
+            return known
         known = self.source.classes() if class_from == "auto" else None
         return class_table(self.source.names, class_from) if known is None else known
 
@@ -286,6 +290,7 @@ def open_dataset(
     image_size: int,
     class_cond: bool = True,
     class_from: str = "auto",
+    labels_file: str = "",
     random_crop: bool = False,
     random_flip: bool = True,
     fast_decode: bool = False,
@@ -297,7 +302,11 @@ def open_dataset(
     """
     if class_from != "auto" and not class_cond:
         warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
+    if labels_file and not class_cond:
+        warnings.warn(f"--labels_file {labels_file} is ignored with --class_cond False", stacklevel=2)
     source = open_source(data_dir)
+    if labels_file and isinstance(source, Builtin | LatentFolder):
+        raise ValueError(f"--labels_file {labels_file}: {data_dir} has labels of its own; leave it out")
     if fast_decode and isinstance(source, Builtin | LatentFolder):
         warnings.warn(f"--fast_decode is ignored for --data_dir {data_dir}: there is nothing to decode", stacklevel=2)
     if isinstance(source, Builtin):
@@ -316,6 +325,7 @@ def open_dataset(
         image_size=image_size,
         class_cond=class_cond,
         class_from=class_from,
+        labels_file=labels_file,
         random_crop=random_crop,
         random_flip=random_flip,
         fast_decode=fast_decode,

@@ -25,6 +25,7 @@ DEFAULTS = {
     "image_size": 256,
     "class_cond": True,
     "class_from": "auto",
+    "labels_file": "",
     "num_workers": -1,
     "out": "",
 }
@@ -33,6 +34,7 @@ HELPS = {
     "image_size": "side of the square images in pixels, as in the training",
     "class_cond": "look for classes, too",
     "class_from": "where class names come from: auto, folder or filename",
+    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
     "num_workers": "processes that read; 0 = this one; -1 chooses by the number of cores",
     "out": "also write the bad files, with a tab and the reason, to this file",
 }
@@ -99,6 +101,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         image_size=args.image_size,
         class_cond=args.class_cond,
         class_from=args.class_from,
+        labels_file=args.labels_file,
         random_flip=False,  # latents need not have mirror images
     )
     if not isinstance(dataset, SourceDataset | LatentDataset):

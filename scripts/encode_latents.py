@@ -32,12 +32,13 @@ from masked_diffusion.script_util import (
 )
 
 HELPS = {
-    "data_dir": "folder of images",
+    "data_dir": "images of any form that a training reads",
     "out": "folder for the latents, which scripts/image_train.py takes as --data_dir",
     "image_size": "side of the square images in pixels",
     "vae_path": "hub name or folder of a diffusers AutoencoderKL",
     "class_cond": "keep class labels",
     "class_from": "where class names come from: auto, folder or filename",
+    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
     "random_flip": "encode the mirror images, too; a training with --random_flip True needs them",
     "dtype": "how the moments are stored: fp32, fp16 or bf16",
     "shard_size": "images per file; an interruption costs what is done of one file per process",
@@ -56,6 +57,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "vae_path": DEFAULT_VAE.format("mse"),
         "class_cond": True,
         "class_from": "auto",
+        "labels_file": "",
         "random_flip": True,
         "dtype": "fp32",
         "shard_size": 1024,
@@ -91,7 +93,11 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
     if args.tf32 and device.type != "cuda":
         warnings.warn("--tf32 is ignored on a CPU", stacklevel=2)
     dataset = open_dataset(
-        args.data_dir, image_size=args.image_size, class_cond=args.class_cond, class_from=args.class_from
+        args.data_dir,
+        image_size=args.image_size,
+        class_cond=args.class_cond,
+        class_from=args.class_from,
+        labels_file=args.labels_file,
     )
     if not isinstance(dataset, SourceDataset):
         raise ValueError(f"--data_dir {args.data_dir}: give a folder of images; this is not one to encode")

@@ -106,6 +106,7 @@ HELPS = {
     "freeze": "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)",
     "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
     "class_from": "where class names come from: auto, folder or filename",
+    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
     "num_classes": "number of classes, if more than the data has",
     "vae_path": "hub name or folder of a diffusers AutoencoderKL, or none for pixel space; default: "
     + DEFAULT_VAE.format("mse"),
@@ -170,6 +171,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "min_snr_gamma": None,
         "num_classes": None,
         "class_from": "auto",
+        "labels_file": "",
         "random_flip": True,
         "random_crop": False,
         "fast_decode": False,
@@ -214,6 +216,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         image_size=args.image_size,
         class_cond=args.class_cond,
         class_from=args.class_from,
+        labels_file=args.labels_file,
         random_crop=args.random_crop,
         random_flip=args.random_flip,
         fast_decode=args.fast_decode,

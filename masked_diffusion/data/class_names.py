@@ -1,9 +1,9 @@
-"""Class names a user may write in place of labels: those of the data, and ImageNet's in words."""
+"""Class names a user may write in place of labels: those of the data, and ImageNet's in words; and their order."""
 
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 IMAGENET_CLASSES = 1000
@@ -113,6 +113,14 @@ def _unquoted(item: str) -> str:
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"[+-]?[0-9]+", text) is not None
+
+
+def sort_class_names(names: Iterable[str]) -> list[str]:
+    """Distinct names in the order of their labels: by value when all are integers, else as strings."""
+    distinct = sorted(set(names))
+    if all(re.fullmatch(r"[+-]?\d+", name) for name in distinct):
+        distinct.sort(key=int)
+    return distinct
 
 
 def names_by_label(num_classes: int, class_names: Sequence[str] = ()) -> list[list[str]]:

@@ -26,6 +26,9 @@ RETRY_WAITS = (1.0, 5.0)
 # Files whose sizes one thread asks for, and how many threads do.
 FILES_AT_ONCE, ASKED_AT_A_TIME = 1000, 16
 EXIF_ORIENTATION = 0x0112
+# Archives of images that are read in place of a folder, for messages.
+ARCHIVES = ".zip, .npz or .npy"
+LABELS_NAME = "dataset.json"  # edm2's list of labels, in the folder or archive itself
 TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,7 +69,9 @@ def list_folder(data_dir: str) -> Listing:
     if is_remote(data_dir):
         listing = _list_remote(data_dir)
     elif Path(data_dir).is_file():
-        raise ValueError(f"--data_dir {data_dir}: is a file; give the folder that holds the images")
+        raise ValueError(
+            f"--data_dir {data_dir}: is a file; give the folder that holds the images, or a {ARCHIVES} that does"
+        )
     elif not Path(data_dir).is_dir():
         raise FileNotFoundError(
             f"--data_dir {data_dir}: no such folder{looked_in(data_dir)}; give the folder that holds the images"
@@ -98,13 +103,15 @@ def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
         return np.fromiter(chain.from_iterable(answers), dtype=np.int64, count=len(paths))
 
 
-def _take(listing: Listing, path: str) -> None:
-    """Count a file among the images or among those left out."""
+def take_file(listing: Listing, path: str) -> bool:
+    """Count a file among the images or, by its extension, among those left out. Returns whether it is an image."""
     extension = os.path.splitext(path)[1].lower()  # noqa: PTH122  (a million of them)
     if extension in EXTENSIONS:
         listing.files.append(path)
-    else:
+        return True
+    if path != LABELS_NAME:
         listing.skipped[extension or "no extension"] += 1
+    return False
 
 
 def _finish(listing: Listing, folders: Iterable[str]) -> Listing:
@@ -164,11 +171,11 @@ def _list_local(root: str) -> tuple[Listing, dict[str, int], bool]:
                     if Path(entry.path).is_dir():
                         links.append(relative)
                     elif Path(entry.path).is_file():
-                        _take(listing, relative)
+                        take_file(listing, relative)
                 elif entry.is_dir():
                     folders.append(relative)
                 elif entry.is_file():
-                    _take(listing, relative)
+                    take_file(listing, relative)
     return _finish(listing, entries_of), entries_of, met_links
 
 
@@ -224,7 +231,7 @@ def _list_remote(root: str) -> Listing:
                     folders.append(relative)
                     met.append(relative)
                 else:
-                    _take(listing, relative)
+                    take_file(listing, relative)
     except FileNotFoundError:
         raise
     except Exception as error:  # network, credentials, an unknown scheme: blobfile's errors have no common base
@@ -332,15 +339,24 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
     Raises OSError: FileNotFoundError, IsADirectoryError and PermissionError at once, others after the last try.
     """
     open_file = _blobfile(path).BlobFile if is_remote(path) else open
-    try:
+
+    def read() -> bytes:
         with open_file(path, "rb") as file:
             return file.read()
+
+    return patiently(path, read, waits)
+
+
+def patiently(path: str, read: Callable[[], bytes], waits: Sequence[float] = RETRY_WAITS) -> bytes:
+    """What ``read`` gives; where the storage of ``path`` fails, it is asked again. Raises as :func:`read_bytes`."""
+    try:
+        return read()
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # blobfile's errors have no common base
         if waits:
             time.sleep(waits[0])
-            return read_bytes(path, waits[1:])
+            return patiently(path, read, waits[1:])
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"{path}: the storage failed {len(RETRY_WAITS) + 1} times ({reason}); check disk, network and credentials, "

@@ -44,16 +44,17 @@ class Listing:
         parts = []
         if self.skipped:
             kinds = sorted(self.skipped.items(), key=lambda kind: (-kind[1], kind[0]))
-            parts.append(f"{self.skipped.total()} files ({_some([f'{name} {number}' for name, number in kinds])})")
+            parts.append(f"{self.skipped.total()} files ({some([f'{name} {number}' for name, number in kinds])})")
         if self.empty:
-            parts.append(f"folders without images: {_some(self.empty)}")
+            parts.append(f"folders without images: {some(self.empty)}")
         lines = [f"left out: {'; '.join(parts)}"] if parts else []
         if self.kept_in is not None:
             lines.append(f"the list of files is the one of the last start; remove {self.kept_in} to list them anew")
         return lines
 
 
-def _some(items: list[str]) -> str:
+def some(items: list[str]) -> str:
+    """The first few of a list, and their number."""
     return ", ".join(items[:NAMED]) + (f", ... ({len(items)} in all)" if len(items) > NAMED else "")
 
 

@@ -11,11 +11,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import PathTable, file_sizes, is_remote, list_folder, read_bytes
+from masked_diffusion.data.array_images import Arrays
+from masked_diffusion.data.image_files import (
+    LABELS_NAME,
+    PathTable,
+    file_sizes,
+    is_file,
+    is_remote,
+    join,
+    list_folder,
+    read_bytes,
+)
+from masked_diffusion.data.label_files import read_labels
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
 from masked_diffusion.data.source import Classes, ImageSource, Source
+from masked_diffusion.data.zip_images import Zip
 
 BUILTIN = "builtin:"
 
@@ -149,6 +161,12 @@ class Folder(ImageSource):
         self.names = PathTable(listing.files)
         self.notes = listing.notes
 
+    def classes(self) -> Classes | None:
+        path = join(self.data_dir, LABELS_NAME)
+        if is_remote(path) or not is_file(path):
+            return None
+        return read_labels(read_bytes(path), path).of(self.names)
+
     @classmethod
     def claims(cls, data_dir: str) -> bool:
         return True  # the last one: what is wrong with any other path, it says
@@ -160,7 +178,14 @@ class Folder(ImageSource):
         return read_bytes(self.name_of(index))
 
 
-SOURCES: tuple[type[Source], ...] = (Shapes, Builtin, LatentFolder, Folder)  # the first that claims a path opens it
+SOURCES: tuple[type[Source], ...] = (
+    Shapes,
+    Builtin,
+    LatentFolder,
+    Arrays,
+    Zip,
+    Folder,
+)  # the first that claims a path opens it
 
 
 def open_source(data_dir: str) -> Source:

@@ -17,7 +17,8 @@ CONTRACT = {
         "lr_anneal_steps": 0, "batch_size": 1, "microbatch": -1, "ema_rate": "0.9999", "log_interval": 10,
         "save_interval": 10000, "resume_checkpoint": "auto", "fp16_scale_growth": 1e-3, "model": "MDT_S_2",
         "vae_path": "stabilityai/sd-vae-ft-mse", "seed": 0, "max_steps": 0, "use_bf16": False, "num_classes": None,
-        "class_from": "auto", "random_flip": True, "random_crop": False, "init_from": None, "num_workers": -1,
+        "class_from": "auto", "labels_file": "", "random_flip": True, "random_crop": False, "init_from": None,
+        "num_workers": -1,
         "fast_decode": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
@@ -29,7 +30,8 @@ CONTRACT = {
     },
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
-        "class_cond": True, "class_from": "auto", "random_flip": True, "dtype": "fp32", "shard_size": 1024,
+        "class_cond": True, "class_from": "auto", "labels_file": "", "random_flip": True, "dtype": "fp32",
+        "shard_size": 1024,
         "batch_size": 16, "num_workers": -1, "tf32": False, "device": "auto",
     },
     "scripts/image_sample.py": {
@@ -45,7 +47,8 @@ CONTRACT = {
         "predict_xstart": False, "sigma_small": False, "drop_extra": False, "vae_path": None, "diffusers_class": "ours",
     },
     "scripts/check_data.py": {
-        "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "num_workers": -1, "out": "",
+        "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "labels_file": "",
+        "num_workers": -1, "out": "",
     },
     "infer_mdt.py": {
         "model_path": "", "model": "MDT_XL_2", "image_size": 256, "labels": None, "cfg_scale": None, "scale_pow": None,

@@ -1,0 +1,53 @@
+"""Reading blocks of an archive by their offset, from any process and thread."""
+
+import os
+from functools import partial
+from typing import Any
+
+from masked_diffusion.data.image_files import patiently
+
+# More bytes than an image of MAX_PIXELS has in any of the formats that are read: what claims more is a bomb.
+MAX_IMAGE_BYTES = 2**30
+
+
+class ArchiveFile:
+    """A local file read at offsets. Each process opens it when it first reads; threads may share it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_descriptor": None}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes from offset on, fewer at the end of the file. Raises OSError when the storage fails."""
+        return patiently(self.path, partial(self._read, offset, length))
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        blocks, missing = [], length
+        # One call gives at most 2 GiB.
+        while missing and (block := os.pread(self._descriptor, missing, offset + length - missing)):
+            blocks.append(block)
+            missing -= len(block)
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.stat(self.path).st_size  # noqa: PTH116
+
+
+def is_outside(name: str) -> bool:
+    """Whether the name of an archive's member points out of the archive, as no honest one does."""
+    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a member is a hidden file or lies in a hidden folder."""
+    return any(part.startswith(".") for part in name.split("/"))

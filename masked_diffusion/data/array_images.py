@@ -1,0 +1,107 @@
+"""Images in an array: ``.npy``, or the ``.npz`` that samplers write, ``arr_0`` the images and ``arr_1`` the labels."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from masked_diffusion.data.image_files import PathTable, is_remote
+from masked_diffusion.data.label_files import classes_of
+from masked_diffusion.data.source import Classes, ImageSource
+
+_NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
+IMAGES, LABELS = "arr_0", "arr_1"
+
+
+class Arrays(ImageSource):
+    """uint8 images (N, H, W, 3), (N, H, W, 1) or (N, H, W), and labels (N,), if there are any.
+
+    An array that lies in its file as it is, is mapped into memory; a compressed one is read as a whole.
+    Raises ValueError, naming --data_dir and the remedy, for anything else.
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = data_dir
+        labels = None
+        try:
+            if Path(data_dir).suffix == ".npy" or not zipfile.is_zipfile(data_dir):
+                self._images = np.load(data_dir, mmap_mode="r", allow_pickle=False)
+            else:
+                with zipfile.ZipFile(data_dir) as archive:
+                    members = {member.filename: member for member in archive.infolist()}
+                    self._images = _member(data_dir, archive, members[f"{IMAGES}.npy"])
+                    if f"{LABELS}.npy" in members:
+                        labels = _member(data_dir, archive, members[f"{LABELS}.npy"])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"--data_dir {data_dir}: its arrays cannot be read ({error}); copy the file again"
+            ) from error
+        shape = self._images.shape
+        if (
+            self._images.dtype != np.uint8
+            or len(shape) not in (3, 4)
+            or shape[3:] not in ((), (1,), (3,))
+            or not len(self._images)
+        ):
+            raise ValueError(
+                f"--data_dir {data_dir}: {IMAGES} is {self._images.dtype} {shape}; give images as uint8 (N, H, W, 3)"
+            )
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
+            raise ValueError(
+                f"--data_dir {data_dir}: {LABELS} is {labels.dtype} {labels.shape}; give an integer for each of the "
+                f"{len(self._images)} images"
+            )
+        self.names = PathTable(f"{index:08d}.png" for index in range(len(self._images)))
+        self._labels = labels
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        if is_remote(data_dir) or not Path(data_dir).is_file():
+            return False
+        with Path(data_dir).open("rb") as file:
+            head = file.read(64)
+        return head.startswith(_NPY) or (head.startswith(_ZIP) and head[30:].partition(b".npy")[1] != b"")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arrays, (self.data_dir,)  # to a worker goes the place of the images, not the images
+
+    def sizes(self) -> np.ndarray:
+        return np.full(len(self), self._images[0].nbytes, dtype=np.int64)
+
+    def classes(self) -> Classes | None:
+        if self._labels is None:
+            return None
+        return classes_of(self._labels.tolist(), f"{LABELS} of --data_dir {self.data_dir}")
+
+    def read(self, index: int) -> bytes:
+        file = io.BytesIO()
+        self._picture(index).save(file, "PNG", compress_level=1)
+        return file.getvalue()
+
+    def picture(self, index: int) -> Image.Image:
+        return self._picture(index).convert("RGB")
+
+    def _picture(self, index: int) -> Image.Image:
+        pixels = np.ascontiguousarray(self._images[index])
+        return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+def _member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """An array of an archive, mapped into memory where it lies there as it is."""
+    with archive.open(member) as stream:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read_header(stream)
+        header = stream.tell()
+    if dtype.hasobject:
+        raise zipfile.BadZipFile(f"{member.filename} holds objects")
+    with Path(path).open("rb") as file:
+        file.seek(member.header_offset + 26)
+        lengths = np.frombuffer(file.read(4), dtype="<u2")
+    start = member.header_offset + 30 + int(lengths.sum()) + header
+    return np.memmap(path, dtype, "r", start, shape, "F" if is_fortran else "C")

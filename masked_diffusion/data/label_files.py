@@ -1,0 +1,111 @@
+"""Labels that stand in a file beside the images: edm2's ``dataset.json``, a CSV, or JSON lines."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from masked_diffusion.data.class_names import sort_class_names
+from masked_diffusion.data.image_files import PathTable, read_bytes
+from masked_diffusion.data.source import Classes
+
+MAX_CLASSES = 1_000_000
+
+
+class NoLabelError(ValueError):
+    """Something in a file of labels is none; part of a message."""
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """origin: what to call the file in messages. of_file: a file's name below the data folder -> its label or class."""
+
+    origin: str
+    of_file: dict[str, int | str]
+
+    def of(self, files: PathTable) -> Classes | None:
+        """The classes of images. None where the file has no labels. Raises ValueError for images without a label."""
+        if not self.of_file:
+            return None
+        found = [self.of_file.get(name) for name in files]
+        if missing := [index for index, label in enumerate(found) if label is None]:
+            raise ValueError(
+                f"{self.origin}: no label for {len(missing)} of {len(found)} images, such as {files[missing[0]]}; add "
+                "them, or train without classes (--class_cond False)"
+            )
+        return classes_of([label for label in found if label is not None], self.origin)
+
+
+def classes_of(labels: Iterable[int | str], origin: str) -> Classes:
+    """Classes of a label or class name for each image.
+
+    Labels (integers) stay what they are, whether or not each has images; names get labels in the order of
+    ``sort_class_names``. Raises ValueError, naming ``origin``, for labels below 0 or above MAX_CLASSES.
+    """
+    labels = list(labels)
+    if all(isinstance(label, int) for label in labels):
+        numbers = np.array(labels, dtype=np.int64)
+        if numbers.min() < 0 or numbers.max() >= MAX_CLASSES:
+            raise ValueError(f"{origin}: labels are {numbers.min()} ... {numbers.max()}, they should begin at 0")
+        return Classes([str(number) for number in range(numbers.max() + 1)], numbers)
+    names = sort_class_names(str(label) for label in labels)
+    label_of = {name: label for label, name in enumerate(names)}
+    return Classes(names, np.array([label_of[str(label)] for label in labels], dtype=np.int64))
+
+
+def read_label_file(path: str) -> LabelTable:
+    """A ``--labels_file``, local or remote. Raises ValueError or OSError, naming the file."""
+    try:
+        return read_labels(read_bytes(path), f"--labels_file {path}")
+    except OSError as error:
+        raise type(error)(f"--labels_file {path}: {error.strerror or error}") from error
+
+
+def read_labels(content: bytes, origin: str) -> LabelTable:
+    """Labels of edm2's form, ``{"labels": [[file, label], ...]}``, of JSON lines with ``file`` and ``label``, or of a
+    CSV with a header that has these columns.
+
+    A label in JSON is an integer, a one-hot list, or a class's name; in a CSV it is a class's name. Raises ValueError,
+    naming ``origin`` and what is expected.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+        pairs = _from_json(text) if text.lstrip().startswith("{") else _from_csv(text)
+        return LabelTable(origin, {str(file): _label(label) for file, label in pairs})
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+        raise ValueError(
+            f"{origin}: not a list of labels ({error}); give a CSV with the columns file and label, JSON lines such as "
+            '{"file": "a/1.png", "label": "cat"}, or {"labels": [["a/1.png", 0], ...]}'
+        ) from error
+
+
+def _from_json(text: str) -> list[tuple[Any, Any]]:
+    try:
+        value = json.loads(text)
+    except ValueError:  # several objects
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [(row["file"], row["label"]) for row in rows]
+    if "labels" not in value and "file" in value:
+        return [(value["file"], value["label"])]
+    return [(file, label) for file, label in value.get("labels") or ()]
+
+
+def _from_csv(text: str) -> list[tuple[str, str]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    if not {"file", "label"} <= set(rows.fieldnames or ()):
+        raise NoLabelError(f"its first line is {','.join(rows.fieldnames or ())[:100]!r}")
+    return [(row["file"], row["label"]) for row in rows]
+
+
+def _label(value: Any) -> int | str:
+    if isinstance(value, list):
+        if sorted(value) != [0] * (len(value) - 1) + [1]:
+            raise NoLabelError(f"{value!r:.100} is not one-hot")
+        return value.index(1)
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise NoLabelError(f"{value!r:.100} is no label")
+    return value

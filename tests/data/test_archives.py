@@ -1,0 +1,314 @@
+"""Sources other than folders: zip archives and arrays give what a folder of the same images gives, to the bit."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import script
+
+from masked_diffusion.data import zip_images
+from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.sources import Arrays, Folder, Zip, open_source
+from masked_diffusion.image_datasets import load_data, open_dataset
+
+COUNT, SIDE = 30, 16
+
+
+def png(seed, side=SIDE):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGES = {f"{index % 3}/{index // 3:08d}.png": png(index) for index in range(COUNT)}
+IN_ORDER = sorted(IMAGES)
+LABELS = [int(name[0]) for name in IN_ORDER]
+
+
+def write_zip(path, members, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def labels_json(labels=LABELS):
+    return json.dumps({"labels": [[name, label] for name, label in zip(IN_ORDER, labels, strict=True)]})
+
+
+def make_folder(root):
+    for name, content in IMAGES.items():
+        (root / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "folder" / name).write_bytes(content)
+    return root / "folder"
+
+
+def make_one_hot(root):
+    one_hot = [[int(label == other) for other in range(3)] for label in LABELS]
+    return write_zip(root / "hot.zip", {**IMAGES, "dataset.json": labels_json(one_hot)})
+
+
+def pixels_of(name):
+    return np.asarray(Image.open(io.BytesIO(IMAGES[name])))
+
+
+def make_npz(root, save=np.savez):
+    save(root / "images.npz", arr_0=np.stack([pixels_of(name) for name in IN_ORDER]), arr_1=np.array(LABELS))
+    return root / "images.npz"
+
+
+FORMS = {
+    "folder": make_folder,
+    "zip": lambda root: write_zip(root / "a.zip", dict(reversed(IMAGES.items()))),
+    "deflated": lambda root: write_zip(root / "a.zip", IMAGES, zipfile.ZIP_DEFLATED),
+    "edm2": lambda root: write_zip(root / "a.zip", {"dataset.json": labels_json(), **IMAGES}),
+    "one-hot": make_one_hot,
+    "npz": make_npz,
+    "compressed npz": lambda root: make_npz(root, np.savez_compressed),
+}
+
+
+@pytest.fixture(scope="module")
+def paths(module_folder):
+    return {form: str(make(module_folder(form.replace(" ", "_")))) for form, make in FORMS.items()}
+
+
+def three_epochs(path, **settings):
+    """All that a rank is given: of 3 epochs of all ranks together, images, labels and identities."""
+    stream = load_data(
+        data_dir=path, batch_size=5, image_size=12, class_cond=True, random_crop=True, seed=4, **settings
+    )
+    batches = list(islice(stream, 3 * COUNT // 5 // settings.get("world_size", 1)))
+    stream.close()
+    return batches
+
+
+@pytest.fixture(scope="module")
+def expected(paths):
+    return [three_epochs(paths["folder"], rank=rank, world_size=ranks) for rank, ranks in ((0, 1), (1, 2))]
+
+
+@pytest.mark.parametrize("form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2)])
+def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
+    ours = [three_epochs(paths[form], rank=r, world_size=w, num_workers=num_workers) for r, w in ((0, 1), (1, 2))]
+    for mine, theirs in zip(ours, expected, strict=True):
+        for (images, extra), (other_images, other_extra) in zip(mine, theirs, strict=True):
+            assert torch.equal(images, other_images)
+            assert all(torch.equal(extra[name], other_extra[name]) for name in extra)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sources_travel_to_workers_and_know_their_images(paths, form):
+    source = open_source(paths[form])
+    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays}.get(form, Zip)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.names == source.names and len(pickle.dumps(source)) < 20_000
+    assert np.array_equal(np.asarray(copy.picture(3)), np.asarray(source.picture(3)))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(copy.read(3)))), np.asarray(source.picture(3)))
+    assert source.name_of(0).startswith(paths[form]) and len(source.sizes()) == COUNT
+
+
+def test_an_archive_is_known_by_what_it_is_and_not_by_its_name(tmp_path, paths):
+    for form, name in (("zip", "a.data"), ("npz", "b.zip")):
+        (tmp_path / name).write_bytes(Path(paths[form]).read_bytes())
+    assert isinstance(open_source(str(tmp_path / "a.data")), Zip)
+    assert isinstance(open_source(str(tmp_path / "b.zip")), Arrays)
+    (tmp_path / "c.zip").write_text("no archive")
+    with pytest.raises(ValueError, match="c.zip: is a file; give the folder that holds the images, or a .zip"):
+        open_source(str(tmp_path / "c.zip"))
+
+
+# Labels
+
+
+def test_labels_that_are_numbers_stay_what_they_are(tmp_path):
+    write_zip(
+        tmp_path / "a.zip",
+        {"b.png": png(0), "c.png": png(1), "dataset.json": '{"labels": [["b.png", 5], ["c.png", 2]]}'},
+    )
+    dataset = open_dataset(str(tmp_path / "a.zip"), image_size=8)
+    assert dataset.labels.tolist() == [5, 2] and dataset.class_names == ["0", "1", "2", "3", "4", "5"]
+    assert "classes without images: 0, 1, 3, 4" in dataset.notes
+
+
+def test_a_folder_with_edm2s_list_has_its_labels_and_names_where_there_are_none(tmp_path):
+    folder = make_folder(tmp_path)
+    (folder / "dataset.json").write_text(labels_json([2 - label for label in LABELS]))
+    dataset = open_dataset(str(folder), image_size=8)
+    assert dataset.labels.tolist() == [2 - label for label in LABELS] and not dataset.notes
+    assert open_dataset(str(folder), image_size=8, class_from="folder").labels.tolist() == LABELS
+    (folder / "dataset.json").write_text('{"labels": null}')
+    assert open_dataset(str(folder), image_size=8).labels.tolist() == LABELS
+
+
+CSV = "file,label\n" + "".join(f'{name},"kind, {name[0]}"\n' for name in IN_ORDER)
+LINES = "".join(json.dumps({"file": name, "label": f"kind, {name[0]}", "id": 3}) + "\n" for name in IN_ORDER)
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize("content", [CSV, "\ufeff" + CSV, LINES], ids=["csv", "bom", "lines"])
+def test_a_file_of_labels_replaces_those_of_names(tmp_path, paths, form, content):
+    (tmp_path / "labels").write_text(content)
+    dataset = open_dataset(paths[form], image_size=8, labels_file=str(tmp_path / "labels"))
+    assert dataset.class_names == ["kind, 0", "kind, 1", "kind, 2"] and dataset.labels.tolist() == LABELS
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("a,b\n1,2\n", "--labels_file .*: not a list of labels .* give a CSV with the columns file and label"),
+        (b"\xff\xfe\x00", "not a list of labels"),
+        ('{"labels": [["0/00000000.png", 1.5]]}', "1.5 is no label"),
+        ('{"labels": [["0/00000000.png", [1, 1]]]}', "is not one-hot"),
+        ('{"labels": [["0/00000000.png", -1]]}', "no label for 29 of 30 images, such as 0/00000001.png"),
+        (labels_json([-1] * COUNT), "labels are -1 ... -1, they should begin at 0"),
+        ("file,label\n", "has no labels"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, paths, content, sentence):
+    (tmp_path / "labels").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=sentence):
+        open_dataset(paths["zip"], image_size=8, labels_file=str(tmp_path / "labels"))
+
+
+def test_a_missing_file_of_labels_is_named(paths):
+    with pytest.raises(FileNotFoundError, match="--labels_file nowhere.csv: No such file"):
+        open_dataset(paths["zip"], image_size=8, labels_file="nowhere.csv")
+
+
+# What may be wrong with an archive
+
+
+def test_what_an_archive_leaves_out_is_said_and_nothing_is_written_outside(tmp_path):
+    path = tmp_path / "in" / "a.zip"
+    path.parent.mkdir()
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("../out.png", "/root.png", "a/1.png", "a/2.heic", "__MACOSX/a/._1.png", "b/3.txt", "a\\..\\w.png"):
+            archive.writestr(name, png(1))
+        archive.writestr(link, "/etc/passwd")
+    source = open_source(str(path))
+    assert list(source.names) == ["a/1.png"] and source.read(0) == png(1)
+    assert source.notes == [
+        "left out: 2 files (.heic 1, .txt 1)",
+        "left out: 3 members with names that point out of it, such as ../out.png",
+        "left out: 1 members that are links",
+    ]
+    assert {path.name for path in tmp_path.rglob("*")} == {"in", "a.zip"}
+
+
+def test_of_members_of_one_name_the_last_counts(tmp_path):
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for seed in range(3):
+            archive.writestr("x.png", png(seed))
+    source = open_source(str(tmp_path / "a.zip"))
+    assert len(source) == 1 and source.read(0) == png(2) and "2 members" in source.notes[0]
+
+
+def test_a_damaged_member_is_named_and_the_others_are_read(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {f"{name}.png": png(name) for name in range(5)})
+    content = bytearray(path.read_bytes())
+    content[content.index(png(2)) + 100] ^= 1
+    path.write_bytes(content)
+    source = open_source(str(path))
+    assert [source.read(index) for index in (0, 1, 3, 4)] == [png(index) for index in (0, 1, 3, 4)]
+    with pytest.raises(UnreadableImageError, match=r"a.zip/2.png: .*damaged in the archive"):
+        source.picture(2)
+    out = tmp_path / "bad.txt"
+    check = script("scripts/check_data.py").main
+    flags = ["--data_dir", str(path), "--image_size", "8", "--class_cond", "False", "--num_workers", "0"]
+    assert check([*flags, "--out", str(out)]) == 1
+    assert out.read_text().startswith(f"{path}/2.png\tdamaged")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.97, -1])
+def test_a_cut_off_archive_is_refused(tmp_path, paths, keep):
+    content = Path(paths["zip"]).read_bytes()
+    (tmp_path / "a.zip").write_bytes(content[: int(keep * len(content))] if keep > 0 else content[:-1])
+    with pytest.raises(ValueError, match="--data_dir .*a.zip: its directory, .* is cut off or damaged .*copy"):
+        open_source(str(tmp_path / "a.zip"))
+
+
+def test_bombs_are_refused_whether_they_say_their_size_or_not(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "a.zip", {"a.png": bytes(10**6), "b.png": png(0)}, zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(zip_images, "MAX_IMAGE_BYTES", 10**5)
+    with pytest.raises(UnreadableImageError, match="perhaps a decompression bomb"):
+        open_source(str(path)).read(0)
+    content = path.read_bytes().replace(struct.pack("<L", 10**6), struct.pack("<L", 100))
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match="size or checksum"):
+        open_source(str(path)).read(0)
+
+
+def test_a_directory_that_promises_more_than_there_is_is_refused(tmp_path, paths):
+    content = bytearray(Path(paths["zip"]).read_bytes())
+    struct.pack_into("<L", content, content.rindex(b"PK\x05\x06") + 12, 2**31)
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="its directory, .* is cut off or damaged"):
+        open_source(str(tmp_path / "a.zip"))
+
+
+def test_archives_of_64_bits_and_behind_other_bytes_are_read(tmp_path, paths):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, archive.open("a.png", "w", force_zip64=True) as file:
+        file.write(png(3))
+    content = (tmp_path / "a.zip").read_bytes()
+    end = content.index(b"PK\x05\x06")
+    count, total, size, offset = struct.unpack_from("<HHLL", content, end + 8)
+    record = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, total, size, offset)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+    last = struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    (tmp_path / "b.zip").write_bytes(content[:end] + record + locator + last)
+    for name in "ab":
+        assert open_source(str(tmp_path / f"{name}.zip")).read(0) == png(3)
+    shifted = Path(paths["zip"]).read_bytes()
+    (tmp_path / "c.zip").write_bytes(b"PK\x03\x04 a program" + shifted)
+    assert open_source(str(tmp_path / "c.zip")).read(4) == IMAGES[IN_ORDER[4]]
+
+
+@pytest.mark.parametrize(
+    "arrays, sentence",
+    [
+        ({"arr_0": np.zeros((4, 8, 8, 3))}, r"arr_0 is float64 \(4, 8, 8, 3\); give images as uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((4, 8, 8, 2), np.uint8)}, "give images as uint8"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.zeros(3, int)}, "give an integer for each of the 4"),
+        ({"arr_0": np.array([None] * 4, dtype=object)}, "its arrays cannot be read"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, sentence):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=sentence):
+        open_source(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7, 3), (5, 6, 7, 1), (5, 6, 7)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_any_layout_are_images(tmp_path, shape, order):
+    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.save(tmp_path / "a.npy", np.asarray(pixels, order=order))
+    np.savez(tmp_path / "a.npz", arr_0=np.asarray(pixels, order=order))
+    for name in ("a.npy", "a.npz"):
+        shown = np.asarray(open_source(str(tmp_path / name)).picture(2))
+        assert np.array_equal(shown, np.broadcast_to(pixels[2].reshape(6, 7, -1), (6, 7, 3)))
+
+
+def test_a_set_of_images_behind_latents_may_be_an_archive(paths, tiny_vae, tmp_path):
+    encode = script("scripts/encode_latents.py").main
+    flags = ["--vae_path", tiny_vae, "--image_size", 16, "--num_workers", 0, "--device", "cpu"]
+    for form in ("folder", "zip"):
+        assert encode([str(flag) for flag in ("--data_dir", paths[form], "--out", tmp_path / form, *flags)]) == 0
+    assert (tmp_path / "zip" / "00000.safetensors").read_bytes() == (
+        tmp_path / "folder" / "00000.safetensors"
+    ).read_bytes()
+    latents = open_dataset(str(tmp_path / "zip"), image_size=16)
+    assert latents.labels.tolist() == LABELS
+    latents.check_source()
