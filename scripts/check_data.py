@@ -30,7 +30,7 @@ DEFAULTS = {
     "out": "",
 }
 HELPS = {
-    "data_dir": "folder of images, or of latents (scripts/encode_latents.py)",
+    "data_dir": "images of any form that a training reads, or latents (scripts/encode_latents.py)",
     "image_size": "side of the square images in pixels, as in the training",
     "class_cond": "look for classes, too",
     "class_from": "where class names come from: auto, folder or filename",

@@ -90,7 +90,7 @@ HELPS = {
     "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
     "random_crop": "crop at random, as ADM does, instead of at the centre",
     "seed": "determines order, crops, noise and the fresh weights",
-    "data_dir": "folder of images, of latents (scripts/encode_latents.py), builtin:digits or builtin:shapes",
+    "data_dir": "images (folder, archive, array), latents (encode_latents.py), builtin:digits, builtin:shapes",
     "schedule_sampler": "uniform or loss-second-moment",
     "lr_anneal_steps": "end the run here, with lr falling linearly to 0; 0 = constant lr",
     "max_steps": "end the run here; 0 = never",

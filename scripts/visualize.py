@@ -40,7 +40,7 @@ HELPS = {
     **CHECKPOINT_HELPS,
     "model_path": "checkpoint, such as ema_0.9999_400000.pt",
     "out": "picture to write, .png or .jpg; default: the mode's name .png",
-    "data_dir": "folder of images, or builtin:digits; for reconstruction",
+    "data_dir": "images of any form that a training reads; for reconstruction",
     "num_images": "images to reconstruct, evenly spaced in the data",
     "mask_ratio": "share of the tokens to mask; default: the training's, else 0.3",
     "seed": "determines masks and noise",
