@@ -71,29 +71,42 @@ class HumanSink:
 
 
 class RowsFile:
-    """Append-only file of rows. On opening, rows of steps that are about to run again are taken out.
+    """Append-only file of rows. On opening, rows of steps that are about to run again are taken out, and so are lines
+    that a full disk or a power loss has damaged.
 
-    Subclasses say how rows become text and text becomes rows.
+    damaged: what to say of these lines, empty where there are none. Subclasses say how rows become text and text
+    becomes rows.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
         self._names: list[str] = []
+        self.damaged = ""
         if start_step == 0:
             move_aside(path)
         elif path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # without a last line that was cut off by a kill
-            rows = [row for row in self._parse(whole) if int(row["step"]) <= start_step]
-            self._rewrite(rows)
+            rows, num_damaged = self._read()
+            if num_damaged:
+                [former] = move_aside(path)
+                self.damaged = (
+                    f"{path.name}: {num_damaged} damaged lines are left out, as a full disk, a kill or a power loss "
+                    f"leaves them; the file as it was is {former.name}"
+                )
+            self._rewrite([row for row in rows if int(row["step"]) <= start_step])
 
     def row(self, values: Row) -> None:
         plain = _plain(values)
         if self._names and not set(plain) <= set(self._names):
             # Another setting than before the resume (a mask ratio, say) logs other names.
-            self._rewrite(self._parse(self._path.read_text(encoding="utf-8")), extra_names=list(plain))
-        with self._path.open("a", encoding="utf-8", newline="") as file:
-            file.write(self._render([plain], header=not self._names))
+            self._rewrite(self._read()[0], extra_names=list(plain))
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8", newline="") as file:
+                file.write(self._render([plain], header=not self._names))
+        except OSError:  # half a row may be there, which the next one must not go on
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            raise
         self._names = self._names or list(plain)
 
     def text(self, message: str) -> None:
@@ -107,11 +120,41 @@ class RowsFile:
         with atomic_write(self._path) as file:
             file.write(self._render(rows, header=bool(self._names)).encode())
 
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        return self._parse(lines_of(self._path))
+
     def _render(self, rows: Sequence[Mapping[str, Any]], header: bool) -> str:
         raise NotImplementedError
 
-    def _parse(self, text: str) -> list[dict[str, Any]]:
+    def _parse(self, lines: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+        """The rows of lines, and the number of lines that hold none."""
         raise NotImplementedError
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, with an empty one in place of a last one that is not whole.
+
+    A number that was cut off would be another number. Bytes that are no text are replaced.
+    """
+    *lines, unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [*lines, ""] if unfinished else lines
+
+
+def parse_csv_rows(lines: Sequence[str]) -> tuple[list[dict[str, str]], int]:
+    """Rows of numbers by the names in the first line, and the number of lines that are no such rows."""
+    names = lines[0].split(",") if lines else []  # names and numbers, which have no commas
+    rows, num_damaged = [], 0
+    for line in lines[1:]:
+        cells = line.split(",")
+        try:
+            row = dict(zip(names, cells, strict=True))
+            int(row["step"])
+            [float(cell) for cell in cells if cell]
+        except (ValueError, KeyError):
+            num_damaged += 1
+        else:
+            rows.append(row)
+    return rows, num_damaged
 
 
 class CSVSink(RowsFile):
@@ -126,8 +169,8 @@ class CSVSink(RowsFile):
         writer.writerows(rows)
         return out.getvalue()
 
-    def _parse(self, text: str) -> list[dict[str, Any]]:
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+    def _parse(self, lines: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+        return parse_csv_rows(lines)
 
 
 class JSONSink(RowsFile):
@@ -138,8 +181,14 @@ class JSONSink(RowsFile):
         finite = [{k: None if v in (math.inf, -math.inf) else v for k, v in row.items()} for row in rows]
         return "".join(json.dumps(row) + "\n" for row in finite)
 
-    def _parse(self, text: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in text.splitlines()]
+    def _parse(self, lines: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+        rows: list[dict[str, Any]] = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                int(row["step"])
+                rows.append(row)
+        return rows, len(lines) - len(rows)
 
 
 class TensorBoardSink:
@@ -212,7 +261,12 @@ class Logger:
         ``start_step``."""
         names = chosen_sinks() if names is None else names
         folder.mkdir(parents=True, exist_ok=True)
-        return cls([SINKS[name](folder, start_step) for name in names])
+        sinks = [SINKS[name](folder, start_step) for name in names]
+        logger = cls(sinks)
+        for sink in sinks:
+            if isinstance(sink, RowsFile) and sink.damaged:
+                logger.text(sink.damaged)
+        return logger
 
     def row(self, values: Row) -> None:
         """Log one row of numbers; ``step`` must be among them."""

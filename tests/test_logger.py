@@ -156,6 +156,63 @@ def test_a_line_that_was_cut_off_in_its_last_cell_is_dropped_on_resume(tmp_path)
     assert [row["step"] for row in csv_rows(tmp_path)] == ["10"]
 
 
+HARM = {
+    "zero bytes at the end": lambda lines: [*lines, b"\0" * 40],
+    "zero bytes in place of the last row": lambda lines: [*lines[:-1], b"\0" * len(lines[-1])],
+    "half a row before a row": lambda lines: [*lines[:-1], lines[-1][:7] + lines[-1]],
+    "no text": lambda lines: [*lines[:-1], b"\xff\xfe\x00" + lines[-1]],
+    "an empty line": lambda lines: [*lines, b"\n"],
+    "another line": lambda lines: [*lines, b"step\n"],
+    "a list": lambda lines: [*lines, b"[1, 2, 3]\n"],
+}
+
+COSTS_A_ROW = ("zero bytes in place of the last row", "half a row before a row", "no text")
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("name", ["csv", "json"])
+def test_damaged_lines_are_left_out_and_said_and_the_log_goes_on(tmp_path, name, harm):
+    log_rows(tmp_path, 0, [steps_row(step) for step in (1, 2, 3)], [name])
+    path = tmp_path / f"progress.{name}"
+    damaged = b"".join(HARM[harm](path.read_bytes().splitlines(keepends=True)))
+    path.write_bytes(damaged)
+    log_rows(tmp_path, 3, [steps_row(4)], ["log", name])
+    read = csv_rows if name == "csv" else json_rows
+    expected = [1, 2, 4] if harm in COSTS_A_ROW else [1, 2, 3, 4]
+    assert [int(row["step"]) for row in read(tmp_path)] == expected
+    said = (tmp_path / "log.txt").read_text()
+    assert f"progress.{name}: 1 damaged lines are left out" in said and f"progress_1.{name}" in said
+    assert (tmp_path / f"progress_1.{name}").read_bytes() == damaged  # nothing is lost
+
+
+def test_a_log_without_damage_is_not_said_to_have_any(tmp_path):
+    for start in (0, 2):
+        log_rows(tmp_path, start, [steps_row(start + 1), steps_row(start + 2)], ["log", "csv", "json"])
+    assert "damaged" not in (tmp_path / "log.txt").read_text() and not list(tmp_path.glob("*_1.*"))
+
+
+@pytest.mark.parametrize(("sink", "name"), [(CSVSink, "progress.csv"), (JSONSink, "progress.json")])
+def test_a_row_that_a_full_disk_cuts_leaves_no_half_and_the_next_one_is_whole(tmp_path, monkeypatch, sink, name):
+    path = tmp_path / name
+    opened = sink(path, 0)
+    opened.row(steps_row(1))
+    before = path.read_bytes()
+    render = opened._render
+
+    def cut(rows, header):
+        with path.open("a") as file:
+            file.write(render(rows, header)[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(opened, "_render", cut)
+    with pytest.raises(OSError, match="No space"):
+        opened.row(steps_row(2))
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    opened.row(steps_row(3))
+    assert path.read_bytes().startswith(before) and path.read_bytes().count(b"\n") == before.count(b"\n") + 1
+
+
 def test_a_run_resumed_from_before_its_first_row_starts_its_files_over(tmp_path):
     log_rows(tmp_path, 0, [steps_row(10), steps_row(20)])
     log_rows(tmp_path, 5, [steps_row(10, run=2)])

@@ -5,7 +5,6 @@ the ``mean`` of several runs there, and how far a run may be from it (``toleranc
 ``every`` steps before a step; a score is that of the step itself. A card without columns has not been measured.
 """
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from masked_diffusion.logger import lines_of, parse_csv_rows
 from masked_diffusion.runs.config import RunConfig, read_config
 from masked_diffusion.training.training_eval import METRICS
 
@@ -70,8 +70,7 @@ def read_run_log(folder: Path) -> RunLog:
     path = folder / LOG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a training's output folder with csv in OPENAI_LOG_FORMAT")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, _ = parse_csv_rows(lines_of(path))
     try:
         columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
     except (IndexError, ValueError, TypeError):
