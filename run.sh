@@ -35,7 +35,7 @@ run() {
 
 if [ -n "${DATA_PATH:-}" ]; then
   case "$DATA_PATH" in
-    *:*) ;; # a bucket or an embedded data set
+    *:* | *\{*) ;; # a bucket, an embedded data set, or a pattern of archives
     /*) [ -e "$DATA_PATH" ] || { echo "run.sh: error: DATA_PATH $DATA_PATH: no such folder" >&2; exit 2; } ;;
     *)
       if [ ! -e "$DATA_PATH" ]; then

@@ -51,3 +51,9 @@ def is_outside(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a member is a hidden file or lies in a hidden folder."""
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def last_of_each(names: list[str]) -> list[int]:
+    """Indices of the names in their order, of equal ones the last."""
+    order = sorted(range(len(names)), key=names.__getitem__)  # stable
+    return [i for i, after in zip(order, [*order[1:], -1], strict=True) if after < 0 or names[i] != names[after]]

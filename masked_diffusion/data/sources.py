@@ -27,6 +27,7 @@ from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
 from masked_diffusion.data.source import Classes, ImageSource, Source
+from masked_diffusion.data.tar_images import Tar
 from masked_diffusion.data.zip_images import Zip
 
 BUILTIN = "builtin:"
@@ -184,6 +185,7 @@ SOURCES: tuple[type[Source], ...] = (
     LatentFolder,
     Arrays,
     Zip,
+    Tar,
     Folder,
 )  # the first that claims a path opens it
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside
+from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
 from masked_diffusion.data.image_files import LABELS_NAME, PathTable, UnreadableImageError, is_remote, take_file
 from masked_diffusion.data.label_files import read_labels
 from masked_diffusion.data.listing_cache import Listing
@@ -74,7 +74,7 @@ class Zip(ImageSource):
             ) from error
         if not listing.files:
             raise ValueError(f"--data_dir {data_dir}: no images in this archive; give one that holds images")
-        order = _last_of_each(listing.files)
+        order = last_of_each(listing.files)
         self.names = PathTable(listing.files[index] for index in order)
         table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)[order]
         self._offsets, self._packed, self._sizes, self._crcs, self._methods = np.ascontiguousarray(table.T)
@@ -138,12 +138,6 @@ class Zip(ImageSource):
         if len(content) != member.size or zlib.crc32(content) != member.crc:
             raise bad("damaged in the archive: size or checksum are not those of its directory")
         return content
-
-
-def _last_of_each(names: list[str]) -> list[int]:
-    """Indices of the names in their order, of equal ones the last."""
-    order = sorted(range(len(names)), key=names.__getitem__)  # stable
-    return [i for i, after in zip(order, [*order[1:], -1], strict=True) if after < 0 or names[i] != names[after]]
 
 
 def _members(file: ArchiveFile) -> Iterator[_Member]:

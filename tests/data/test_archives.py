@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from PIL import Image
 from support import script
 
-from masked_diffusion.data import zip_images
+from masked_diffusion.data import tar_images, zip_images
 from masked_diffusion.data.image_files import UnreadableImageError
-from masked_diffusion.data.sources import Arrays, Folder, Zip, open_source
+from masked_diffusion.data.sources import Arrays, Folder, Tar, Zip, open_source
 from masked_diffusion.image_datasets import load_data, open_dataset
 
 COUNT, SIDE = 30, 16
@@ -66,7 +67,39 @@ def make_npz(root, save=np.savez):
     return root / "images.npz"
 
 
+def tar_of(members):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+def make_tar(root, shards=1, label=".cls", place="{}"):
+    """webdataset's form, the images in any order, in so many archives."""
+    for shard in range(shards):
+        members = []
+        for name in list(IMAGES)[shard::shards]:
+            number = name[0]
+            value = json.dumps({"label": int(number)}) if label == ".json" else number
+            members += [(name, IMAGES[name]), (name.replace(".png", label), value.encode())]
+        (root / f"s-{shard + 8:02d}.tar").write_bytes(tar_of(members))
+    return root / place
+
+
+def make_list(root):
+    make_tar(root, 3)
+    (root / "list.txt").write_text("s-08.tar\ns-{09..10}.tar\n")
+    return root / "list.txt"
+
+
 FORMS = {
+    "tar": lambda root: make_tar(root, place="s-08.tar"),
+    "tars": lambda root: make_tar(root, 3, place="s-{08..10}.tar"),
+    "folder of tars": lambda root: make_tar(root, 3, ".json", "."),
+    "list of tars": make_list,
     "folder": make_folder,
     "zip": lambda root: write_zip(root / "a.zip", dict(reversed(IMAGES.items()))),
     "deflated": lambda root: write_zip(root / "a.zip", IMAGES, zipfile.ZIP_DEFLATED),
@@ -75,6 +108,11 @@ FORMS = {
     "npz": make_npz,
     "compressed npz": lambda root: make_npz(root, np.savez_compressed),
 }
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "archive_lists"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +135,7 @@ def expected(paths):
     return [three_epochs(paths["folder"], rank=rank, world_size=ranks) for rank, ranks in ((0, 1), (1, 2))]
 
 
-@pytest.mark.parametrize("form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2)])
+@pytest.mark.parametrize("form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2), ("tars", 2)])
 def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
     ours = [three_epochs(paths[form], rank=r, world_size=w, num_workers=num_workers) for r, w in ((0, 1), (1, 2))]
     for mine, theirs in zip(ours, expected, strict=True):
@@ -109,7 +147,9 @@ def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
 @pytest.mark.parametrize("form", FORMS)
 def test_sources_travel_to_workers_and_know_their_images(paths, form):
     source = open_source(paths[form])
-    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays}.get(form, Zip)
+    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays}.get(
+        form, Tar if "tar" in form else Zip
+    )
     copy = pickle.loads(pickle.dumps(source))
     assert copy.names == source.names and len(pickle.dumps(source)) < 20_000
     assert np.array_equal(np.asarray(copy.picture(3)), np.asarray(source.picture(3)))
@@ -312,3 +352,127 @@ def test_a_set_of_images_behind_latents_may_be_an_archive(paths, tiny_vae, tmp_p
     latents = open_dataset(str(tmp_path / "zip"), image_size=16)
     assert latents.labels.tolist() == LABELS
     latents.check_source()
+
+
+# Tar archives
+
+
+def kept_lists(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda: sorted((tmp_path / "cache" / "masked_diffusion" / "archives").glob("*"))
+
+
+def test_an_archive_is_listed_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    kept = kept_lists(tmp_path, monkeypatch)
+    path = make_tar(tmp_path, place="s-08.tar")
+    before = open_source(str(path))
+    assert len(kept()) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_images, "list_shard", None)
+        again = open_source(str(path))
+    assert again.names == before.names and again.read(7) == before.read(7)
+    assert np.array_equal(again.classes().labels, before.classes().labels)
+    content = path.read_bytes()
+    path.write_bytes(tar_of([("a.png", png(1))]).ljust(len(content), b"\0"))
+    assert list(open_source(str(path)).names) == ["a.png"]
+    for damaged in (b"", b"{}\n", b"[]\nx", kept()[0].read_bytes()[:-9]):
+        kept()[0].write_bytes(damaged)
+        assert open_source(str(path)).read(0) == png(1)
+
+
+def test_shards_that_count_from_0_each_are_told_apart(tmp_path):
+    for shard in range(2):
+        (tmp_path / f"{shard}.tar").write_bytes(tar_of([(f"{n}.png", png(10 * shard + n)) for n in range(2)]))
+    source = open_source(str(tmp_path))
+    assert list(source.names) == ["0.tar/0.png", "0.tar/1.png", "1.tar/0.png", "1.tar/1.png"]
+    assert [source.read(index) for index in range(4)] == [png(0), png(1), png(10), png(11)]
+
+
+def test_more_archives_are_read_than_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_images, "_OPEN", 2)
+    source = open_source(str(make_tar(tmp_path, 5, place=".")))
+    assert [source.read(index) for index in range(COUNT)] == [IMAGES[name] for name in IN_ORDER]
+    assert len(source._opened) == 2
+
+
+def test_members_are_grouped_as_webdataset_does(tmp_path):
+    members = [
+        ("./b.x/k.png", png(1)),
+        ("b.x/k.seg.png", png(2)),
+        ("b.x/k.txt", b" sea otter "),
+        ("b.x/k.json", b"[3]"),
+    ]
+    members += [
+        ("b.x/l.JPG", png(3)),
+        ("b.x/l.txt", b"cat"),
+        ("b.x/m.png", png(4)),
+        ("b.x/m.txt", b"cat"),
+        (".h.png", b""),
+    ]
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    source = open_source(str(tmp_path / "a.tar"))
+    assert list(source.names) == ["b.x/k.png", "b.x/l.JPG", "b.x/m.png"]
+    assert source.classes().names == ["cat", "sea otter"] and source.classes().labels.tolist() == [1, 0, 0]
+    assert source.notes == ["left out: 1 files (.seg.png 1)"]
+
+
+@pytest.mark.parametrize(
+    "texts, note",
+    [
+        (["a", "b", "c"], "each image has another one, so they may be captions"),
+        (["a", "a", ""], "1 of 3 images have none"),
+    ],
+)
+def test_labels_that_are_none_are_said(tmp_path, texts, note):
+    members = [pair for n, text in enumerate(texts) for pair in ((f"d/{n}.png", png(n)), (f"d/{n}.txt", text.encode()))]
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source.classes() is None and note in source.notes[0]
+
+
+def test_a_cut_off_archive_gives_what_is_whole_and_names_itself_and_the_place(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of([(f"{n}.png", png(n)) for n in range(4)])[: 2 * 1536 + 700])
+    source = open_source(str(tmp_path / "a.tar"))
+    assert source.read(0) == png(0) and source.read(1) == png(1)
+    with pytest.raises(UnreadableImageError, match="a.tar/2.png: .*a.tar is cut off after 3772 bytes"):
+        source.picture(2)
+    [note] = source.notes
+    assert (
+        note.startswith(f"{tmp_path}/a.tar is cut off or damaged before byte ") and "what follows is not read" in note
+    )
+
+
+def test_members_that_point_out_of_an_archive_or_are_links_are_left_out(tmp_path):
+    content = tar_of([("../x.png", png(0)), ("/y.png", png(0)), ("a.png", png(1))])
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo(f"{kind.decode()}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        with tarfile.open(fileobj=io.BytesIO(content)) as others:
+            for member in others:
+                archive.addfile(member, others.extractfile(member))
+    source = open_source(str(tmp_path / "a.tar"))
+    assert list(source.names) == ["a.png"]
+    assert sorted(note.split(": ")[1] for note in source.notes) == [
+        "2 members that are links or devices",
+        "2 members with names that point out of it",
+    ]
+
+
+def test_an_archive_of_a_pattern_that_is_missing_is_named(tmp_path):
+    make_tar(tmp_path, 2)
+    with pytest.raises(FileNotFoundError, match=r"no such archive: .*s-10.tar; give the archives that there are"):
+        open_source(str(tmp_path / "s-{08..10}.tar"))
+
+
+def test_archives_without_images_are_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of([("a.txt", b"x")]))
+    with pytest.raises(ValueError, match="a.tar: no images in these archives"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+def test_tars_among_images_do_not_make_a_folder_one_of_archives(tmp_path):
+    make_tar(tmp_path)
+    (tmp_path / "x.png").write_bytes(png(0))
+    assert isinstance(open_source(str(tmp_path)), Folder)

@@ -1,0 +1,280 @@
+"""Images in tar archives, read by their offset: webdataset's shards, alone or many together.
+
+Each archive's members are listed once; the list is kept in the cache folder until the archive's size or time changes.
+Grouping is webdataset's: the key of ``a/b.cls`` and ``a/b.jpg`` is ``a/b``, all before the first dot of the base name.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import re
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
+from masked_diffusion.data.image_files import EXTENSIONS, PathTable, UnreadableImageError, is_remote, looked_in
+from masked_diffusion.data.label_files import classes_of
+from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_paths
+from masked_diffusion.data.source import Classes, ImageSource
+from masked_diffusion.files import atomic_write, cache_folder
+
+FORMAT = 1  # of the kept lists
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAGIC, _MAGIC_AT = b"ustar", 257
+_LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
+_LONGEST_LABEL = 1 << 20  # bytes of such a file
+# Archives that a process holds open: some systems allow 256 files.
+_OPEN = 64
+
+
+@dataclass
+class Shard:
+    """The images of one archive. offsets, sizes: of their content. labels: JSON of each, empty where there is none."""
+
+    names: list[str] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)  # by extension
+    notes: list[str] = field(default_factory=list)
+
+
+class Tar(ImageSource):
+    """The images of tar archives: one file, ``shard-{000..123}.tar``, a folder of them, or a text file that lists them.
+
+    Labels are those of ``.cls``, ``.json`` (``label`` or ``cls``) or ``.txt`` members of an image's key, where every
+    image has one. Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for missing archives, and
+    for archives without images.
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = data_dir
+        self._paths = shards_of(data_dir)
+        for path in self._paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"--data_dir {data_dir}: no such archive: {path}{looked_in(path)}; give the archives that there are"
+                )
+        shards = [read_shard(path) for path in self._paths]
+        notes = Listing(skipped=sum((shard.skipped for shard in shards), Counter())).notes
+        notes += [note for shard in shards for note in shard.notes]
+        names = [name for shard in shards for name in shard.names]
+        if not names:
+            raise ValueError(f"--data_dir {data_dir}: no images in these archives; give some that hold images")
+        if len(shards) > 1 and len(set(names)) < len(names):  # shards that count from 0 each
+            names = [f"{Path(path).name}/{name}" for path, shard in self._sharded(shards) for name in shard.names]
+        order = last_of_each(names)
+        if len(order) < len(names):
+            notes.append(f"left out: {len(names) - len(order)} members of which later ones have the name")
+        self.names = PathTable(names[index] for index in order)
+        numbers = np.repeat(np.arange(len(shards)), [len(shard.names) for shard in shards])
+        self._shards = numbers[order]
+        self._offsets = np.array([o for shard in shards for o in shard.offsets], dtype=np.int64)[order]
+        self._sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)[order]
+        labels = [label for shard in shards for label in shard.labels]
+        self._labels = self._usable([labels[index] for index in order], notes)
+        self.notes = notes
+        self._opened: dict[int, ArchiveFile] = {}
+
+    def _sharded(self, shards: list[Shard]) -> Iterator[tuple[str, Shard]]:
+        return zip(self._paths, shards, strict=True)
+
+    def _usable(self, labels: list[str], notes: list[str]) -> Classes | None:
+        """The classes of the images where all have a label that others have, too; captions are no classes."""
+        missing = labels.count("")
+        if missing:
+            if missing < len(labels):
+                notes.append(f"labels are not used: {missing} of {len(labels)} images have none")
+            return None
+        values = [json.loads(label) for label in labels]
+        if len(values) > 1 and isinstance(values[0], str) and len(set(labels)) == len(labels):
+            notes.append("labels are not used: each image has another one, so they may be captions")
+            return None
+        return classes_of(values, f"labels in --data_dir {self.data_dir}")
+
+    @classmethod
+    def claims(cls, data_dir: str) -> bool:
+        if is_remote(data_dir):
+            return False
+        path = Path(data_dir)
+        if _RANGE.search(data_dir) and not path.exists():
+            return data_dir.endswith(".tar")
+        if path.is_dir():
+            return _holds_archives_alone(path)
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            head = file.read(512)
+        return head.startswith(_MAGIC, _MAGIC_AT) or head.partition(b"\n")[0].strip().endswith(b".tar")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}
+
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def classes(self) -> Classes | None:
+        return self._labels
+
+    def read(self, index: int) -> bytes:
+        size = int(self._sizes[index])
+        if size > MAX_IMAGE_BYTES:
+            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {MAX_IMAGE_BYTES}")
+        number, offset = int(self._shards[index]), int(self._offsets[index])
+        content = self._file(number).read(offset, size)
+        if len(content) < size:
+            where = f"{self._paths[number]} is cut off after {offset + len(content)} bytes"
+            raise UnreadableImageError(self.name_of(index), where)
+        return content
+
+    def _file(self, number: int) -> ArchiveFile:
+        file = self._opened.get(number)
+        if file is None:
+            if len(self._opened) >= _OPEN:
+                self._opened.pop(next(iter(self._opened)), None)  # closed when no thread reads it any more
+            file = self._opened[number] = ArchiveFile(self._paths[number])
+        return file
+
+
+def shards_of(data_dir: str) -> list[str]:
+    """The archives that a path stands for, in order."""
+    path = Path(data_dir)
+    if path.is_dir():
+        return sorted(str(entry) for entry in path.iterdir() if entry.suffix == ".tar" and not is_hidden(entry.name))
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(512).startswith(_MAGIC, _MAGIC_AT):
+                return [data_dir]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        listed = [line.strip() for line in lines if line.strip()]
+        return [name for line in listed for name in _expanded(str(path.parent / line))]
+    return _expanded(data_dir)
+
+
+def _expanded(pattern: str) -> list[str]:
+    """``a-{08..10}.tar`` -> a-08.tar, a-09.tar, a-10.tar."""
+    parts = _RANGE.split(pattern)  # text, first, last, text, ...
+    choices: list[Iterable[str]] = [[parts[0]]]
+    for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        choices.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
+        choices.append([text])
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _holds_archives_alone(folder: Path) -> bool:
+    """Whether tar archives lie in a folder, and no images and no folders."""
+    found = False
+    for entry in folder.iterdir():
+        if is_hidden(entry.name):
+            continue
+        if entry.suffix.lower() in EXTENSIONS or entry.is_dir():
+            return False
+        found = found or entry.suffix == ".tar"
+    return found
+
+
+# One archive
+
+
+def read_shard(path: str) -> Shard:
+    """The images of an archive, from the kept list if the archive is as it was, else listed anew and kept."""
+    status = Path(path).stat()
+    state = [FORMAT, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    if (cache := cache_folder()) is None:
+        return list_shard(path)
+    kept = cache / "archives" / hashlib.sha256(str(Path(path).resolve()).encode("utf-8", "replace")).hexdigest()
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):  # none, or damaged
+        header, _, packed = kept.read_bytes().partition(b"\n")
+        record = json.loads(header)
+        if record["state"] == state:
+            return _unpack(record, packed)
+    shard = list_shard(path)
+    with contextlib.suppress(OSError):  # it saves time, and no more
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kept) as file:
+            file.write(_pack(shard, state))
+    return shard
+
+
+def _pack(shard: Shard, state: list[int]) -> bytes:
+    header = {"state": state, "skipped": shard.skipped, "notes": shard.notes}
+    arrays = io.BytesIO()
+    names, labels = (np.frombuffer(pack_paths(texts), np.uint8) for texts in (shard.names, shard.labels))
+    np.savez(arrays, names=names, labels=labels, offsets=np.array(shard.offsets), sizes=np.array(shard.sizes))
+    return json.dumps(header).encode() + b"\n" + arrays.getvalue()
+
+
+def _unpack(record: dict[str, Any], packed: bytes) -> Shard:
+    with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
+        offsets, sizes = arrays["offsets"].tolist(), arrays["sizes"].tolist()
+        names, labels = (unpack_paths(arrays[name].tobytes()) if offsets else [] for name in ("names", "labels"))
+    return Shard(names, offsets, sizes, labels, Counter(record["skipped"]), record["notes"])
+
+
+def list_shard(path: str) -> Shard:
+    """List the images of an archive and their labels. What is damaged or does not belong there is noted."""
+    shard, keys = Shard(), list[str]()
+    label_of: dict[str, dict[str, str]] = {}
+    left_out: Counter[str] = Counter()
+    at = 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep an object for each
+                at = archive.offset
+                name = member.name.removeprefix("./")
+                if is_outside(name):
+                    left_out["members with names that point out of it"] += 1
+                elif not member.isreg() or member.issparse():
+                    left_out["members that are links or devices"] += not member.isdir()
+                elif not is_hidden(name):
+                    key, extension = _split(name)
+                    if extension in EXTENSIONS:
+                        keys.append(key)
+                        shard.names.append(name)
+                        shard.offsets.append(member.offset_data)
+                        shard.sizes.append(member.size)
+                    elif extension in _LABEL_FILES and member.size <= _LONGEST_LABEL:
+                        stream = archive.extractfile(member)
+                        if stream is not None and (label := _label(extension, stream.read())) is not None:
+                            label_of.setdefault(key, {})[extension] = label
+                    else:
+                        shard.skipped[extension or "no extension"] += 1
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        shard.notes.append(f"{path} is cut off or damaged before byte {at} ({error}): what follows is not read")
+    for key in keys:
+        labels = label_of.get(key, {})
+        shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
+    shard.notes += [f"left out of {path}: {number} {what}" for what, number in left_out.items() if number]
+    return shard
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``a.b/c.seg.PNG`` -> ``a.b/c``, ``.seg.png``."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{extension}".lower()
+
+
+def _label(extension: str, content: bytes) -> str | None:
+    """JSON of the label in a member's content, None where there is none."""
+    with contextlib.suppress(ValueError, AttributeError):
+        text = content.decode("utf-8").strip()
+        if extension == ".cls":
+            return json.dumps(int(text))
+        value = text
+        if extension == ".json":
+            record = json.loads(text)
+            value = record.get("label", record.get("cls"))
+        if value != "" and isinstance(value, str | int) and not isinstance(value, bool):
+            return json.dumps(value)
+    return None
