@@ -26,9 +26,10 @@ from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.training.averages import SnapshotSaver, averages_of
 from masked_diffusion.training.bad_steps import BadSteps
 from masked_diffusion.training.meter import Meter
-from masked_diffusion.training.optimizers import EMA, GuardedOptimizer
+from masked_diffusion.training.optimizers import GuardedOptimizer
 from masked_diffusion.training.preview import Preview
 from masked_diffusion.training.saver import Saver, TrainingState
 from masked_diffusion.training.sharding import Shared, no_sync, share, total_norm
@@ -94,12 +95,14 @@ class TrainLoop:
         self._goes_on_here = start.folder == folder
         # Alike on all ranks. The next start evaluates this step, so no other one may follow.
         self._stopped_evaluating = False
-        self.emas = [EMA(self.model, rate) for rate in config.ema_rates]
+        self.emas = averages_of(config, self.model)
         self.position = position
         state = TrainingState(self.model, self.emas, self.optimizer, self.scaler, schedule_sampler)
         if start.step:
             self._load(state, start)
         self.saver = Saver(state, config, run_config, ranks, logger, folder, start.step)
+        begins = start.step if self._goes_on_here else 0
+        self.snapshots = SnapshotSaver(self.emas, config.ema_snapshot_interval, ranks, logger, folder, begins)
         self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
@@ -152,6 +155,8 @@ class TrainLoop:
                 scores = self._evaluate(asked) if self._evaluation_is_due() else None
                 if scores is not None or self.step % self.config.log_interval == 0 or self.step == end:
                     self.log(bar, scores)
+                if self.snapshots.is_due(self.step):
+                    self.snapshots.save(self.step)
                 if self.step % self.config.save_interval == 0 and self.step not in (end, self.saver.begun_step):
                     self.save()
                 self.saver.report()
@@ -254,7 +259,7 @@ class TrainLoop:
         self.scaler.update()
         self.optimizer.zero_grad()
         for ema in self.emas:
-            ema.update(self.model, good)
+            ema.update(self.model, good, self.step + 1)
         self.step += 1
         self.position += self.global_batch
         return good

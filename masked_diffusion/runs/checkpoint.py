@@ -34,7 +34,8 @@ RUN_FILES = (
     re.compile(r"(opt|state)\d{6,}\.pt"),
     re.compile(r"preview_\d{6,}\.png"),
     re.compile(
-        r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb|best\.json|\.job\.json|evaluation"
+        r"config\.json|progress\.csv|progress\.json|log\.txt|bad_files\.txt|tb|best\.json|\.job\.json|evaluation|"
+        r"ema_snapshots"
     ),
 )
 # Where training files keep the weights; the averaged ones are those to use.

@@ -98,18 +98,25 @@ class GuardedOptimizer:
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, float32 like them."""
+    """Exponential moving average of a model's parameters, float32 like them.
 
-    def __init__(self, model: nn.Module, rate: str) -> None:
+    rate: its name, and its rate unless ``rate_of`` says the rate of update number 1, 2, ....
+    """
+
+    def __init__(self, model: nn.Module, rate: str, rate_of: Callable[[int], float] | None = None) -> None:
         self.rate = rate
+        self._rate_of = rate_of or (lambda update: float(rate))
         self._parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         # In the order of the model's own state dict, buffers among them, so that the files are alike.
         self._state = {name: self._parameters.get(name, value) for name, value in model.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, good: Tensor) -> None:
-        """Average the parameters in. good: () bool on the model's device; False leaves the average unchanged."""
-        weight = good * (1 - float(self.rate))
+    def update(self, model: nn.Module, good: Tensor, update: int = 1) -> None:
+        """Average the parameters in. good: () bool on the model's device; False leaves the average unchanged.
+
+        update: the number of the training's update, from 1.
+        """
+        weight = good * (1 - self._rate_of(update))
         parameters = [p.detach() for p in model.parameters()]
         for start in range(0, len(parameters), EMA_GROUP):  # in groups: each holds a copy of its size for a moment
             averaged = list(self._parameters.values())[start : start + EMA_GROUP]

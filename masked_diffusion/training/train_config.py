@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.posthoc_ema import LONGEST_STD, gamma_of
 from masked_diffusion.training.optimizers import OPTIMIZERS
 from masked_diffusion.training.sharding import SHARDINGS
 
@@ -15,7 +16,8 @@ from masked_diffusion.training.sharding import SHARDINGS
 class TrainConfig:
     """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
     in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing. grad_clip: largest norm
-    of the whole model's gradient, 0 for any."""
+    of the whole model's gradient, 0 for any. ema_rate: rates of averages, ``none`` for none. ema_power: lengths of
+    averages, empty for none."""
 
     opt: str = "adamw"
     lr: float = 3e-4
@@ -27,6 +29,9 @@ class TrainConfig:
     batch_size: int = 1
     microbatch: int = -1
     ema_rate: str = "0.9999"
+    ema_warmup: bool = False
+    ema_power: str = ""
+    ema_snapshot_interval: int = 5000
     log_interval: int = 10
     save_interval: int = 10000
     use_fp16: bool = False
@@ -44,7 +49,7 @@ class TrainConfig:
     preview_steps: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_interval", "save_interval", "preview_steps"):
+        for name in ("batch_size", "log_interval", "save_interval", "preview_steps", "ema_snapshot_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in (
@@ -82,11 +87,27 @@ class TrainConfig:
                 valid = False
             if not valid:
                 raise ValueError(f"--ema_rate {self.ema_rate}: expected numbers in [0, 1), separated by commas")
+        if not self.ema_rates and not self.ema_powers:
+            raise ValueError(f"--ema_rate {self.ema_rate}: without --ema_power there would be no average")
+        for std in self.ema_powers:
+            try:
+                gamma_of(float(std))
+            except ValueError:
+                raise ValueError(
+                    f"--ema_power {self.ema_power}: expected numbers in (0, {LONGEST_STD}], separated by commas"
+                ) from None
 
     @property
     def ema_rates(self) -> list[str]:
         """The rates as they were written, which is how files are named after them."""
+        if self.ema_rate.strip().lower() == "none":
+            return []
         return list(dict.fromkeys(rate.strip() for rate in self.ema_rate.split(",")))
+
+    @property
+    def ema_powers(self) -> list[str]:
+        """The lengths as they were written."""
+        return list(dict.fromkeys(std.strip() for std in self.ema_power.split(",") if std.strip()))
 
     @property
     def half(self) -> torch.dtype | None:

@@ -188,6 +188,8 @@ TABLE = [
         makes="output_digits/best.json",
         without="output_digits",
     ),
+    Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
+    Row(r"^python scripts/posthoc_ema\.py", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
     Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),
     Row(r"^python scripts/on_track\.py", says="are in the band of"),
     Row(r"^python scripts/make_card\.py", makes="my_recipe.json"),

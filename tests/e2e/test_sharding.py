@@ -6,11 +6,14 @@ import torch
 from PIL import Image
 from support import TINY_DIGITS, assert_same_weights, call, rows, run, weights
 
+from masked_diffusion.runs.posthoc_ema import Snapshots
+
 pytestmark = pytest.mark.e2e
 
 TRAIN = "scripts/image_train.py"
 FLAGS = [*TINY_DIGITS, "--batch_size", "2", "--microbatch", "1", "--lr", "1e-4", "--max_steps", "20"]
 FLAGS += ["--save_interval", "10", "--preview_samples", "2", "--preview_steps", "2"]
+FLAGS += ["--ema_power", "0.1", "--ema_snapshot_interval", "10"]
 # MDTv2's recipe is Adan, with gradients that are clipped.
 OPTIMIZERS = {"adamw": FLAGS, "adan": [*FLAGS, "--model", "MDTv2_Ti_2"]}
 
@@ -31,8 +34,10 @@ def test_losses_gradients_weights_and_previews_are_those_of_whole_copies(runs, s
     for plain, sharded in zip(rows(root / "none"), rows(root / shard), strict=True):
         for name in ("loss", "m_loss", "grad_norm", "param_norm"):
             assert plain[name] == pytest.approx(sharded[name], rel=1e-5), name
-    for kind in ("model", "ema_0.9999_"):
+    for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / "none", 20, kind), weights(root / shard, 20, kind), atol=1e-5)
+    averages = [Snapshots(root / name).reconstruct(0.15)[0] for name in ("none", shard)]
+    assert_same_weights(*averages, atol=1e-5)
     pictures = [np.asarray(Image.open(root / name / "preview_000020.png"), dtype=int) for name in ("none", shard)]
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
@@ -64,7 +69,7 @@ def test_a_sharded_run_goes_on_sharded_bit_for_bit(runs, shard, flag):
     flags, root = runs
     folder = start_again(root, shard, f"{shard}_again")
     run(TRAIN, folder, *flags, *flag, processes=2)
-    for kind in ("model", "ema_0.9999_"):
+    for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / shard, 20, kind), weights(folder, 20, kind))
 
 
@@ -80,7 +85,7 @@ def test_a_run_of_whole_copies_goes_on_in_shards(runs):
     flags, root = runs
     folder = start_again(root, "none", "fsdp_after_none")
     run(TRAIN, folder, *flags, "--shard", "fsdp", processes=2)
-    for kind in ("model", "ema_0.9999_"):
+    for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / "none", 20, kind), weights(folder, 20, kind), atol=1e-5)
 
 
