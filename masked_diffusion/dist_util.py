@@ -131,6 +131,8 @@ def _started(process: int) -> str:
 
 def allow_tf32(allowed: bool) -> None:
     """Let CUDA matrix products round their inputs to TF32; no effect elsewhere."""
+    # Torch refuses to compute once its newer setting, which also rules CPUs, and this one disagree.
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 

@@ -301,3 +301,17 @@ def test_slow_work_of_rank_0_keeps_no_collective_waiting(seen):
 
 def test_the_process_group_is_left_at_the_end(seen):
     assert all(rank["left"] for rank in seen)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_tf32_can_be_set_whatever_the_program_computed_in_before(before, allowed):
+    matmul = torch.backends.cuda.matmul
+    try:
+        torch.set_float32_matmul_precision(before)
+        dist_util.allow_tf32(allowed)
+        assert matmul.allow_tf32 is allowed and torch.get_float32_matmul_precision() == (
+            "high" if allowed else "highest"
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
