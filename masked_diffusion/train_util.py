@@ -108,6 +108,14 @@ class TrainLoop:
         self.views = model.views
         self.meter = Meter(self._loss_names(), ranks)
         self._last_log = (time.monotonic(), self.step)
+        # The row of an evaluated step was written after its checkpoint.
+        if start.step and (not self._evaluation_is_due() or self._lacks_evaluation()):
+            self._load_meter(start)
+
+    def _load_meter(self, start: checkpoint.Start) -> None:
+        state = checkpoint.read_state(start)
+        if state is not None and "meter" in state:  # those of 0.1.0 have none
+            self.meter.load_state_dict(state["meter"])
 
     def _load(self, state: TrainingState, start: checkpoint.Start) -> None:
         former, now = state.load(start), self.config.lr_at(start.step)
@@ -326,7 +334,7 @@ class TrainLoop:
         finally:
             self._last_log = (self._last_log[0] + time.monotonic() - began, self._last_log[1])  # trained images count
         best = ""
-        if self.ranks.is_main and self.saver.has_written(self.step):
+        if self.saver.on_disk(self.step) and self.ranks.is_main:
             best = self.evaluation.note_best(self.step, scores)
         self.logger.text(f"step {self.step}: {describe_scores(scores)}{best}")
         return scores
@@ -336,7 +344,7 @@ class TrainLoop:
     def save(self) -> None:
         """Begin to write a checkpoint, and draw a preview, on rank 0. All ranks have to call it, for their shards."""
         self._tell_bad_images()  # a run that goes on from here does not come across them again
-        self.saver.save(self.step, self.position)
+        self.saver.save(self.step, self.position, self.meter.state_dict())
         if self.config.preview_samples:
             # Of shards, all ranks gather the average: what fails there on one of them has to end all.
             with self.emas[0].averaged_model(self.skeleton) as averaged:

@@ -1,6 +1,8 @@
 """The training step, through the training script in this process."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +55,40 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(train, precision):
     assert [{k: v for k, v in row.items() if k not in drop} for row in rows(whole)] == [
         {k: v for k, v in row.items() if k not in drop} for row in rows(resumed)
     ]
+
+
+def test_the_first_row_after_a_resume_covers_the_steps_before_it_too(train, tmp_path):
+    flags = ["--lr", "1e-3", "--log_interval", "3", "--save_interval", "2", "--max_steps", "6"]
+    whole = train(*flags)
+    resumed = Path(shutil.copytree(whole, tmp_path / "resumed"))
+    for path in (*resumed.glob("*000004*"), *resumed.glob("*000006*")):
+        path.unlink()
+    train(*flags, folder=resumed)
+    assert [row["step"] for row in rows(resumed)] == [3, 6]
+    for row, expected in zip(rows(resumed), rows(whole), strict=True):
+        assert {**row, "images_per_second": 0} == {**expected, "images_per_second": 0}
+
+
+def meter_of(rank, world_size, names=("loss",)):
+    alone = SimpleNamespace(device=torch.device("cpu"), world_size=world_size, is_main=rank == 0, sum_=lambda x: x)
+    return Meter(list(names), alone)
+
+
+def test_what_a_meter_has_collected_is_taken_up_once_by_any_number_of_ranks():
+    former = meter_of(0, 1)
+    former.add_losses(torch.tensor([0.1, 0.9]), {"loss": torch.tensor([1.0, 3.0])})
+    former.add_update(torch.tensor(5.0), torch.tensor(True))
+    state = former.state_dict()
+    meters = [meter_of(rank, 2) for rank in range(2)]
+    for meter in meters:
+        meter.load_state_dict(state)
+    first, second = (meter.flush() for meter in meters)
+    assert (first["loss"], first["loss_q0"], first["loss_q3"], first["grad_norm"]) == (2.0, 1.0, 3.0, 5.0)
+    assert np.isnan(second["loss"]) and second["grad_norm"] == 5.0
+    assert former.flush()["loss"] == 2.0  # asking changed nothing
+    other = meter_of(0, 1, ["loss", "m_loss"])
+    other.load_state_dict(state)
+    assert np.isnan(other.flush()["loss"])
 
 
 def test_starting_a_finished_run_again_changes_no_file(train):

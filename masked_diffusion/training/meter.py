@@ -1,6 +1,7 @@
 """Collect a training's numbers on the device until they are read."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,24 @@ class Meter:
     def add_update(self, norm: Tensor, good: Tensor) -> None:
         """Add an update. norm, good: (), equal on all ranks; a norm that is not finite marks a skipped update."""
         self._updates += torch.stack([torch.where(good, norm, 0), good, ~good]).double()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks have collected since the last flush. Collective: every rank must call it."""
+        sums = self._ranks.sum_(torch.cat([self._sums.flatten(), self._counts]))
+        return {"names": list(self._losses), "sums": sums, "updates": self._updates.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was collected, so that a row covers the steps before a restart, too.
+
+        A run that goes on with other losses starts its row anew.
+        """
+        if state["names"] != self._losses:
+            return
+        if self._ranks.is_main:  # for all ranks of then, however many there are now
+            sums = state["sums"].to(self._sums.device)
+            self._sums.copy_(sums[:-QUARTILES].view_as(self._sums))
+            self._counts.copy_(sums[-QUARTILES:])
+        self._updates.copy_(state["updates"])
 
     def flush(self) -> dict[str, float]:
         """Return means over all ranks since the last flush (NaN without values), and the number of ``skipped`` updates.

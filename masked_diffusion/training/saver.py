@@ -30,7 +30,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     schedule_sampler: ScheduleSampler
 
-    def files(self, step: int, weights_format: str, numbers: dict[str, int]) -> dict[str, Any]:
+    def files(self, step: int, weights_format: str, numbers: dict[str, Any]) -> dict[str, Any]:
         """The files of a checkpoint and their content, in whichever way the ranks share it. All ranks have to call it.
 
         numbers: further ones for the state file, such as the position in the data.
@@ -96,14 +96,18 @@ class Saver:
         self._folder = folder
         self._writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
 
-    def save(self, step: int, position: int) -> None:
-        """Begin to write a checkpoint on rank 0. All ranks have to call it, for their shards."""
+    def save(self, step: int, position: int, meter: dict[str, Any]) -> None:
+        """Begin to write a checkpoint on rank 0. All ranks have to call it, for their shards.
+
+        meter: the state of the meter, for the next row of the log.
+        """
         self.finish()  # one at a time: a snapshot takes as much memory as the training's state
         numbers = {
             "position": position,
             "batch_size": self._run_config.training["batch_size"],
             "global_batch": self._config.batch_size * self._ranks.world_size,
             "stream": self._run_config.stream,
+            "meter": meter,
         }
         files = self._state.files(step, self._config.weights_format, numbers)
         files = checkpoint.snapshot(files, whole, keep=self._ranks.is_main)

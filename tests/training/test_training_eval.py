@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import REPO, TINY_DIGITS, assert_same_weights, call, rows, script, weights
 
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.training.training_eval import METRICS, lone_environment
 
@@ -73,6 +74,32 @@ def test_an_evaluation_is_what_sampling_its_checkpoint_gives(train, monkeypatch,
         pixels = file["arr_0"].astype(np.int64)
     fid = float((pixels.ravel() * np.arange(1, pixels.size + 1) % 1009).sum())
     assert rows(folder)[-1]["eval_fid"] == fid
+
+
+def test_the_row_of_an_evaluated_step_does_not_count_again_after_a_resume(train):
+    flags = ["--eval_interval", "3", "--log_interval", "5", "--max_steps", "5", "--lr", "1e-3"]
+    whole = train("run", *flags)
+    expected = rows(whole)
+    assert [row["step"] for row in expected] == [3, 5]
+    for path in whole.glob("*000005*"):
+        path.unlink()
+    train("run", *flags)
+    assert [{**row, "images_per_second": 0} for row in rows(whole)] == [
+        {**row, "images_per_second": 0} for row in expected
+    ]
+
+
+def test_nobody_but_the_writer_waits_for_a_slow_disk(train, monkeypatch):
+    """A collective gives up after some minutes; each wait for a checkpoint lets the other ranks know meanwhile."""
+    waits = []
+    patiently = Ranks.from_main_patiently
+    monkeypatch.setattr(
+        Ranks,
+        "from_main_patiently",
+        lambda self, compute, doing: waits.append(doing) or patiently(self, compute, doing),
+    )
+    train("run", "--max_steps", "2", "--eval_interval", "2")
+    assert waits.count("writing a checkpoint") == 3  # before the save, before the best is noted, at the end
 
 
 def test_every_setting_of_the_sampling_changes_the_score(train):
