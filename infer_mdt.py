@@ -20,25 +20,24 @@ from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
+from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.script_util import (
-    CHECKPOINT_HELPS,
-    SAMPLER_HELPS,
-    WEIGHTS_HELPS,
-    add_dict_to_argparser,
+    MACHINE_FLAGS,
+    apply_family_defaults,
     args_to_dict,
+    checkpoint_flags,
     explicit_flags,
     finite_float,
-    interval,
-    optional,
+    make_parser,
     request_of,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 
 V1_FILE, V2_FILE = "mdt_xl2_v1_ckpt.pt", "mdt_xl2_v2_ckpt.pt"
 # What the published script draws with this file.
@@ -70,61 +69,66 @@ COLUMNS, MOST_COLUMNS = 3, 10
 SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
 SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
-HELPS = {
-    **CHECKPOINT_HELPS,
-    **SAMPLER_HELPS,
-    **WEIGHTS_HELPS,
-    "seed": "determines the noise of each picture, with its number",
-    "model_path": f"checkpoint; default: {V1_FILE} or {V2_FILE} in the working directory, else the newest EMA under "
-    "output_*",
-    "labels": "comma list of labels or class names; default: 208 three times for the published file, else each class",
-    "out": "picture to write, .png, .jpg, or .gif for the denoising; default: sample.jpg for the published file, else "
-    "sample.png",
-    "sweep": "one row for each value of a setting, with the same noise, such as cfg_scale=1,2,4 or labels=207,360",
-    "frames": "states of the denoising to show, from noise to picture; 0 shows the picture, or 25 in a .gif",
-    "image": "photo to fill; with --mask",
-    "mask": "picture of the size of --image, white where to fill",
-    "inpaint_mode": "side: what is filled is masked and interpolated, as in training; plain: without masking",
-    "cfg_scale": "largest weight of the guidance; default: 5 for the published file, else 4",
-    "scale_pow": "power of --guidance power_cosine; default: 0.01 for the published file, else 4",
-    "num_sampling_steps": "default: 500 for the published file, else 100",
+FLAGS = {
+    "model_path": Flag(
+        "",
+        f"checkpoint; default: {V1_FILE} or {V2_FILE} in the working directory, else the newest EMA under output_*",
+        "sampling",
+    ),
+    "labels": Flag(
+        None,
+        "comma list of labels or class names; default: 208 three times for the published file, else each class",
+        "sampling",
+        str,
+    ),
+    "out": Flag(
+        None,
+        "picture to write, .png, .jpg, or .gif for the denoising; default: sample.jpg for the published file, else "
+        "sample.png",
+        "sampling",
+        str,
+    ),
+    **{name: flags_of(SamplerConfig)[name] for name in SAMPLER_FLAGS},
+    "num_sampling_steps": Flag(None, "default: 500 for the published file, else 100", "sampling", int),
+    "seed": Flag(PUBLISHED["seed"], "determines the noise of each picture, with its number", "sampling"),
+    "cfg_scale": Flag(
+        None,
+        "largest weight of the guidance; default: 5 for the published file, else 4",
+        "guidance",
+        finite_float,
+    ),
+    "scale_pow": Flag(
+        None,
+        "power of --guidance power_cosine; default: 0.01 for the published file, else 4",
+        "guidance",
+        finite_float,
+    ),
+    "sweep": Flag(
+        None,
+        "one row for each value of a setting, with the same noise, such as cfg_scale=1,2,4 or labels=207,360",
+        "sampling",
+        str,
+    ),
+    "frames": Flag(
+        0, "states of the denoising to show, from noise to picture; 0 shows the picture, or 25 in a .gif", "sampling"
+    ),
+    "image": Flag(None, "photo to fill; with --mask", "sampling", str),
+    "mask": Flag(None, "picture of the size of --image, white where to fill", "sampling", str),
+    "inpaint_mode": Flag(
+        "side",
+        "side: what is filled is masked and interpolated, as in training; plain: without masking",
+        "sampling",
+    ),
+    **checkpoint_flags(PUBLISHED["model"], PUBLISHED["vae_decoder"]),
+    "device": MACHINE_FLAGS["device"],
 }
+MOST_USED = (
+    "model_path", "labels", "out", "cfg_scale", "num_sampling_steps", "seed", "sampler", "sweep", "frames", "device",
+)  # fmt: skip
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "model_path": "",
-        "model": PUBLISHED["model"],
-        "image_size": PUBLISHED["image_size"],
-        "decode_layer": None,
-        "interpolate_pos": False,
-        "drop_extra": False,
-        "labels": None,
-        "cfg_scale": None,
-        "scale_pow": None,
-        "num_sampling_steps": None,
-        "seed": PUBLISHED["seed"],
-        **{name: SamplerConfig.__dataclass_fields__[name].default for name in SAMPLER_HELPS},
-        "sweep": None,
-        "frames": 0,
-        "image": None,
-        "mask": None,
-        "inpaint_mode": "side",
-        "out": None,
-        "vae_path": None,
-        "vae_decoder": PUBLISHED["vae_decoder"],
-        "device": "auto",
-    }
-    types: dict[str, Callable[[str], Any]] = {
-        "decode_layer": optional(int),
-        "cfg_scale": finite_float,
-        "scale_pow": finite_float,
-        "num_sampling_steps": int,
-        "cfg_interval": interval,
-    }
-    parser = argparse.ArgumentParser(description="Draw a few pictures from a trained model.")
-    add_dict_to_argparser(parser, defaults, types, HELPS)
-    return parser
+    return make_parser("Draw a few pictures from a trained model.", FLAGS, MOST_USED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,23 +1,24 @@
 """Masked Diffusion Transformer (MDT, 2303.14389): the public front door."""
 
+import dataclasses
 from typing import Any
 
-from masked_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
-from masked_diffusion.respace import SpacedDiffusion, space_timesteps
+from masked_diffusion.diffusion.process import DiffusionConfig
+from masked_diffusion.respace import SpacedDiffusion
 
 __all__ = ["create_diffusion", "diffusion_defaults", "model_and_diffusion_defaults"]
 
 
 def create_diffusion(
     timestep_respacing: str | list[int] | None,
-    noise_schedule: str = "linear",
-    use_kl: bool = False,
-    sigma_small: bool = False,
-    predict_xstart: bool = False,
-    learn_sigma: bool = True,
-    rescale_learned_sigmas: bool = False,
-    diffusion_steps: int = 1000,
-    min_snr_gamma: float | None = None,
+    noise_schedule: str = DiffusionConfig.noise_schedule,
+    use_kl: bool = DiffusionConfig.use_kl,
+    sigma_small: bool = DiffusionConfig.sigma_small,
+    predict_xstart: bool = DiffusionConfig.predict_xstart,
+    learn_sigma: bool = DiffusionConfig.learn_sigma,
+    rescale_learned_sigmas: bool = DiffusionConfig.rescale_learned_sigmas,
+    diffusion_steps: int = DiffusionConfig.diffusion_steps,
+    min_snr_gamma: float | None = DiffusionConfig.min_snr_gamma,
 ) -> SpacedDiffusion:
     """Build a diffusion process.
 
@@ -27,47 +28,22 @@ def create_diffusion(
     (learn_sigma False), the posterior's. predict_xstart: the network predicts x_0, not the noise. min_snr_gamma: 5.0
     for MDTv2's loss weighting. Raises ValueError for an unknown schedule or respacing.
     """
-    if use_kl:
-        loss_type = LossType.RESCALED_KL
-    elif rescale_learned_sigmas:
-        loss_type = LossType.RESCALED_MSE
-    else:
-        loss_type = LossType.MSE
-    if learn_sigma:
-        model_var_type = ModelVarType.LEARNED_RANGE
-    else:
-        model_var_type = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-    return SpacedDiffusion(
-        space_timesteps(diffusion_steps, timestep_respacing),
-        betas=get_named_beta_schedule(noise_schedule, diffusion_steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
-        model_var_type=model_var_type,
-        loss_type=loss_type,
-        min_snr_gamma=min_snr_gamma,
-    )
+    return DiffusionConfig(**locals()).build()
 
 
 def diffusion_defaults() -> dict[str, Any]:
     """Default settings of :func:`create_diffusion`, as the scripts' flags have them."""
-    return {
-        "learn_sigma": True,
-        "diffusion_steps": 1000,
-        "noise_schedule": "linear",
-        "timestep_respacing": "",
-        "use_kl": False,
-        "predict_xstart": False,
-        "sigma_small": False,
-        "rescale_learned_sigmas": False,
-    }
+    defaults = dataclasses.asdict(DiffusionConfig())
+    return {name: value for name, value in defaults.items() if name != "min_snr_gamma"}
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Default settings of the model and the diffusion process, as the scripts' flags have them."""
-    return {
-        "image_size": 256,
-        "mask_ratio": None,
-        "decode_layer": None,
-        "class_cond": True,
-        "use_fp16": False,
-        **diffusion_defaults(),
-    }
+    from masked_diffusion.data.data_config import DataConfig
+    from masked_diffusion.runs.config import ModelConfig
+    from masked_diffusion.settings import flags_of
+    from masked_diffusion.training.train_config import TrainConfig
+
+    flags = flags_of(ModelConfig, DataConfig, TrainConfig)
+    names = ("image_size", "mask_ratio", "decode_layer", "class_cond", "use_fp16")
+    return {**{name: flags[name].default for name in names}, **diffusion_defaults()}

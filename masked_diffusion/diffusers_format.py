@@ -30,7 +30,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from masked_diffusion.data.class_names import ClassNames, names_by_label
-from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, Guidance
+from masked_diffusion.diffusion.guidance import Guidance
 from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
@@ -133,9 +133,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self,
         class_labels: Any,
         guidance_scale: float | None = None,
-        scale_pow: float = 4.0,
-        cfg_channels: int = GUIDED_CHANNELS,
-        num_inference_steps: int = 250,
+        scale_pow: float = SamplerConfig.scale_pow,
+        cfg_channels: int = SamplerConfig.cfg_channels,
+        num_inference_steps: int = SamplerConfig.num_sampling_steps,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,

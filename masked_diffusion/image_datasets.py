@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from masked_diffusion.data.class_names import sort_class_names
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
@@ -288,12 +289,12 @@ def open_dataset(
     data_dir: str,
     *,
     image_size: int,
-    class_cond: bool = True,
-    class_from: str = "auto",
-    labels_file: str = "",
-    random_crop: bool = False,
-    random_flip: bool = True,
-    fast_decode: bool = False,
+    class_cond: bool = DataConfig.class_cond,
+    class_from: str = DataConfig.class_from,
+    labels_file: str = DataConfig.labels_file,
+    random_crop: bool = DataConfig.random_crop,
+    random_flip: bool = DataConfig.random_flip,
+    fast_decode: bool = DataConfig.fast_decode,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 

@@ -7,55 +7,62 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, TextIO, TypeVar, get_args
 
 from masked_diffusion import dist_util
+from masked_diffusion.diffusion.process import DiffusionConfig
+from masked_diffusion.models import family_of
 from masked_diffusion.processes.loader_processes import LoaderError
+from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.runs.trained import Request
+from masked_diffusion.settings import Flag, flags_of
 
 USAGE_ERROR = 2
 NO_HOME = "home directory"  # how Path.expanduser says that ~ stands for nothing
-# Help of the flags in model_and_diffusion_defaults().
-MODEL_AND_DIFFUSION_HELPS = {
-    "image_size": "side of the square images in pixels",
-    "mask_ratio": "share of the tokens to mask, such as 0.30; None trains without masking",
-    "decode_layer": "decoder blocks; None means 2, for MDTv2 4",
-    "class_cond": "use class labels",
-    "use_fp16": "compute in float16",
-    "learn_sigma": "the network predicts a variance, too",
-    "diffusion_steps": "timesteps of the process",
-    "noise_schedule": "linear, or squaredcos_cap_v2 (cosine)",
-    "timestep_respacing": "train on some of the timesteps only, such as 250 or 10,15,20; empty = all",
-    "use_kl": "train on the variational bound alone",
-    "predict_xstart": "the network predicts x_0 instead of the noise",
-    "sigma_small": "of the two fixed variances (--learn_sigma False), the posterior's",
-    "rescale_learned_sigmas": "multiply the variational term by diffusion_steps / 1000",
+Settings = TypeVar("Settings")
+# The headings of --help, in their order.
+MOST_USED, COMPATIBILITY, LAUNCHER = "most used", "for compatibility only", "launcher"
+GROUPS = (
+    MOST_USED,
+    "data",
+    "model",
+    "diffusion",
+    "sampling",
+    "guidance",
+    "training",
+    "saving",
+    "evaluation",
+    "machine",
+    LAUNCHER,
+    COMPATIBILITY,
+)
+MACHINE_FLAGS = {
+    "num_workers": Flag(-1, "loader processes per process; 0 = this one; -1 chooses by the number of cores", "machine"),
+    "device": Flag("auto", "auto, cpu, cuda or cuda:N", "machine"),
+    "tf32": Flag(False, "allow TF32 matrix products on CUDA", "machine"),
 }
-# Help of what scripts that read weights can be told.
-WEIGHTS_HELPS = {
-    "interpolate_pos": "take weights of another resolution: resize their position and relative tables",
-    "drop_extra": "leave out weights that the model does not have, instead of refusing the file",
+# What can be asked of a checkpoint, beside --model_path.
+RECORDED = "; the checkpoint's config.json or its weights say, where they can"
+CHECKPOINT_FLAGS = {
+    **{
+        name: flag._replace(help=flag.help + RECORDED)
+        for name, flag in flags_of(ModelConfig, DiffusionConfig).items()
+        if name not in ("policy", "route", "min_snr_gamma")  # of training
+    },
+    "num_classes": Flag(None, "number of classes" + RECORDED, "model", int | None),
+    "sigma_small": flags_of(DiffusionConfig)["sigma_small"],  # sampling may have the other one
+    **flags_of(Request),
 }
 
-# Help of the flags that open a checkpoint, beside --model_path.
-CHECKPOINT_HELPS = {
-    "model": "name of the model, where no config.json lies beside the checkpoint",
-    "image_size": "side of the images, where no config.json lies beside the checkpoint",
-    "decode_layer": "decoder blocks, where no config.json lies beside the checkpoint; None means 2",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-    "vae_decoder": "ema or mse, where the first stage is the hub's default",
-    "device": "auto, cpu, cuda or cuda:N",
-}
-# Help of the sampling flags that scripts share.
-SAMPLER_HELPS = {
-    "sampler": "ddpm or ddim; or, for fewer steps, a solver without noise: dpmsolver++, unipc, heun",
-    "guide_from": "what predictions are led away from: null_label (classifier-free guidance)",
-    "guidance": "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
-    "cfg_interval": "first and last timestep that --guidance interval guides at, such as 80-470",
-    "cfg_channels": "latent channels that are guided: 3, as published, or 4",
-    "cfg_skip_tol": "do not compute the weak prediction where the weight is within this of 1, such as 0.01: faster",
-}
+
+def checkpoint_flags(model: str, vae_decoder: str) -> dict[str, Flag]:
+    """Flags that open a checkpoint, of those that are looked into. model, vae_decoder: their defaults."""
+    names = ("model", "image_size", "decode_layer", *flags_of(Request))
+    defaults = {"model": model, "vae_decoder": vae_decoder}
+    flags = {name: CHECKPOINT_FLAGS[name] for name in names}
+    return {name: flag._replace(default=defaults.get(name, flag.default)) for name, flag in flags.items()}
 
 
 def str2bool(value: str | bool) -> bool:
@@ -102,7 +109,7 @@ def interval(text: str) -> list[int]:
 
 
 # What turns text into a value of a default's type, where that is not the type itself.
-CONVERTERS: dict[type, Callable[[str], Any]] = {bool: str2bool, float: finite_float}
+CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: str2bool, float: finite_float, list[int]: interval}
 
 
 def add_dict_to_argparser(
@@ -121,8 +128,37 @@ def add_dict_to_argparser(
         if convert is None:
             kind = str if default is None else type(default)
             convert = CONVERTERS.get(kind, kind)
-        text = (helps or {}).get(name, "")
-        parser.add_argument(f"--{name}", default=default, type=convert, help=f"{text} (default: {default!r})".strip())
+        _add_flag(parser, name, default, convert, (helps or {}).get(name, ""))
+
+
+def _add_flag(parser: Any, name: str, default: Any, convert: Callable[[str], Any], text: str) -> None:
+    parser.add_argument(f"--{name}", default=default, type=convert, help=f"{text} (default: {default!r})".strip())
+
+
+def make_parser(
+    description: str, flags: Mapping[str, Flag], most_used: Sequence[str] = (), launched: bool = False
+) -> argparse.ArgumentParser:
+    """A parser of these flags, under their groups' headings. most_used: those to show before all others. launched:
+    with the flags that launchers pass."""
+    parser = argparse.ArgumentParser(description=description)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for name in dict.fromkeys([*most_used, *flags]):
+        flag = flags[name]
+        group = groups[MOST_USED if name in most_used else flag.group]
+        _add_flag(group, name, flag.default, _converter(flag), flag.help)
+    if launched:
+        add_launcher_flags(parser)
+    return parser
+
+
+def _converter(flag: Flag) -> Callable[[str], Any]:
+    """What turns a flag's text into its value: by its type, or a field's annotation, or the default."""
+    kind: Any = flag.type or type(flag.default)
+    if not isinstance(kind, UnionType):
+        return CONVERTERS.get(kind, kind)
+    [kind] = [one for one in get_args(kind) if one is not NoneType]
+    convert = CONVERTERS.get(kind, kind)
+    return optional(convert) if kind in (int, float, str) else convert
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
@@ -142,6 +178,18 @@ def explicit_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
             action.default = defaults[action.dest]
 
 
+def apply_family_defaults(
+    recipes: dict[str, dict[str, Any]], model: str, args: argparse.Namespace, explicit: set[str]
+) -> None:
+    """Set what a model's family stands for and no flag says. Raises ValueError for an unknown model.
+
+    recipes: of ``runs.family_defaults``.
+    """
+    for name, value in recipes[family_of(model)].items():
+        if name not in explicit:
+            setattr(args, name, value)
+
+
 def request_of(args: argparse.Namespace, explicit: set[str], **usual: Any) -> Request:
     """What the command line asks of a checkpoint. usual: further fields of the request."""
     return Request(**args_to_dict(args, explicit & Request.__dataclass_fields__.keys()), **usual)
@@ -149,16 +197,28 @@ def request_of(args: argparse.Namespace, explicit: set[str], **usual: Any) -> Re
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that launchers pass, or that scripts written for the published code do."""
-    group = parser.add_argument_group("launcher", "set by torchrun and friends; needed only where nothing sets them")
+    group = _group(parser, LAUNCHER)
+    group.description = "set by torchrun and friends; needed only where nothing sets them"
     group.add_argument("--local-rank", "--local_rank", type=int, help="passed by torch.distributed.launch")
     group.add_argument("--rank", type=int, help="number of this process among all")
     group.add_argument("--world_size", type=int, help="number of processes")
     group.add_argument(
         "--dist_url", default="env://", help="where the processes meet (default: MASTER_ADDR:MASTER_PORT)"
     )
-    group.add_argument(
-        "--dist_on_itp", action="store_true", help="for compatibility only: MPI launchers are recognised"
+    _group(parser, COMPATIBILITY).add_argument(
+        "--dist_on_itp", action="store_true", help="accepted for compatibility: MPI launchers are recognised"
     )
+
+
+def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    found = (group for group in parser._action_groups if group.title == title)
+    return next(found, None) or parser.add_argument_group(title)
+
+
+def from_args(cls: type[Settings], args: argparse.Namespace) -> Settings:
+    """A dataclass of settings, as the flags of their names say. Raises ValueError for what it refuses."""
+    names: Any = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return cls(**args_to_dict(args, names))
 
 
 def place_from_args(args: argparse.Namespace) -> dist_util.Place:

@@ -14,29 +14,22 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import list_entry, write_list
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
 from masked_diffusion.image_datasets import LatentDataset, SourceDataset, center_crop_arr, open_dataset
 from masked_diffusion.processes.loader_processes import iterate
-from masked_diffusion.script_util import add_dict_to_argparser, choose_num_workers, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, choose_num_workers, make_parser, run_script
+from masked_diffusion.settings import Flag, flags_of
 
-DEFAULTS = {
-    "data_dir": "",
-    "image_size": 256,
-    "class_cond": True,
-    "class_from": "auto",
-    "labels_file": "",
-    "num_workers": -1,
-    "out": "",
-}
-HELPS = {
-    "data_dir": "images of any form that a training reads, or latents (scripts/encode_latents.py)",
-    "image_size": "side of the square images in pixels, as in the training",
-    "class_cond": "look for classes, too",
-    "class_from": "where class names come from: auto, folder or filename",
-    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
-    "num_workers": "processes that read; 0 = this one; -1 chooses by the number of cores",
-    "out": "also write the bad files, with a tab and the reason, to this file",
+FLAGS = {
+    "data_dir": Flag("", "images of any form that a training reads, or latents (scripts/encode_latents.py)", "data"),
+    "image_size": Flag(256, "side of the square images in pixels, as in the training", "data"),
+    "class_cond": flags_of(DataConfig)["class_cond"]._replace(help="look for classes, too"),
+    "class_from": flags_of(DataConfig)["class_from"],
+    "labels_file": flags_of(DataConfig)["labels_file"],
+    "num_workers": MACHINE_FLAGS["num_workers"],
+    "out": Flag("", "also write the bad files, with a tab and the reason, to this file", "saving"),
 }
 
 AFTER_IMAGES = (
@@ -84,9 +77,7 @@ class _Shards(Dataset[dict[str, str]]):
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Check that every image of a data folder can be read.")
-    add_dict_to_argparser(parser, DEFAULTS, helps=HELPS)
-    return parser
+    return make_parser("Check that every image of a data folder can be read.", FLAGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

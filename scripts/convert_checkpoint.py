@@ -16,46 +16,52 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from masked_diffusion import diffusion_defaults
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import atomic_write, write_json
 from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, load_first_stage
 from masked_diffusion.models import family_of
 from masked_diffusion.runs import checkpoint
-from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, read_config
-from masked_diffusion.runs.trained import check_contradictions, check_first_stage, config_of_weights
+from masked_diffusion.runs.config import CONFIG_NAME, ModelConfig, RunConfig, read_config
+from masked_diffusion.runs.trained import Request, check_contradictions, check_first_stage, config_of_weights
 from masked_diffusion.runs.weights import recognise
 from masked_diffusion.script_util import (
-    MODEL_AND_DIFFUSION_HELPS,
-    WEIGHTS_HELPS,
-    add_dict_to_argparser,
     explicit_flags,
-    optional,
+    make_parser,
     request_of,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 
 UNRECORDED = "; for files without config.json"
-PROCESS_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small")
-HELPS = {
-    **{name: MODEL_AND_DIFFUSION_HELPS[name] + UNRECORDED for name in (*PROCESS_FLAGS, "decode_layer")},
-    "drop_extra": WEIGHTS_HELPS["drop_extra"],
-    "model_path": "checkpoint to read: ours or a published one, raw, EMA or a training file",
-    "out": "what to write: a file ending in .safetensors or .pt, or a folder for diffusers",
-    "vae_path": "hub name or folder of the autoencoder, or none for pixel space; for files without config.json, and "
-    "for folders for diffusers, which get a copy of it",
-    "diffusers_class": "of a DiT, in a folder for diffusers: ours (MaskedDiffusionPipeline), dit_pipeline (diffusers' "
-    "DiTPipeline), or dit (its DiTTransformer2DModel alone)",
+BY_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "decode_layer")
+FLAGS = {
+    "model_path": Flag("", "checkpoint to read: ours or a published one, raw, EMA or a training file", "model"),
+    "out": Flag("", "what to write: a file ending in .safetensors or .pt, or a folder for diffusers", "saving"),
+    "diffusers_class": Flag(
+        "ours",
+        "of a DiT, in a folder for diffusers: ours (MaskedDiffusionPipeline), dit_pipeline (diffusers' DiTPipeline), "
+        "or dit (its DiTTransformer2DModel alone)",
+        "saving",
+    ),
+    **{
+        name: flag._replace(help=flag.help + UNRECORDED)
+        for name, flag in flags_of(ModelConfig, DiffusionConfig).items()
+        if name in BY_FLAGS
+    },
+    "drop_extra": flags_of(Request)["drop_extra"],
+    "vae_path": Flag(
+        None,
+        "hub name or folder of the autoencoder, or none for pixel space; for files without config.json, and for "
+        "folders for diffusers, which get a copy of it",
+        "model",
+        str,
+    ),
 }
 DIFFUSERS_CLASSES = ("ours", "dit_pipeline", "dit")
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    process = {name: diffusion_defaults()[name] for name in PROCESS_FLAGS}
-    defaults = {"model_path": "", "out": "", "decode_layer": None, **process, "drop_extra": False}
-    defaults |= {"vae_path": None, "diffusers_class": "ours"}
-    parser = argparse.ArgumentParser(description="Write a checkpoint in another format.")
-    add_dict_to_argparser(parser, defaults, {"decode_layer": optional(int)}, HELPS)
-    return parser
+    return make_parser("Write a checkpoint in another format.", FLAGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
 from masked_diffusion.data.latent_encoding import encode_shards
@@ -23,53 +24,37 @@ from masked_diffusion.data.sources import absolute
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, Autoencoder, load_first_stage
 from masked_diffusion.image_datasets import SourceDataset, open_dataset
+from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.script_util import (
-    add_dict_to_argparser,
-    add_launcher_flags,
+    MACHINE_FLAGS,
     choose_num_workers,
+    make_parser,
     place_from_args,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 
-HELPS = {
-    "data_dir": "images of any form that a training reads",
-    "out": "folder for the latents, which scripts/image_train.py takes as --data_dir",
-    "image_size": "side of the square images in pixels",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL",
-    "class_cond": "keep class labels",
-    "class_from": "where class names come from: auto, folder or filename",
-    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
-    "random_flip": "encode the mirror images, too; a training with --random_flip True needs them",
-    "dtype": "how the moments are stored: fp32, fp16 or bf16",
-    "shard_size": "images per file; an interruption costs what is done of one file per process",
-    "batch_size": "images that are encoded at once, per process",
-    "num_workers": "loader processes per process; -1 chooses by the number of cores",
-    "tf32": "allow TF32 matrix products on CUDA",
-    "device": "auto, cpu, cuda or cuda:N",
+DATA_FLAGS = flags_of(DataConfig)
+FLAGS = {
+    "data_dir": Flag("", "images of any form that a training reads", "data"),
+    "out": Flag("", "folder for the latents, which scripts/image_train.py takes as --data_dir", "saving"),
+    "image_size": flags_of(ModelConfig)["image_size"],
+    "vae_path": Flag(DEFAULT_VAE.format("mse"), "hub name or folder of a diffusers AutoencoderKL", "model"),
+    "class_cond": DATA_FLAGS["class_cond"]._replace(help="keep class labels"),
+    "class_from": DATA_FLAGS["class_from"],
+    "labels_file": DATA_FLAGS["labels_file"],
+    "random_flip": DATA_FLAGS["random_flip"]._replace(
+        help="encode the mirror images, too; a training with --random_flip True needs them"
+    ),
+    "dtype": Flag("fp32", "how the moments are stored: fp32, fp16 or bf16", "saving"),
+    "shard_size": Flag(1024, "images per file; an interruption costs what is done of one file per process", "saving"),
+    "batch_size": Flag(16, "images that are encoded at once, per process", "machine"),
+    **MACHINE_FLAGS,
 }
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "data_dir": "",
-        "out": "",
-        "image_size": 256,
-        "vae_path": DEFAULT_VAE.format("mse"),
-        "class_cond": True,
-        "class_from": "auto",
-        "labels_file": "",
-        "random_flip": True,
-        "dtype": "fp32",
-        "shard_size": 1024,
-        "batch_size": 16,
-        "num_workers": -1,
-        "tf32": False,
-        "device": "auto",
-    }
-    parser = argparse.ArgumentParser(description="Encode images once, so that trainings read their latents.")
-    add_dict_to_argparser(parser, defaults, helps=HELPS)
-    add_launcher_flags(parser)
-    return parser
+    return make_parser("Encode images once, so that trainings read their latents.", FLAGS, launched=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

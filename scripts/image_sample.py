@@ -16,108 +16,72 @@ from typing import Any
 import numpy as np
 import torch
 
-from masked_diffusion import dist_util, model_and_diffusion_defaults
+from masked_diffusion import dist_util
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models import family_policy
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
-from masked_diffusion.runs.config import library_versions
-from masked_diffusion.runs.family_defaults import SAMPLING, apply_family_defaults
+from masked_diffusion.runs.config import ModelConfig, library_versions
+from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
-from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.runs.trained import Request, Trained, open_trained
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
 from masked_diffusion.script_util import (
-    MODEL_AND_DIFFUSION_HELPS,
-    SAMPLER_HELPS,
-    WEIGHTS_HELPS,
-    add_dict_to_argparser,
-    add_launcher_flags,
-    args_to_dict,
+    CHECKPOINT_FLAGS,
+    COMPATIBILITY,
+    MACHINE_FLAGS,
+    apply_family_defaults,
     explicit_flags,
-    finite_float,
-    interval,
-    optional,
+    from_args,
+    make_parser,
     place_from_args,
     request_of,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 
-RECORDED = "; the checkpoint's config.json or its weights say, where they can"
-HELPS = {
-    **{name: text + RECORDED for name, text in MODEL_AND_DIFFUSION_HELPS.items()},
-    "num_samples": "images in the .npz",
-    **SAMPLER_HELPS,
-    "use_ddim": "the published spelling of --sampler ddim (eta 0)",
-    "seed": "with a sample's number, determines its noise and label",
-    "num_classes": "number of classes" + RECORDED,
-    "sigma_small": MODEL_AND_DIFFUSION_HELPS["sigma_small"],
-    **WEIGHTS_HELPS,
-    "model_path": "checkpoint to sample, such as ema_0.9999_400000.pt",
-    "num_sampling_steps": "steps of the sampler, whichever it is",
-    "clip_denoised": "clamp every estimate of x_0 to [-1, 1]",
-    "cfg_cond": "guide with the schedule --guidance up to --cfg_scale",
-    "cfg_scale": "largest weight of the guidance; needs --cfg_cond True; DiT has 1.5 by default",
-    "scale_pow": "power of --guidance power_cosine; needs --cfg_cond True",
-    "class_cond": "False samples the null class and writes no labels",
-    "labels": "random, balanced, or a comma list of labels or class names",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-    "vae_decoder": "ema or mse, where the first stage is the hub's default",
-    "batch_size": "images per batch; batches are shared out over the processes",
-    "model": "name of the model" + RECORDED,
-    "use_fp16": "compute in float16",
-    "compile": "compile the blocks: some minutes at the start, then faster steps; pixels differ by rounding",
-    "tf32": "allow TF32 matrix products on CUDA",
-    "device": "auto, cpu, cuda or cuda:N",
-    "mask_ratio": "accepted for compatibility: sampling does not mask",
-    "timestep_respacing": "accepted for compatibility: --num_sampling_steps decides",
-    "use_kl": "accepted for compatibility: a training loss",
-    "rescale_learned_sigmas": "accepted for compatibility: a training loss",
+IGNORED = {
+    "mask_ratio": "sampling does not mask",
+    "timestep_respacing": "--num_sampling_steps decides",
+    "use_kl": "a training loss",
+    "rescale_learned_sigmas": "a training loss",
 }
-IGNORED = ("mask_ratio", "timestep_respacing", "use_kl", "rescale_learned_sigmas")
+
+
+FLAGS = {
+    "model_path": Flag("", "checkpoint to sample, such as ema_0.9999_400000.pt", "sampling"),
+    "num_samples": Flag(5000, "images in the .npz", "sampling"),
+    "batch_size": Flag(16, "images per batch; batches are shared out over the processes", "sampling"),
+    "labels": Flag("random", "random, balanced, or a comma list of labels or class names", "sampling"),
+    **flags_of(SamplerConfig),
+    **CHECKPOINT_FLAGS,
+    "vae_decoder": CHECKPOINT_FLAGS["vae_decoder"]._replace(default=Request.usual_decoder),
+    "class_cond": Flag(True, "False samples the null class and writes no labels", "model"),
+    "use_fp16": Flag(False, "compute in float16", "machine"),
+    "compile": Flag(
+        False, "compile the blocks: some minutes at the start, then faster steps; pixels differ by rounding", "machine"
+    ),
+    "device": MACHINE_FLAGS["device"],
+    "tf32": MACHINE_FLAGS["tf32"]._replace(default=True),
+    "use_ddim": Flag(False, "the published spelling of --sampler ddim (eta 0)", COMPATIBILITY),
+    **{
+        name: flags_of(ModelConfig, DiffusionConfig)[name]._replace(
+            help=f"accepted for compatibility: {reason}", group=COMPATIBILITY
+        )
+        for name, reason in IGNORED.items()
+    },
+}
+MOST_USED = (
+    "model_path", "num_samples", "batch_size", "labels", "cfg_cond", "cfg_scale", "sampler", "num_sampling_steps",
+    "seed", "device",
+)  # fmt: skip
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "model_path": "",
-        "num_samples": 5000,
-        "batch_size": 16,
-        "num_sampling_steps": 250,
-        "use_ddim": False,
-        "sampler": "ddpm",
-        "clip_denoised": False,
-        "cfg_cond": False,
-        "guide_from": "null_label",
-        "guidance": "power_cosine",
-        "cfg_scale": 3.8,
-        "scale_pow": 4.0,
-        "cfg_interval": None,
-        "cfg_channels": 3,
-        "cfg_skip_tol": 0.0,
-        "labels": "random",
-        "seed": 0,
-        "model": "MDT_S_2",
-        **model_and_diffusion_defaults(),
-        "num_classes": None,
-        "interpolate_pos": False,
-        "drop_extra": False,
-        "vae_path": None,
-        "vae_decoder": "ema",
-        "compile": False,
-        "tf32": True,
-        "device": "auto",
-    }
-    types = {
-        "mask_ratio": optional(finite_float),
-        "decode_layer": optional(int),
-        "num_classes": optional(int),
-        "cfg_interval": interval,
-    }
-    parser = argparse.ArgumentParser(description="Sample images from a trained model into an .npz.")
-    add_dict_to_argparser(parser, defaults, types, HELPS)
-    add_launcher_flags(parser)
-    return parser
+    return make_parser("Sample images from a trained model into an .npz.", FLAGS, MOST_USED, launched=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
     args.sampler = sampler_name(args, explicit)
-    SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))  # before the weights are read
+    from_args(SamplerConfig, args)  # before the weights are read
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -160,7 +124,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
     name = trained.config.model.model
     apply_family_defaults(SAMPLING, name, args, explicit)
-    sampler = SamplerConfig(**args_to_dict(args, SamplerConfig.__dataclass_fields__))
+    sampler = from_args(SamplerConfig, args)
     if sampler.cfg_cond:
         say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
         if "guidance" not in explicit:  # else it was said above

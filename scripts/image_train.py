@@ -14,190 +14,89 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from masked_diffusion import dist_util, dry_run, model_and_diffusion_defaults
+from masked_diffusion import dist_util, dry_run
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
 from masked_diffusion.models import family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
 from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
     CONFIG_NAME,
-    DiffusionConfig,
     ModelConfig,
     RunConfig,
     changed_settings,
     check_resume,
     read_config,
 )
-from masked_diffusion.runs.family_defaults import TRAINING, apply_family_defaults
+from masked_diffusion.runs.family_defaults import TRAINING
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
+from masked_diffusion.runs.trained import Request
 from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
-    MODEL_AND_DIFFUSION_HELPS,
-    SAMPLER_HELPS,
-    WEIGHTS_HELPS,
-    add_dict_to_argparser,
-    add_launcher_flags,
-    args_to_dict,
+    COMPATIBILITY,
+    MACHINE_FLAGS,
+    apply_family_defaults,
     choose_num_workers,
     explicit_flags,
-    finite_float,
-    optional,
+    from_args,
+    make_parser,
     place_from_args,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 from masked_diffusion.train_util import TrainLoop
-from masked_diffusion.training.optimizers import OPTIMIZERS
 from masked_diffusion.training.train_config import TrainConfig, training_record
 from masked_diffusion.training.training_eval import EvalConfig, Evaluation
 
-HELPS = {
-    **MODEL_AND_DIFFUSION_HELPS,
-    "objective": "what the network learns to predict: " + " or ".join(OBJECTIVES),
-    "opt": "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default",
-    "lr": "learning rate; DiT has 1e-4 by default",
-    "weight_decay": "weight decay of the optimizer, decoupled",
-    "grad_clip": "largest norm of the whole model's gradient; 0 = any; MDTv2 has 1 by default",
-    "min_snr_gamma": "cap of the min-SNR loss weighting, such as 5; None weights all timesteps alike; MDTv2 has 5 by "
-    "default",
-    "shard": "what several processes share out: none; zero, the optimizer's state; fsdp, weights, gradients and EMA, "
-    "too; MDTv2 has zero by default",
-    "use_zero": "True is --shard zero, False is --shard none; the published name of it",
-    "log_interval": "steps between rows of the log",
-    "save_interval": "steps between checkpoints; a last one is always written",
-    "max_bad_steps": "stop after so many steps in a row without finite gradients; 0 = never",
-    "max_bad_share": "stop when more than this share of the images cannot be read (one always may, unless it is 0)",
-    "keep_checkpoints": "keep only so many of the newest checkpoints (two at least); 0 keeps all",
-    "weights_format": "of model and EMA files: pt or safetensors",
-    "keep_every": "with --keep_checkpoints, also keep those of steps divisible by this; 0 for none",
-    "use_bf16": "compute in bfloat16; weights stay float32",
-    "use_fp16": "compute in float16 with a gradient scaler; weights stay float32",
-    "compile": "compile the blocks: some minutes at the start, then faster steps; results differ by rounding",
-    "grad_checkpointing": "run each block again in backward: less memory, a third more time, the same results",
-    "model": "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2",
-    "policy": "which tokens leave in training, and how they come back: " + ", ".join(POLICIES) + "; None is the "
-    "model's own: mdt, mdtv2, or none for DiT",
-    "route": "LEAVE,BACK: before which blocks, counted from 0, tokens leave and come back; None is the policy's own",
-    "random_flip": "mirror half of the images",
-    "fast_decode": "decode and resize images by faster code; pixels differ slightly from the published crops'",
-    "random_crop": "crop at random, as ADM does, instead of at the centre",
-    "seed": "determines order, crops, noise and the fresh weights",
-    "data_dir": "images (folder, archive, array), latents (encode_latents.py), builtin:digits, builtin:shapes",
-    "schedule_sampler": "uniform or loss-second-moment",
-    "lr_anneal_steps": "end the run here, with lr falling linearly to 0; 0 = constant lr",
-    "max_steps": "end the run here; 0 = never",
-    "batch_size": "images per process and step",
-    "microbatch": "images per pass, to save memory; -1 = the whole batch",
-    "ema_rate": "rate, or comma list of rates; none with --ema_power",
-    "ema_warmup": "let the rate of --ema_rate begin at 0.1 and rise as s/(9 + s) with the update s, for short runs",
-    "ema_power": "lengths of power-function averages, as a share of the training, such as 0.05,0.10; their snapshots "
-    "give any other length (scripts/posthoc_ema.py)",
-    "ema_snapshot_interval": "steps between snapshots of the averages of --ema_power",
-    "resume_checkpoint": "auto, a model file, or empty for a fresh run",
-    "overwrite": "move the checkpoints in the output folder aside and start anew",
-    "dry_run": "check everything, train two steps, say what a run would take, and write nothing",
-    "init_from": "weights to start from at step 0; label rows follow the class names",
-    "interpolate_pos": WEIGHTS_HELPS["interpolate_pos"] + ", with --init_from",
-    "drop_extra": WEIGHTS_HELPS["drop_extra"] + ", with --init_from",
-    "freeze": "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)",
-    "fp16_scale_growth": "log2 of the loss scale's growth per step under --use_fp16",
-    "class_from": "where class names come from: auto, folder or filename",
-    "labels_file": "CSV or JSON lines with the columns file and label, in place of the names'",
-    "num_classes": "number of classes, if more than the data has",
-    "vae_path": "hub name or folder of a diffusers AutoencoderKL, or none for pixel space; default: "
-    + DEFAULT_VAE.format("mse"),
-    "num_workers": "loader processes per training process; -1 chooses by the number of cores",
-    "device": "auto, cpu, cuda or cuda:N",
-    "tf32": "allow TF32 matrix products on CUDA",
-    "preview_samples": "images in the grid drawn at every save; 0 = none",
-    "preview_steps": "sampling steps of that grid",
-    "eval_interval": "steps between evaluations of the EMA, each of which saves a checkpoint; 0 = never",
-    "eval_num_samples": "images to sample for an evaluation",
-    "eval_ref": "reference batch or folder to compare them with, see evaluations/README.md",
-    "eval_graph": "the evaluator's network; default: where the evaluator looks for it",
-    "eval_backend": "what runs that network: torch, or tensorflow for other graphs than Inception",
-    "eval_sampler": SAMPLER_HELPS["sampler"],
-    "eval_sampling_steps": "steps of that sampler",
-    "eval_cfg_scale": "largest weight of the guidance; 0 = none",
-    "eval_batch_size": "images per process that are sampled at a time",
+WITH_INIT = ", with --init_from"
+FLAGS = {
+    **flags_of(DataConfig, ModelConfig, DiffusionConfig, TrainConfig, EvalConfig),
+    "vae_path": Flag(
+        DEFAULT_VAE.format("mse"),
+        "hub name or folder of a diffusers AutoencoderKL, or none for pixel space",
+        "model",
+    ),
+    "init_from": Flag(None, "weights to start from at step 0; label rows follow the class names", "model", str),
+    **{
+        name: flag._replace(help=flag.help + WITH_INIT)
+        for name, flag in flags_of(Request).items()
+        if name in ("interpolate_pos", "drop_extra")
+    },
+    "freeze": Flag(
+        "", "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)", "model"
+    ),
+    "objective": Flag(
+        ObjectiveConfig.objective, "what the network learns to predict: " + " or ".join(OBJECTIVES), "diffusion"
+    ),
+    "schedule_sampler": Flag("uniform", "uniform or loss-second-moment", "diffusion"),
+    "dry_run": Flag(
+        False, "check everything, train two steps, say what a run would take, and write nothing", "training"
+    ),
+    "resume_checkpoint": Flag("auto", "auto, a model file, or empty for a fresh run", "saving"),
+    "overwrite": Flag(False, "move the checkpoints in the output folder aside and start anew", "saving"),
+    **MACHINE_FLAGS,
+    "use_zero": Flag(False, "True is --shard zero, False is --shard none; the published name of it", COMPATIBILITY),
 }
+MOST_USED = (
+    "data_dir", "image_size", "model", "mask_ratio", "decode_layer", "batch_size", "lr", "max_steps", "save_interval",
+    "dry_run",
+)  # fmt: skip
 OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
 EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "data_dir": "",
-        "schedule_sampler": "uniform",
-        "opt": "adamw",
-        "lr": 3e-4,
-        "weight_decay": 0.0,
-        "grad_clip": 0.0,
-        "shard": "none",
-        "use_zero": False,
-        "lr_anneal_steps": 0,
-        "max_steps": 0,
-        "batch_size": 1,
-        "microbatch": -1,
-        "ema_rate": "0.9999",
-        "ema_warmup": False,
-        "ema_power": "",
-        "ema_snapshot_interval": 5000,
-        "log_interval": 10,
-        "save_interval": 10000,
-        "max_bad_steps": 10,
-        "max_bad_share": 0.01,
-        "keep_checkpoints": 0,
-        "keep_every": 0,
-        "weights_format": "pt",
-        "resume_checkpoint": "auto",
-        "overwrite": False,
-        "dry_run": False,
-        "init_from": None,
-        "interpolate_pos": False,
-        "drop_extra": False,
-        "freeze": "",
-        "use_bf16": False,
-        "compile": False,
-        "grad_checkpointing": False,
-        "fp16_scale_growth": 1e-3,
-        "model": "MDT_S_2",
-        "policy": None,
-        "route": None,
-        **model_and_diffusion_defaults(),
-        "objective": "ddpm",
-        "min_snr_gamma": None,
-        "num_classes": None,
-        "class_from": "auto",
-        "labels_file": "",
-        "random_flip": True,
-        "random_crop": False,
-        "fast_decode": False,
-        "vae_path": DEFAULT_VAE.format("mse"),
-        "num_workers": -1,
-        "seed": 0,
-        "device": "auto",
-        "tf32": False,
-        "preview_samples": 16,
-        "preview_steps": 25,
-        **dataclasses.asdict(EvalConfig()),
-    }
-    types = {name: optional(finite_float) for name in ("mask_ratio", "min_snr_gamma")}
-    types |= {name: optional(int) for name in ("decode_layer", "num_classes")}
-    types |= {"policy": str, "route": optional(str)}  # "none" is a policy
-    parser = argparse.ArgumentParser(description="Train a Masked Diffusion Transformer.")
-    add_dict_to_argparser(parser, defaults, types, HELPS)
-    add_launcher_flags(parser)
-    return parser
+    return make_parser("Train a Masked Diffusion Transformer.", FLAGS, MOST_USED, launched=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,22 +111,13 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     tries it out. Raises ValueError or OSError."""
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
-    config = TrainConfig(**args_to_dict(args, TrainConfig.__dataclass_fields__))
-    eval_config = EvalConfig(**args_to_dict(args, EvalConfig.__dataclass_fields__))
+    config = from_args(TrainConfig, args)
+    eval_config = from_args(EvalConfig, args)
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
-    dataset = open_dataset(
-        args.data_dir,
-        image_size=args.image_size,
-        class_cond=args.class_cond,
-        class_from=args.class_from,
-        labels_file=args.labels_file,
-        random_crop=args.random_crop,
-        random_flip=args.random_flip,
-        fast_decode=args.fast_decode,
-    )
+    dataset = open_dataset(**dataclasses.asdict(from_args(DataConfig, args)), image_size=args.image_size)
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
@@ -406,8 +296,8 @@ def make_run_config(
             policy=args.policy,
             route=args.route,
         ),
-        diffusion=DiffusionConfig(**args_to_dict(args, DiffusionConfig.__dataclass_fields__)),
-        objective=ObjectiveConfig(**args_to_dict(args, ObjectiveConfig.__dataclass_fields__)),
+        diffusion=from_args(DiffusionConfig, args),
+        objective=from_args(ObjectiveConfig, args),
         first_stage=first_stage.description,
         class_names=dataset.class_names,
         class_cond=args.class_cond,

@@ -24,51 +24,38 @@ from masked_diffusion.sampling.gallery import masked_inputs, reconstruction, rel
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.pictures import check_picture_path, save_picture
 from masked_diffusion.script_util import (
-    CHECKPOINT_HELPS,
-    SAMPLER_HELPS,
-    add_dict_to_argparser,
+    MACHINE_FLAGS,
+    checkpoint_flags,
     explicit_flags,
     finite_float,
-    optional,
+    make_parser,
     request_of,
     run_script,
 )
+from masked_diffusion.settings import Flag, flags_of
 
 MODES = ("relative_bias", "reconstruction")
 DEFAULT_MASK_RATIO = 0.3
-HELPS = {
-    **CHECKPOINT_HELPS,
-    "model_path": "checkpoint, such as ema_0.9999_400000.pt",
-    "out": "picture to write, .png or .jpg; default: the mode's name .png",
-    "data_dir": "images of any form that a training reads; for reconstruction",
-    "num_images": "images to reconstruct, evenly spaced in the data",
-    "mask_ratio": "share of the tokens to mask; default: the training's, else 0.3",
-    "seed": "determines masks and noise",
-    "sampler": SAMPLER_HELPS["sampler"],
-    "num_sampling_steps": "steps of the sampler",
+OPENED_BY = ("model", "image_size", "decode_layer", "vae_path", "vae_decoder")
+FLAGS = {
+    "model_path": Flag("", "checkpoint, such as ema_0.9999_400000.pt", "sampling"),
+    "out": Flag(None, "picture to write, .png or .jpg; default: the mode's name .png", "sampling", str),
+    "data_dir": Flag("", "images of any form that a training reads; for reconstruction", "data"),
+    "num_images": Flag(8, "images to reconstruct, evenly spaced in the data", "data"),
+    "mask_ratio": Flag(
+        None, "share of the tokens to mask; default: the training's, else 0.3", "sampling", finite_float
+    ),
+    "seed": Flag(0, "determines masks and noise", "sampling"),
+    "sampler": flags_of(SamplerConfig)["sampler"]._replace(default="ddim"),
+    "num_sampling_steps": flags_of(SamplerConfig)["num_sampling_steps"]._replace(default=50),
+    **{name: flag for name, flag in checkpoint_flags("MDT_XL_2", "mse").items() if name in OPENED_BY},
+    "device": MACHINE_FLAGS["device"],
 }
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "model_path": "",
-        "out": None,
-        "data_dir": "",
-        "num_images": 8,
-        "mask_ratio": None,
-        "seed": 0,
-        "sampler": "ddim",
-        "num_sampling_steps": 50,
-        "model": "MDT_XL_2",
-        "image_size": 256,
-        "decode_layer": None,
-        "vae_path": None,
-        "vae_decoder": "mse",
-        "device": "auto",
-    }
-    parser = argparse.ArgumentParser(description="Look into a trained model.")
+    parser = make_parser("Look into a trained model.", FLAGS)
     parser.add_argument("mode", choices=MODES, help="heat maps of the position biases, or images masked and filled")
-    add_dict_to_argparser(parser, defaults, {"mask_ratio": finite_float, "decode_layer": optional(int)}, HELPS)
     return parser
 
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.models import create_model, family_policy
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.randomness import FIRST_STREAM, STREAM
-from masked_diffusion.respace import SpacedDiffusion
+from masked_diffusion.settings import flag, setting
 
 CONFIG_NAME = "config.json"
 # Settings that the weights or the meaning of their output depend on.
@@ -36,17 +37,29 @@ class ModelConfig:
     route: between which blocks tokens are away, such as ``2,9``, under policies that take one.
     """
 
-    model: str
-    image_size: int
+    model: str = field(metadata=flag("MDT_S_2", "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2", "model"))
+    image_size: int = field(metadata=flag(256, "side of the square images in pixels", "data"))
     downsample: int
     in_channels: int
-    num_classes: int
-    mask_ratio: float | None = None
-    decode_layer: int | None = None
+    num_classes: int = field(metadata=flag(None, "number of classes, if more than the data has", "model", int | None))
+    mask_ratio: float | None = setting(
+        None, "share of the tokens to mask, such as 0.30; None trains without masking", "model"
+    )
+    decode_layer: int | None = setting(None, "decoder blocks; None means 2, for MDTv2 4", "model")
     learn_sigma: bool = True
     class_dropout_prob: float = 0.1
-    policy: str | None = None
-    route: str | None = None
+    policy: str | None = setting(
+        None,
+        f"which tokens leave in training, and how they come back: {', '.join(POLICIES)}; None is the model's own: mdt, "
+        "mdtv2, or none for DiT",
+        "model",
+        str,  # "none" is a policy
+    )
+    route: str | None = setting(
+        None,
+        "LEAVE,BACK: before which blocks, counted from 0, tokens leave and come back; None is the policy's own",
+        "model",
+    )
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.image_size % self.downsample:
@@ -90,29 +103,6 @@ def _as_flags(message: str, config: ModelConfig) -> str:
     if message.startswith("input_size"):
         return f"--image_size {config.image_size} --model {config.model}: {message}"
     return f"--{message}" if message.startswith(("decode_layer", "mask_ratio")) else message
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """What a diffusion process is built from, see :func:`masked_diffusion.create_diffusion`."""
-
-    diffusion_steps: int = 1000
-    noise_schedule: str = "linear"
-    timestep_respacing: str = ""
-    use_kl: bool = False
-    predict_xstart: bool = False
-    learn_sigma: bool = True
-    sigma_small: bool = False
-    rescale_learned_sigmas: bool = False
-    min_snr_gamma: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
-            raise ValueError(f"--min_snr_gamma {self.min_snr_gamma}: must be positive, or None for no weighting")
-
-    def build(self) -> SpacedDiffusion:
-        """The process. Raises ValueError for an unknown schedule or an impossible respacing."""
-        return create_diffusion(**dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,7 @@
 The flags' own defaults are MDT's. Sources: the published trainings of MDTv2 (2303.14389) and DiT (2212.09748).
 """
 
-import argparse
 from typing import Any
-
-from masked_diffusion.models import family_of
 
 Settings = dict[str, Any]
 
@@ -17,12 +14,3 @@ TRAINING: dict[str, Settings] = {
     "DiT": {"lr": 1e-4},
 }
 SAMPLING: dict[str, Settings] = {"MDT": {}, "MDTv2": {}, "DiT": {"cfg_scale": 1.5, "guidance": "constant"}}
-
-
-def apply_family_defaults(
-    recipes: dict[str, Settings], model: str, args: argparse.Namespace, explicit: set[str]
-) -> None:
-    """Set what the recipe of ``model``'s family says and no flag does. Raises ValueError for an unknown model."""
-    for name, value in recipes[family_of(model)].items():
-        if name not in explicit:
-            setattr(args, name, value)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
 from masked_diffusion.models import MDT, ignored_settings
@@ -16,12 +17,12 @@ from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
     FIXED_MODEL_SETTINGS,
     FIXED_PROCESS_SETTINGS,
-    DiffusionConfig,
     ModelConfig,
     RunConfig,
     read_config,
 )
 from masked_diffusion.runs.weights import Recognised, fit_positions, recognise
+from masked_diffusion.settings import setting
 
 HUB_DEFAULTS = [DEFAULT_VAE.format(decoder) for decoder in ("ema", "mse")]
 
@@ -67,10 +68,19 @@ class Request:
     noise_schedule: str | None = None
     sigma_small: bool | None = None
     class_cond: bool | None = None
-    vae_path: str | None = None
-    vae_decoder: str | None = None
-    interpolate_pos: bool = False
-    drop_extra: bool = False
+    vae_path: str | None = setting(
+        None,
+        "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
+        "model",
+        str,
+    )
+    vae_decoder: str | None = setting(None, "ema or mse, where the first stage is the hub's default", "model", str)
+    interpolate_pos: bool = setting(
+        False, "take weights of another resolution: resize their position and relative tables", "model"
+    )
+    drop_extra: bool = setting(
+        False, "leave out weights that the model does not have, instead of refusing the file", "model"
+    )
     usual_decoder: str = "ema"
     usual_decode_layer: int | None = None
 

@@ -21,6 +21,7 @@ from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
+from masked_diffusion.settings import setting
 
 GUIDE_FROM = ("null_label",)
 
@@ -36,18 +37,34 @@ class SamplerConfig:
     prediction is computed. Raises ValueError for other values.
     """
 
-    num_sampling_steps: int = 250
-    sampler: str = "ddpm"
-    clip_denoised: bool = False
-    cfg_cond: bool = False
-    guide_from: str = "null_label"
-    guidance: str = "power_cosine"
-    cfg_scale: float = 3.8
-    scale_pow: float = 4.0
-    cfg_interval: list[int] | None = None
-    cfg_channels: int = GUIDED_CHANNELS
-    cfg_skip_tol: float = 0.0
-    seed: int = 0
+    num_sampling_steps: int = setting(250, "steps of the sampler, whichever it is", "sampling")
+    sampler: str = setting(
+        "ddpm", "ddpm or ddim; or, for fewer steps, a solver without noise: dpmsolver++, unipc, heun", "sampling"
+    )
+    clip_denoised: bool = setting(False, "clamp every estimate of x_0 to [-1, 1]", "sampling")
+    cfg_cond: bool = setting(False, "guide with the schedule --guidance up to --cfg_scale", "guidance")
+    guide_from: str = setting(
+        "null_label", "what predictions are led away from: null_label (classifier-free guidance)", "guidance"
+    )
+    guidance: str = setting(
+        "power_cosine",
+        "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
+        "guidance",
+    )
+    cfg_scale: float = setting(
+        3.8, "largest weight of the guidance; needs --cfg_cond True; DiT has 1.5 by default", "guidance"
+    )
+    scale_pow: float = setting(4.0, "power of --guidance power_cosine; needs --cfg_cond True", "guidance")
+    cfg_interval: list[int] | None = setting(
+        None, "first and last timestep that --guidance interval guides at, such as 80-470", "guidance"
+    )
+    cfg_channels: int = setting(GUIDED_CHANNELS, "latent channels that are guided: 3, as published, or 4", "guidance")
+    cfg_skip_tol: float = setting(
+        0.0,
+        "do not compute the weak prediction where the weight is within this of 1, such as 0.01: faster",
+        "guidance",
+    )
+    seed: int = setting(0, "with a sample's number, determines its noise and label", "sampling")
 
     def __post_init__(self) -> None:
         if self.num_sampling_steps < 1:

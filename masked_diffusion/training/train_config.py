@@ -8,6 +8,7 @@ import torch
 
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.posthoc_ema import LONGEST_STD, gamma_of
+from masked_diffusion.settings import setting
 from masked_diffusion.training.optimizers import OPTIMIZERS
 from masked_diffusion.training.sharding import SHARDINGS
 
@@ -19,34 +20,62 @@ class TrainConfig:
     of the whole model's gradient, 0 for any. ema_rate: rates of averages, ``none`` for none. ema_power: lengths of
     averages, empty for none."""
 
-    opt: str = "adamw"
-    lr: float = 3e-4
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0
-    shard: str = "none"
-    lr_anneal_steps: int = 0
-    max_steps: int = 0
-    batch_size: int = 1
-    microbatch: int = -1
-    ema_rate: str = "0.9999"
-    ema_warmup: bool = False
-    ema_power: str = ""
-    ema_snapshot_interval: int = 5000
-    log_interval: int = 10
-    save_interval: int = 10000
-    use_fp16: bool = False
-    fp16_scale_growth: float = 1e-3
-    use_bf16: bool = False
-    compile: bool = False
-    grad_checkpointing: bool = False
-    seed: int = 0
-    max_bad_steps: int = 10
-    max_bad_share: float = 0.01
-    keep_checkpoints: int = 0
-    keep_every: int = 0
-    weights_format: str = "pt"
-    preview_samples: int = 16
-    preview_steps: int = 25
+    opt: str = setting("adamw", "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default", "training")
+    lr: float = setting(3e-4, "learning rate; DiT has 1e-4 by default", "training")
+    weight_decay: float = setting(0.0, "weight decay of the optimizer, decoupled", "training")
+    grad_clip: float = setting(
+        0.0, "largest norm of the whole model's gradient; 0 = any; MDTv2 has 1 by default", "training"
+    )
+    shard: str = setting(
+        "none",
+        "what several processes share out: none; zero, the optimizer's state; fsdp, weights, gradients and EMA, "
+        "too; MDTv2 has zero by default",
+        "machine",
+    )
+    lr_anneal_steps: int = setting(0, "end the run here, with lr falling linearly to 0; 0 = constant lr", "training")
+    max_steps: int = setting(0, "end the run here; 0 = never", "training")
+    batch_size: int = setting(1, "images per process and step", "training")
+    microbatch: int = setting(-1, "images per pass, to save memory; -1 = the whole batch", "training")
+    ema_rate: str = setting("0.9999", "rate, or comma list of rates; none with --ema_power", "training")
+    ema_warmup: bool = setting(
+        False,
+        "let the rate of --ema_rate begin at 0.1 and rise as s/(9 + s) with the update s, for short runs",
+        "training",
+    )
+    ema_power: str = setting(
+        "",
+        "lengths of power-function averages, as a share of the training, such as 0.05,0.10; their snapshots give any "
+        "other length (scripts/posthoc_ema.py)",
+        "training",
+    )
+    ema_snapshot_interval: int = setting(5000, "steps between snapshots of the averages of --ema_power", "saving")
+    log_interval: int = setting(10, "steps between rows of the log", "saving")
+    save_interval: int = setting(10000, "steps between checkpoints; a last one is always written", "saving")
+    use_fp16: bool = setting(False, "compute in float16 with a gradient scaler; weights stay float32", "machine")
+    fp16_scale_growth: float = setting(1e-3, "log2 of the loss scale's growth per step under --use_fp16", "machine")
+    use_bf16: bool = setting(False, "compute in bfloat16; weights stay float32", "machine")
+    compile: bool = setting(
+        False, "compile the blocks: some minutes at the start, then faster steps; results differ by rounding", "machine"
+    )
+    grad_checkpointing: bool = setting(
+        False, "run each block again in backward: less memory, a third more time, the same results", "machine"
+    )
+    seed: int = setting(0, "determines order, crops, noise and the fresh weights", "training")
+    max_bad_steps: int = setting(
+        10, "stop after so many steps in a row without finite gradients; 0 = never", "training"
+    )
+    max_bad_share: float = setting(
+        0.01, "stop when more than this share of the images cannot be read (one always may, unless it is 0)", "data"
+    )
+    keep_checkpoints: int = setting(
+        0, "keep only so many of the newest checkpoints (two at least); 0 keeps all", "saving"
+    )
+    keep_every: int = setting(
+        0, "with --keep_checkpoints, also keep those of steps divisible by this; 0 for none", "saving"
+    )
+    weights_format: str = setting("pt", "of model and EMA files: pt or safetensors", "saving")
+    preview_samples: int = setting(16, "images in the grid drawn at every save; 0 = none", "saving")
+    preview_steps: int = setting(25, "sampling steps of that grid", "saving")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_interval", "save_interval", "preview_steps", "ema_snapshot_interval"):

@@ -30,6 +30,7 @@ from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig, library_versions
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet
+from masked_diffusion.settings import flags_of, setting
 
 BACKENDS = ("torch", "tensorflow")
 FOLDER_NAME = "evaluation"
@@ -59,15 +60,21 @@ class EvalConfig:
     batch. eval_graph: the network's file, empty for where the evaluator looks for it. eval_cfg_scale: 0 for no
     guidance. Raises ValueError or FileNotFoundError for what cannot be."""
 
-    eval_interval: int = 0
-    eval_num_samples: int = 10000
-    eval_ref: str = ""
-    eval_graph: str = ""
-    eval_backend: str = "torch"
-    eval_sampler: str = "ddpm"
-    eval_sampling_steps: int = 250
-    eval_cfg_scale: float = 0.0
-    eval_batch_size: int = 32
+    eval_interval: int = setting(
+        0, "steps between evaluations of the EMA, each of which saves a checkpoint; 0 = never", "evaluation"
+    )
+    eval_num_samples: int = setting(10000, "images to sample for an evaluation", "evaluation")
+    eval_ref: str = setting(
+        "", "reference batch or folder to compare them with, see evaluations/README.md", "evaluation"
+    )
+    eval_graph: str = setting("", "the evaluator's network; default: where the evaluator looks for it", "evaluation")
+    eval_backend: str = setting(
+        "torch", "what runs that network: torch, or tensorflow for other graphs than Inception", "evaluation"
+    )
+    eval_sampler: str = setting(SamplerConfig.sampler, flags_of(SamplerConfig)["sampler"].help, "evaluation")
+    eval_sampling_steps: int = setting(SamplerConfig.num_sampling_steps, "steps of that sampler", "evaluation")
+    eval_cfg_scale: float = setting(0.0, "largest weight of the guidance; 0 = none", "evaluation")
+    eval_batch_size: int = setting(32, "images per process that are sampled at a time", "evaluation")
 
     def __post_init__(self) -> None:
         for name, least in (

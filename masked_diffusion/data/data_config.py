@@ -1,0 +1,22 @@
+"""Settings of the data."""
+
+from dataclasses import dataclass
+
+from masked_diffusion.settings import setting
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and what is done to them, see :func:`masked_diffusion.image_datasets.open_dataset`."""
+
+    data_dir: str = setting(
+        "", "images (folder, archive, array), latents (encode_latents.py), builtin:digits, builtin:shapes", "data"
+    )
+    class_cond: bool = setting(True, "use class labels", "data")
+    class_from: str = setting("auto", "where class names come from: auto, folder or filename", "data")
+    labels_file: str = setting("", "CSV or JSON lines with the columns file and label, in place of the names'", "data")
+    random_flip: bool = setting(True, "mirror half of the images", "data")
+    random_crop: bool = setting(False, "crop at random, as ADM does, instead of at the centre", "data")
+    fast_decode: bool = setting(
+        False, "decode and resize images by faster code; pixels differ slightly from the published crops'", "data"
+    )
