@@ -1,1 +1,1 @@
-"""What a data set is and how its images are found, ordered, decoded, encoded and named."""
+"""Data sets: finding, ordering, decoding, encoding and naming their images."""

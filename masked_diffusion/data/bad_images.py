@@ -1,6 +1,6 @@
-"""Images that cannot be read: counted over all processes, listed in ``bad_files.txt``; too many of them end a run.
+"""Count unreadable images over all processes, list them in ``bad_files.txt``, and end a run that has too many.
 
-What takes their place is decided where images are loaded (``image_datasets.py``).
+``image_datasets.py`` decides which image takes the place of one that cannot be read.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def _from_json(text: str) -> str:
 
 
 class BadImages:
-    """The unreadable images of a run. All ranks know the same of them, after each :meth:`gather`.
+    """The unreadable images of a run. All ranks know the same ones after each :meth:`gather`.
 
     dataset, seed: those of the stream. max_bad_share: of the data set's images, in [0, 1]; one image is always let
     pass, unless the share is 0. path: of the list, which rank 0 writes.
@@ -82,9 +82,9 @@ class BadImages:
         self._new |= set(errors)
 
     def take_up(self, resumed: bool) -> list[str]:
-        """Go on from the list of a resumed run; that of another run is moved aside. Returns messages for the log.
+        """Continue the list of a resumed run, or move another run's list aside. Returns messages for the log.
 
-        What is no longer in the data set, or can be read now, is taken off it; what :meth:`check` found is added.
+        Takes images off the list that are gone from the data set or can be read now. Adds what :meth:`check` found.
         Raises ValueError when this is too many.
         """
         if not resumed:
@@ -111,7 +111,7 @@ class BadImages:
         return len(names), found
 
     def note(self, batch: Mapping[str, Tensor]) -> None:
-        """Take in which images of this rank's batch were replaced: all candidates before the one that was used."""
+        """Note which images of this rank's batch were replaced: all candidates before the one that was used."""
         replaced = batch["used"] != batch["index"]
         columns = (batch[name][replaced].tolist() for name in ("epoch", "index", "used"))
         for epoch, index, used in zip(*columns, strict=True):
@@ -122,7 +122,7 @@ class BadImages:
         self._new -= self.found.keys()
 
     def gather(self) -> list[str]:
-        """Tell all ranks what each has found since the last time, and list it; all must call this together.
+        """Share what each rank found since the last call, and list it. Collective: every rank must call it.
 
         Returns messages for the log.
         """
@@ -148,7 +148,7 @@ class BadImages:
         return messages
 
     def problem(self) -> str | None:
-        """What to say when more images are bad than allowed, the same on all ranks; else None."""
+        """Describe the problem when more images are bad than allowed, equal on all ranks; else None."""
         if len(self.found) <= self.allowed:
             return None
         return (

@@ -1,8 +1,8 @@
-"""Which image comes when: the order of the training stream, and each rank's share of it.
+"""Decide which image comes when: the order of the training stream, and each rank's share of it.
 
 The data are one endless stream: a permutation of all images per epoch, one after the other, keyed by (seed, epoch).
-A *position* is the number of images consumed so far by all ranks together. It is the only state: a run is resumed,
-on any number of ranks, by going on from there. A global batch is the next batch_size * world_size items, may span
+A *position* is the number of images that all ranks together have consumed. It is the only state: a run resumes from
+it on any number of ranks. A global batch is the next batch_size * world_size items, may span
 epochs, and is cut into one run of batch_size items per rank, in rank order.
 """
 
@@ -56,10 +56,9 @@ class DataOrder:
 
 
 def candidates(item: Item, num_items: int, seed: int) -> Iterator[int]:
-    """Images to try in turn for an item of the stream: its own, then MAX_REPLACEMENTS drawn from all of the set.
+    """List the images to try in turn for an item of the stream: its own, then MAX_REPLACEMENTS drawn from the set.
 
-    They depend on nothing but (seed, epoch, index), so that whoever comes to the item replaces an unreadable image
-    by the same other one.
+    They depend only on (seed, epoch, index), so every process replaces an unreadable image by the same other one.
     """
     epoch, index = item
     yield index
@@ -96,10 +95,10 @@ class RankBatches:
 
 
 class ReadAhead(Generic[T]):
-    """Batches in their order, each fetched READ_AHEAD steps before its turn.
+    """Yield batches in their order, each fetched READ_AHEAD steps before its turn.
 
-    A rank whose data fail can so do its part of this step and the next, in which it lets the others know
-    (``Ranks.any`` answers a step late): they stop together and nothing is lost. failure: what was raised, if anything.
+    A rank whose data fail can still do its part of this step and the next one, and tell the others meanwhile
+    (``Ranks.any`` answers a step late). All ranks then stop together and nothing is lost. failure: the error, if any.
     """
 
     def __init__(self, batches: Iterator[T]) -> None:

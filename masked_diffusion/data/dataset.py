@@ -1,4 +1,4 @@
-"""What the stream of batches asks of a data set."""
+"""Interface of a data set, as the stream of batches uses it."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class ImageDataset:
-    """What the stream asks of a data set.
+    """A data set of images or latents with labels.
 
     image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
     labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
@@ -40,7 +40,7 @@ class ImageDataset:
         raise NotImplementedError
 
     def name_of(self, index: int) -> str:
-        """What to call an image in messages."""
+        """Return the name of an image for messages."""
         return f"image {index}"
 
     def __str__(self) -> str:
@@ -49,4 +49,4 @@ class ImageDataset:
         return f"{len(self)} images, {classes}"
 
     def check_source(self) -> None:
-        """Once per run: raise ValueError when what the data were made from has changed since."""
+        """Raise ValueError when the images behind the data have changed since. Called once per run."""

@@ -1,4 +1,4 @@
-"""Images decoded and resized by faster code than the exact crops', whose pixels are nearly the same."""
+"""Decode and resize images faster than the exact crops do, to nearly the same pixels."""
 
 import contextlib
 from functools import partial

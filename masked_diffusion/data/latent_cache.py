@@ -1,5 +1,5 @@
-"""A folder of latents: what an autoencoder makes of each image and of its mirror image, kept so that no training has to
-encode them again.
+"""Keep an autoencoder's latents of each image and of its mirror image in a folder, so that no training encodes them
+again.
 
 =====================  =================================================================================
 ``latents.json``       a :class:`CacheRecord`; it is written last, so a folder without it is unfinished

@@ -18,7 +18,7 @@ from masked_diffusion.processes.resumable_parts import make_parts
 
 
 class _Images(Dataset[np.ndarray]):
-    """Index -> image, NaN throughout where it cannot be read: its moments are NaN then, and its neighbours' are not."""
+    """Index -> image. An unreadable image is all NaN, which makes its moments NaN and no other's."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
@@ -42,10 +42,10 @@ def encode_shards(
     rank: int,
     world_size: int,
 ) -> None:
-    """Write this rank's shards, those that are there already excepted; rank 0 then waits for the others'.
+    """Write this rank's missing shards. Rank 0 then waits for the other ranks' shards.
 
-    dataset: gives centre crops. batch_size: images that are encoded at once. Images that cannot be read are named on
-    stderr, and are in the cache as what cannot be read.
+    dataset: gives centre crops. batch_size: images encoded at once. Names unreadable images on stderr and marks them in
+    the cache.
     """
     missing = shards.missing(rank, world_size)
     of_shard = {shard: _batches(shards.indices(shard), batch_size) for shard in missing}

@@ -1,4 +1,4 @@
-"""What every source of data offers: names, sizes, labels, and the bytes of an image. ``sources.py`` lists them."""
+"""Interface of a source of data: names, sizes, labels, and the bytes of an image. ``sources.py`` lists the sources."""
 
 from collections.abc import Sequence
 from functools import partial

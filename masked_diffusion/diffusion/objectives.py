@@ -1,7 +1,7 @@
 """Objectives: at which noise levels a network is trained, what it predicts there, and what that says of clean data.
 
-A level is whatever an objective counts noise in: an int64 timestep for ``ddpm``. Nothing outside of an objective looks
-into a level. Everybody else asks for a grid of levels, the share of noise of a level, or a prediction at a level.
+A level is an objective's own measure of noise: an int64 timestep for ``ddpm``. Code outside of an objective never looks
+into a level. It asks the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
 """
 
 from abc import ABC, abstractmethod

@@ -1,1 +1,1 @@
-"""How processes find each other, stop, and share resumable work."""
+"""Processes that find each other, stop, and share resumable work."""

@@ -1,4 +1,4 @@
-"""What is saved, atomically, and how it is found and read back.
+"""Save checkpoints atomically, find them, and read them back.
 
 A checkpoint of step s is ``model{s:06d}.pt``, ``ema_{rate}_{s:06d}.pt`` for each EMA rate, ``opt{s:06d}.pt``,
 ``state{s:06d}.pt`` (position in the data stream, gradient scaler, timestep sampler) and, written last, its manifest
@@ -128,7 +128,7 @@ def snapshot(value: Any, gather: Callable[[Tensor], Tensor] = lambda tensor: ten
 class CheckpointWriter:
     """Writes checkpoints one at a time on a thread of its own, while training goes on.
 
-    A process that dies meanwhile leaves no manifest, so that the checkpoint before is the newest one. keep_last,
+    A process that dies while writing leaves no manifest, so the checkpoint before stays the newest one. keep_last,
     keep_every: see :func:`prune`.
     """
 
@@ -170,7 +170,7 @@ def record_best(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """What :func:`record_best` wrote, None where there is nothing of the kind."""
+    """Read what :func:`record_best` wrote. Returns None when there is no readable record."""
     try:
         record = json.loads((folder / BEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -223,10 +223,10 @@ def weights_in(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training begins: after ``step`` updates, with the checkpoint in ``folder``; at step 0 with fresh weights,
-    or those of ``init_from``.
+    """Where a training begins.
 
-    messages: what the user has to be told about the choice.
+    step: completed updates; their checkpoint lies in ``folder``. At step 0 the weights are fresh, or those of
+    ``init_from``. messages: lines that tell the user about the choice.
     """
 
     step: int
@@ -242,7 +242,7 @@ def _listed_files(folder: Path, step: int) -> dict[str, Any] | None:
 
 
 def damage(folder: Path, step: int) -> str | None:
-    """What is wrong with the checkpoint of a step that has a manifest; None for nothing."""
+    """Say what is wrong with the checkpoint of a step that has a manifest; None when nothing is."""
     try:
         files = json.loads((folder / manifest_file(step)).read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
@@ -259,10 +259,10 @@ def damage(folder: Path, step: int) -> str | None:
 
 
 def newest_complete_step(folder: Path, report: Callable[[str], None], dry_run: bool = False) -> int | None:
-    """Step of the newest undamaged checkpoint in a folder.
+    """Find the step of the newest undamaged checkpoint in a folder.
 
-    Damaged ones on the way are reported and renamed with the suffix ``.corrupt``, so that they are never taken again;
-    in a dry run they are only reported.
+    Damaged checkpoints on the way are reported and renamed with the suffix ``.corrupt``, so that no later start takes
+    them. A dry run only reports them.
     """
     matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     for step in sorted((int(match[1]) for match in matches if match), reverse=True):
@@ -303,7 +303,7 @@ def plan_start(
     ``init_from``. A complete checkpoint in the run folder that is later than what is asked for wins, so that a job
     that was stopped goes on with the same command. overwrite: move the run in the folder into a numbered one first.
     dry_run: decide the same, and touch nothing.
-    Raises ValueError or FileNotFoundError, with the remedy, for what nothing can begin from.
+    Raises ValueError or FileNotFoundError, with the remedy, when no training can begin so.
     """
     messages: list[str] = []
     asked = _asked_start(folder, resume_checkpoint, init_from)
@@ -326,7 +326,7 @@ def plan_start(
         wins = " (later than what the flags ask for)" if asked.step or asked.init_from else ""
         messages.append(f"resuming from the checkpoint of step {newest} in {folder}{wins}")
         return Start(newest, folder, messages=tuple(messages))
-    # Nothing but going on from them may end in overwriting them, or in describing them by another run's config.json.
+    # Only a run that resumes from checkpoints found here may overwrite them or write its config.json beside them.
     goes_on_here = newest is not None or (asked.step and asked.folder == folder)
     if not goes_on_here and not overwrite and not (folder / "config.json").exists() and (foreign := weights_in(folder)):
         raise ValueError(
@@ -344,7 +344,7 @@ def plan_start(
 
 
 def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) -> Start:
-    """What the flags alone ask for."""
+    """Return the start that the flags alone ask for."""
     if resume_checkpoint not in ("", "auto"):
         path = Path(resume_checkpoint).expanduser()
         if ema := EMA_FILE.fullmatch(path.name):
@@ -425,8 +425,9 @@ def read_file(path: Path) -> Any:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a model's state dict, float32, whatever is around it: training files of which it is the entry ``ema`` (or
-    ``model`` or ``state_dict``), and prefixes that wrappers of a module leave.
+    """Read a model's state dict as float32.
+
+    Unwraps training files (entry ``ema``, else ``model`` or ``state_dict``) and the prefixes of module wrappers.
 
     Raises ValueError, naming the file, when it holds something else.
     """
@@ -444,7 +445,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_state(start: Start) -> dict[str, Any] | None:
-    """What a checkpoint says of its run beside weights and optimizer; None at step 0 and for published checkpoints."""
+    """Read a checkpoint's state file; None at step 0 and for published checkpoints, which have none."""
     path = start.folder / state_file(start.step)
     return read_file(path) if start.step and path.is_file() else None
 

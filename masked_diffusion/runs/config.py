@@ -1,4 +1,4 @@
-"""Settings that make a checkpoint usable: they are written to ``config.json`` beside it, and read back for sampling."""
+"""Write the settings that make a checkpoint usable to ``config.json`` beside it, and read them back."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ class ModelConfig:
 
 
 def _as_flags(message: str, config: ModelConfig) -> str:
-    """The model speaks of its arguments; whoever started a script knows its flags."""
+    """Turn a model's message about an argument into one about the flag that a user knows."""
     if message.startswith("input_size"):
         return f"--image_size {config.image_size} --model {config.model}: {message}"
     return f"--{message}" if message.startswith(("decode_layer", "mask_ratio")) else message
@@ -168,7 +168,7 @@ def read_config(folder: Path) -> RunConfig | None:
 
 
 def contradiction(former: RunConfig, now: RunConfig) -> str | None:
-    """The first setting that makes two runs' weights or their meaning different, None where there is none."""
+    """Name the first setting that makes two runs' weights or their meaning differ; None when there is none."""
     pairs = [
         ("--objective", former.objective.objective, now.objective.objective),
         *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
@@ -195,7 +195,7 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
 
 
 def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
-    """Settings of the training that a resumed run has in another way than before, to be said to the user."""
+    """Describe the training settings that a resumed run changes, for the log."""
     olds, news = (
         {**c.training, "mask_ratio": c.model.mask_ratio, "min_snr_gamma": c.diffusion.min_snr_gamma}
         for c in (former, now)
@@ -213,7 +213,7 @@ def _short(value: Any) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that results depend on; those that are not installed are left out."""
+    """Return the versions of the installed libraries that results depend on."""
     versions = {}
     for name in ("masked-diffusion", "torch", "numpy", "timm", "diffusers", "pillow"):
         try:

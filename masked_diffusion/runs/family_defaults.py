@@ -1,4 +1,4 @@
-"""What a family of models stands for in training and in sampling, where no flag says otherwise.
+"""Defaults of a model family for training and sampling; flags win over them.
 
 The flags' own defaults are MDT's. Sources: the published trainings of MDTv2 (2303.14389) and DiT (2212.09748).
 """

@@ -1,1 +1,1 @@
-"""What the training loop is built from: optimizers, sharding, meters, evaluation, and reading a run's log."""
+"""Parts of the training loop: optimizers, sharding, policies, meters, saving, evaluation, and a run's log."""
