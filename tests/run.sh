@@ -3,6 +3,8 @@
 #   bash tests/run.sh            everything but the slow set
 #   bash tests/run.sh --quick    no real processes either
 #   bash tests/run.sh --slow     everything
+#   bash tests/run.sh --gpu      what only a GPU can show, and a table of speeds in the folder $OUT (default: gpu_report)
+# --no-install after that uses the environment that is active, and runs the tests alone.
 # VENV=folder keeps the environment there (default: .venv-test, made anew each time). Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,8 +12,33 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
   --quick) shift; select="not slow and not e2e" ;;
   --slow)  shift; select="" ;;
+  --gpu)   shift; select="gpu" ;;
   *)       select="not slow" ;;
 esac
+
+install=yes
+if [ "${1:-}" = --no-install ]; then
+  shift
+  install=no
+fi
+on_gpu() { # the tests, then the table
+  local there
+  there=$(python -c 'import torch; print(torch.cuda.is_available())')
+  if [ "$there" != True ]; then
+    echo "There is no CUDA device here: the tests that need one, and the table, are skipped."
+    return 0
+  fi
+  python -m pytest -m gpu tests/gpu "$@"
+  python scripts/gpu_report.py --out "${OUT:-gpu_report}"
+}
+if [ "$install" = no ]; then
+  export OMP_NUM_THREADS=1
+  if [ "$select" = gpu ]; then
+    on_gpu "$@"
+    exit
+  fi
+  exec python -m pytest -m "$select" "$@"
+fi
 
 venv="${VENV:-.venv-test}"
 rm -rf "$venv"
@@ -19,6 +46,10 @@ rm -rf "$venv"
 # shellcheck disable=SC1091
 source "$venv/bin/activate"
 python -m pip install --quiet --editable '.[test]'
+if [ "$select" = gpu ]; then
+  OMP_NUM_THREADS=1 on_gpu "$@"
+  exit
+fi
 
 ruff format --check .
 ruff check .

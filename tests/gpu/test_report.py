@@ -1,0 +1,63 @@
+"""The table of speeds: its batches, its rows, its files. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+from support import call, script
+
+from masked_diffusion import train_util
+
+REPORT = "scripts/gpu_report.py"
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    report = script(REPORT)
+    tried = []
+
+    def make(size):
+        def step():
+            tried.append(size)
+            if size > 8:
+                raise torch.OutOfMemoryError("full")
+
+        return step
+
+    assert report.largest_batch(make, [4, 8, 16, 32], torch.device("cpu")) == 8
+    assert tried == [4, 4, 8, 8, 16]
+    assert report.largest_batch(make, [16], torch.device("cpu")) is None
+
+
+def test_a_report_has_a_row_for_each_path_of_each_model(monkeypatch, tmp_path, capsys):
+    compiled = []
+    monkeypatch.setattr(
+        train_util, "compile_blocks", lambda model, device: compiled.append(device)
+    )  # it takes a minute
+    flags = ["--models", "MDT_Ti_2", "--image_size", "32", "--first_batch", "1", "--largest_batch", "3"]
+    flags += ["--repeats", "1", "--device", "cpu", "--out", tmp_path / "r"]
+    assert call(monkeypatch, REPORT, tmp_path, *flags) == 0
+    assert compiled
+    records = [json.loads(line) for line in (tmp_path / "r" / "report.jsonl").read_text().splitlines()]
+    assert [record["path"] for record in records] == ["ours", "ours, compiled", "plain"]
+    assert {record["batch"] for record in records} == {2} and all(r["images_per_second"] > 0 for r in records)
+    [report] = (tmp_path / "r").glob("report_*.md")
+    table = capsys.readouterr().out
+    assert table.splitlines()[0] == "| model | path | batch | images/s | MFU | peak GB | of plain |"
+    assert report.read_text().endswith(table)
+
+
+def test_a_path_that_does_not_fit_has_a_row_that_says_so():
+    report = script(REPORT)
+    rows = [
+        {"model": "M", "path": "ours", "batch": 4, "images_per_second": 30.0, "peak_memory_bytes": 2e9, "mfu": 0.25},
+        {"model": "M", "path": "plain", "batch": None},
+    ]
+    lines = report.table(rows).splitlines()
+    assert lines[2] == "| M | ours | 4 | 30.0 | 25% | 2.0 |  |"
+    assert lines[3].startswith("| M | plain | does not fit |")
+
+
+@pytest.mark.parametrize("flags", [["--first_batch", "0"], ["--first_batch", "64", "--largest_batch", "32"]])
+def test_sizes_that_cannot_be_doubled_are_refused(monkeypatch, tmp_path, capsys, flags):
+    assert call(monkeypatch, REPORT, tmp_path, *flags, "--device", "cpu", "--out", tmp_path / "r") == 2
+    assert "--first_batch" in capsys.readouterr().err
