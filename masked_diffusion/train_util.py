@@ -242,7 +242,8 @@ class TrainLoop:
         model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"]}
         if view.drops:  # as many tokens in all parts of a step and on all ranks, or they would wait for each other
             ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
-            model_kwargs["draw"] = self.model.draw(draws["token_noise"], ratio_noise)
+            whole = self.config.is_finale(self.step)
+            model_kwargs["draw"] = self.model.draw(draws["token_noise"], ratio_noise, draws.get("path_noise"), whole)
         return self.objective.training_losses(self._network, z, t, model_kwargs, noise=draws[f"{view.prefix}noise"])
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:

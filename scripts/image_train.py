@@ -134,6 +134,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         decode_layer=model.decode_layer or None,
         mask_ratio=model.mask_ratio,
         route=",".join(map(str, model.route)) if model.policy.takes_route else None,
+        choose=model.policy.choose if model.policy.drops else None,
+        path_drop=model.policy.path_drop or None,
     )
     run_config = dataclasses.replace(run_config, model=built)
 
@@ -191,7 +193,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_workers=choose_num_workers(args.num_workers),
-        draws=DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic),
+        draws=DrawSpec(
+            run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, model.policy.path_drop > 0
+        ),
         pin_memory=device.type == "cuda",
         asked_to_stop=signals.asked,
     )
@@ -295,6 +299,8 @@ def make_run_config(
             learn_sigma=args.learn_sigma,
             policy=args.policy,
             route=args.route,
+            choose=args.choose,
+            path_drop=args.path_drop,
         ),
         diffusion=from_args(DiffusionConfig, args),
         objective=from_args(ObjectiveConfig, args),
@@ -350,6 +356,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         **dict.fromkeys(ignored_settings(args.model, policy), f"by {args.model} under --policy {policy}"),
         "ema_snapshot_interval": not args.ema_power and "without --ema_power",
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",
+        "finale": not POLICIES[policy].drops and f"under --policy {policy}",
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
         "random_flip": args.data_dir.startswith("builtin:digits") and "for the embedded digits",

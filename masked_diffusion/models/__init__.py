@@ -81,7 +81,7 @@ def family_policy(name: str) -> str:
 
 
 def ignored_settings(name: str, policy: str | None) -> list[str]:
-    """Which of mask_ratio, decode_layer and route the model called ``name`` has no use for under a policy.
+    """Which of mask_ratio, decode_layer, route and choose the model called ``name`` has no use for under a policy.
 
     policy: None is the model's own.
     Raises ValueError for an unknown model or policy, or a policy that is not for this model.
@@ -89,7 +89,7 @@ def ignored_settings(name: str, policy: str | None) -> list[str]:
     family = family_of(name)
     chosen = policy_for(policy or family_policy(name), family)
     used = {"mask_ratio": chosen.drops, "decode_layer": chosen.has_decoder or FAMILIES[family].HAS_DECODER}
-    used["route"] = chosen.takes_route
+    used |= {"route": chosen.takes_route, "choose": chosen.drops}
     return [setting for setting, is_used in used.items() if not is_used]
 
 

@@ -36,7 +36,8 @@ class LatentTransformer(nn.Module):
     tokens that leave under the policy; None is the policy's own, but under the family's policy nobody leaves.
     decode_layer: number of decoder blocks, the last of ``depth``, where the model or the policy has a decoder; None is
     the family's number. route: ``LEAVE,BACK``, between which blocks tokens are away, where the policy has no decoder to
-    say so; None is the policy's own.
+    say so; None is the policy's own. choose, path_drop: see :class:`masked_diffusion.models.policies.Policy`; None is
+    the policy's own.
 
     Raises ValueError when input_size is no multiple of patch_size, a width does not divide, the policy is not for this
     family, decode_layer is outside 1 ... depth - 1, or mask_ratio is outside [0, 1) or keeps no token.
@@ -54,6 +55,8 @@ class LatentTransformer(nn.Module):
     decoder_pos_embed: nn.Parameter
     mask_token: nn.Parameter
     sideblocks: nn.ModuleList
+    fuse: nn.Linear
+    route_token: nn.Parameter
 
     def __init__(
         self,
@@ -71,12 +74,14 @@ class LatentTransformer(nn.Module):
         decode_layer: int | None = None,
         policy: str | None = None,
         route: str | None = None,
+        choose: str | None = None,
+        path_drop: float | None = None,
     ) -> None:
         super().__init__()
         if input_size < patch_size or input_size % patch_size:
             raise ValueError(f"input_size {input_size}: must be a multiple of patch_size {patch_size}")
         family = type(self).__name__
-        self.policy = policy_for(policy or self.FAMILY_POLICY, family)
+        self.policy = policy_for(policy or self.FAMILY_POLICY, family).with_options(choose, path_drop)
         self.grid_size = input_size // patch_size
         self.num_tokens = self.grid_size**2
         self.in_channels = in_channels
@@ -97,7 +102,7 @@ class LatentTransformer(nn.Module):
         if mask_ratio is None and policy not in (None, self.FAMILY_POLICY):
             self.mask_ratio = self.policy.mask_ratio
         if self.mask_ratio is not None:
-            self.policy.check_ratio(self.num_tokens, self.mask_ratio, family)
+            self.policy.check_ratio(self.grid_size, self.mask_ratio, family)
         self._add_blocks(depth)
         self.rejoin = self.policy.rejoin
         if route is not None and self.policy.takes_route:
@@ -199,13 +204,17 @@ class LatentTransformer(nn.Module):
         assert self.mask_ratio is not None
         return self.policy.num_keep(self.num_tokens, self.mask_ratio, ratio_noise)
 
-    def draw(self, token_noise: Tensor, ratio_noise: float = 0.0) -> Draw:
+    def draw(
+        self, token_noise: Tensor, ratio_noise: float = 0.0, path_noise: Tensor | None = None, whole: bool = False
+    ) -> Draw:
         """Choose the tokens that stay in a view that drops some.
 
         token_noise: (N, L) uniform in [0, 1). ratio_noise: uniform in [0, 1), equal for all samples of a step; it
-        matters to policies whose ratio is drawn.
+        matters to policies whose ratio is drawn. path_noise: (N,) uniform in [0, 1), decides whose path is dropped;
+        None for nobody's. whole: all tokens stay, as at the end of a training.
         """
-        return self.policy.draw(token_noise, self.num_keep(ratio_noise))
+        num_keep = self.num_tokens if whole else self.num_keep(ratio_noise)
+        return self.policy.draw(token_noise, num_keep, path_noise)
 
     def forward(
         self,

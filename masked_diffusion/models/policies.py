@@ -3,13 +3,14 @@
 A policy is an entry of POLICIES. The network has its route and the weights of its rejoin; the training makes its views.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from masked_diffusion.models.routes import Interpolate, Rejoin, Route
+from masked_diffusion.models.routes import Fuse, Interpolate, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
 
 INTERPOLATE = Interpolate()
@@ -47,13 +48,24 @@ def inner(before: int, after: int) -> Callable[[int, int], Route]:
     return route
 
 
+CHOOSE = ("uniform", "cells")
+
+
+def cell_side(grid_size: int, num_keep: int) -> int | None:
+    """Side of the smallest cells, 2 or 4, that fill a grid and each keep as many of its tokens; None for no such."""
+    sides = (side for side in (2, 4) if grid_size % side == 0 and num_keep % (grid_size // side) ** 2 == 0)
+    return next(sides, None)
+
+
 @dataclass(frozen=True)
 class Policy:
     """A way to train on a part of the tokens.
 
     families: of the models that can be trained under it. views: of a step, in their order. route: (depth, decode_layer)
     -> Route. ratio_spread: how much more than the mask ratio may leave; how much is drawn for each step, uniformly.
-    has_decoder: whether the decoder blocks are where tokens are back, so that no other route can be asked for.
+    has_decoder: whether the decoder blocks are where tokens are back, so that no other route can be asked for. choose:
+    ``uniform``, or ``cells``: as many tokens of each cell of neighbours. path_drop: probability that a sample's way
+    through the route counts for nothing, where the rejoin heeds it.
     """
 
     families: tuple[str, ...]
@@ -63,6 +75,8 @@ class Policy:
     mask_ratio: float | None = None
     ratio_spread: float = 0.0
     has_decoder: bool = False
+    choose: str = "uniform"
+    path_drop: float = 0.0
 
     @property
     def drops(self) -> bool:
@@ -82,13 +96,50 @@ class Policy:
         """Whether another route can be asked for."""
         return self.drops and not self.has_decoder
 
-    def draw(self, token_noise: Tensor, num_keep: int) -> Draw:
-        """Which tokens leave. token_noise: (N, L), uniform in [0, 1)."""
-        return Draw(KeptTokens.from_noise(token_noise, num_keep))
+    def with_options(self, choose: str | None, path_drop: float | None) -> "Policy":
+        """This policy with other options than its own; None leaves one as it is.
 
-    def check_ratio(self, num_tokens: int, mask_ratio: float, family: str) -> None:
-        """Raise ValueError for a mask ratio that keeps no token."""
-        num_kept_tokens(num_tokens, mask_ratio)
+        Raises ValueError for an unknown way to choose, a probability outside [0, 1), or one that nothing heeds.
+        """
+        if choose is not None and choose not in CHOOSE:
+            raise ValueError(f"--choose {choose}: unknown; choose one of {', '.join(CHOOSE)}")
+        if path_drop is not None and not 0 <= path_drop < 1:
+            raise ValueError(f"--path_drop {path_drop}: must be in [0, 1), a probability")
+        if path_drop and not self.rejoin.drops_path:
+            fitting = ", ".join(name for name, one in POLICIES.items() if one.rejoin.drops_path)
+            raise ValueError(
+                f"--path_drop {path_drop}: this policy has no path to drop; leave it out, or use {fitting}"
+            )
+        return replace(
+            self,
+            choose=self.choose if choose is None else choose,
+            path_drop=self.path_drop if path_drop is None else path_drop,
+        )
+
+    def draw(self, token_noise: Tensor, num_keep: int, path_noise: Tensor | None) -> Draw:
+        """Which tokens leave. token_noise: (N, L), path_noise: (N,) or None; uniform in [0, 1).
+
+        Where all stay, the interpolater runs all the same: a data-parallel run would wait for its gradients.
+        """
+        num_tokens = token_noise.shape[1]
+        path_drop = None if path_noise is None else path_noise < self.path_drop
+        if num_keep == num_tokens and not self.rejoin.interpolates:
+            return Draw(None, path_drop)
+        side = cell_side(math.isqrt(num_tokens), num_keep) if self.choose == "cells" else None
+        if side is None:
+            return Draw(KeptTokens.from_noise(token_noise, num_keep), path_drop)
+        return Draw(KeptTokens.from_cells(token_noise, num_keep, side), path_drop)
+
+    def check_ratio(self, grid_size: int, mask_ratio: float, family: str) -> None:
+        """Raise ValueError for a mask ratio that keeps no token, or for which there are no cells."""
+        num_tokens = grid_size**2
+        num_keep = num_kept_tokens(num_tokens, mask_ratio)
+        if self.choose == "cells" and (self.ratio_spread or cell_side(grid_size, num_keep) is None):
+            raise ValueError(
+                f"mask_ratio {mask_ratio}: --choose cells keeps as many tokens of each cell of 2 x 2 or 4 x 4, which "
+                f"cannot be with this ratio on a grid of {grid_size} x {grid_size} tokens; use 0.5 or 0.75 on an even "
+                "grid, or --choose uniform"
+            )
         if self.num_keep(num_tokens, mask_ratio, 1.0) < 1:
             raise ValueError(
                 f"mask_ratio {mask_ratio}: {family} masks up to {self.ratio_spread} more, which keeps none of the "
@@ -129,6 +180,16 @@ POLICIES = {
     ),
     # Tokens skip the blocks in the middle and come back as they left (2501.04765).
     "tread": Policy(families=("MDT", "DiT"), views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
+    # One token of each cell goes through the blocks in the middle, and is fused with all from before them (2510.21986).
+    "sprint": Policy(
+        families=("MDT", "DiT"),
+        views=(SPARSE,),
+        route=inner(2, 2),
+        rejoin=Fuse(),
+        mask_ratio=0.75,
+        choose="cells",
+        path_drop=0.1,
+    ),
 }
 
 

@@ -49,6 +49,8 @@ class Net(Protocol):
     decoder_pos_embed: nn.Parameter
     mask_token: nn.Parameter
     sideblocks: nn.ModuleList
+    fuse: nn.Linear
+    route_token: nn.Parameter
 
     @property
     def stack(self) -> Sequence[Block]: ...
@@ -72,6 +74,7 @@ class Rejoin:
     has_weights = False
     adds_positions = False  # decoder_pos_embed, so that the walk does not
     interpolates = False  # predicts tokens from the others
+    drops_path = False  # heeds a draw's path_drop
 
     def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
         """Give a network under construction what this rejoin learns. trained: whether any view drops tokens."""
@@ -113,6 +116,31 @@ class Interpolate(Rejoin):
             return h + net.decoder_pos_embed
         h = draw.kept.come_back(h, net.mask_token) + net.decoder_pos_embed
         return torch.where(draw.kept.dropped[..., None], net.sideblocks[0](h, c, net.rel_index), h)
+
+
+class Fuse(Rejoin):
+    """SPRINT's fusion (2510.21986): a Linear of what went through the route and of what waited before it.
+
+    A fixed token stands where nobody came through. It also stands for all of a sample's tokens whose path is dropped,
+    so that the network learns to do without the route.
+    """
+
+    has_weights = True
+    drops_path = True
+
+    def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
+        net.fuse = nn.Linear(2 * hidden_size, hidden_size)
+        net.route_token = nn.Parameter(torch.zeros(1, 1, hidden_size), requires_grad=False)
+
+    def initialize(self, net: Net, trained: bool) -> None:
+        nn.init.normal_(net.route_token, std=0.02)
+
+    def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
+        if draw.kept is not None:
+            h = draw.kept.come_back(h, net.route_token)
+        if draw.path_drop is not None:
+            h = torch.where(draw.path_drop[:, None, None], net.route_token.to(h.dtype), h)
+        return net.fuse(torch.cat([h, stash.to(h.dtype)], dim=-1))
 
 
 def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:

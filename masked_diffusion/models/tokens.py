@@ -3,6 +3,7 @@
 Shapes: N samples, L tokens of width D, L_keep tokens when some are masked.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +29,19 @@ class KeptTokens:
         ids_shuffle = token_noise.argsort(dim=1, stable=True)  # of equal noises, the same one on every device
         ids_restore = ids_shuffle.argsort(dim=1)
         return cls(ids_shuffle[:, :num_keep], ids_restore, ids_restore >= num_keep)
+
+    @classmethod
+    def from_cells(cls, token_noise: Tensor, num_keep: int, side: int) -> "KeptTokens":
+        """Keep as many tokens of each cell of ``side`` x ``side`` tokens as of any other: those of the smallest noise.
+
+        token_noise: (N, L) of a square grid that such cells fill. num_keep: a multiple of the number of cells.
+        """
+        count, num_tokens = token_noise.shape
+        across = math.isqrt(num_tokens) // side
+        cells = token_noise.view(count, across, side, across, side).transpose(2, 3)
+        rank = cells.flatten(3).argsort(dim=3).argsort(dim=3).view_as(cells).transpose(2, 3)
+        order = torch.linspace(0, 0.5, num_tokens, device=token_noise.device)
+        return cls.from_noise((rank.reshape(count, -1) >= num_keep // across**2) + order, num_keep)
 
     @classmethod
     def all_but(cls, dropped: Tensor) -> "KeptTokens":
@@ -61,13 +75,19 @@ class KeptTokens:
 
 
 class Draw(NamedTuple):
-    """What was drawn for one view of a batch, outside of the network. kept: the tokens that stay; None for all."""
+    """What was drawn for one view of a batch, outside of the network.
+
+    kept: the tokens that stay; None for all. path_drop: (N,) bool, the samples whose way through the route counts for
+    nothing; None for none.
+    """
 
     kept: KeptTokens | None = None
+    path_drop: Tensor | None = None
 
     def repeat(self, times: int) -> "Draw":
         """The same draw for ``times`` batches of the same samples, one after the other."""
-        return Draw(None if self.kept is None else self.kept.repeat(times))
+        kept = None if self.kept is None else self.kept.repeat(times)
+        return Draw(kept, None if self.path_drop is None else self.path_drop.repeat(times))
 
 
 NO_DRAW = Draw()

@@ -35,6 +35,7 @@ class ModelConfig:
 
     policy: how the model is trained, see :mod:`masked_diffusion.models.policies`; None is the family's own.
     route: between which blocks tokens are away, such as ``2,9``, under policies that take one.
+    choose, path_drop: see :class:`masked_diffusion.models.policies.Policy`.
     """
 
     model: str = field(metadata=flag("MDT_S_2", "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2", "model"))
@@ -60,6 +61,16 @@ class ModelConfig:
         "LEAVE,BACK: before which blocks, counted from 0, tokens leave and come back; None is the policy's own",
         "model",
     )
+    choose: str | None = setting(
+        None,
+        "how tokens are chosen: uniform, or cells (as many of each cell of neighbours); None is the policy's own",
+        "model",
+    )
+    path_drop: float | None = setting(
+        None,
+        "probability that a sample's way through the route counts for nothing; None is the policy's own",
+        "model",
+    )
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.image_size % self.downsample:
@@ -83,6 +94,8 @@ class ModelConfig:
                 class_dropout_prob=self.class_dropout_prob,
                 policy=self.policy,
                 route=self.route,
+                choose=self.choose,
+                path_drop=self.path_drop,
             )
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None
@@ -197,9 +210,15 @@ def check_resume(former: RunConfig, now: RunConfig, source: Path) -> None:
 def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
     """Describe the training settings that a resumed run changes, for the log."""
     olds, news = (
-        {**c.training, "mask_ratio": c.model.mask_ratio, "min_snr_gamma": c.diffusion.min_snr_gamma}
+        {
+            **c.training,
+            **{name: getattr(c.model, name) for name in ("mask_ratio", "choose", "path_drop")},
+            "min_snr_gamma": c.diffusion.min_snr_gamma,
+        }
         for c in (former, now)
     )
+    if olds["choose"] is None:  # it was the policy's own
+        del olds["choose"]
     return [
         f"{name} was {_short(olds[name])}, is {_short(new)}"
         for name, new in news.items()

@@ -48,7 +48,7 @@ def recognise(state: dict[str, Tensor], source: object) -> Recognised:
     else:
         biased = f"blocks.0.{RELATIVE_TABLE}" in state
         family, depth = "MDT" if biased else "DiT", _count(state, "blocks")
-        policy = "mdt" if "mask_token" in state and not biased else None
+        policy = "sprint" if "fuse.weight" in state else "mdt" if "mask_token" in state and not biased else None
     names = (f"{family}_{size}_{patch_size}" for size, known in SIZES.items()
              if (known["depth"], known["hidden_size"]) == (depth, hidden_size))  # fmt: skip
     model = next((name for name in names if name in MODELS), None)

@@ -18,7 +18,7 @@ class TrainConfig:
     """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
     in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing. grad_clip: largest norm
     of the whole model's gradient, 0 for any. ema_rate: rates of averages, ``none`` for none. ema_power: lengths of
-    averages, empty for none."""
+    averages, empty for none. finale: last share of the run in which no token leaves."""
 
     opt: str = setting("adamw", "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default", "training")
     lr: float = setting(3e-4, "learning rate; DiT has 1e-4 by default", "training")
@@ -34,6 +34,11 @@ class TrainConfig:
     )
     lr_anneal_steps: int = setting(0, "end the run here, with lr falling linearly to 0; 0 = constant lr", "training")
     max_steps: int = setting(0, "end the run here; 0 = never", "training")
+    finale: float = setting(
+        0.0,
+        "last share of the run in which no token leaves, such as 0.1; needs --max_steps or --lr_anneal_steps",
+        "training",
+    )
     batch_size: int = setting(1, "images per process and step", "training")
     microbatch: int = setting(-1, "images per pass, to save memory; -1 = the whole batch", "training")
     ema_rate: str = setting("0.9999", "rate, or comma list of rates; none with --ema_power", "training")
@@ -98,6 +103,10 @@ class TrainConfig:
         for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
+        if not 0 <= self.finale <= 1:
+            raise ValueError(f"--finale {self.finale}: must be in [0, 1], a share of the run")
+        if self.finale and self.last_step is None:
+            raise ValueError(f"--finale {self.finale}: the run has no end; give --max_steps or --lr_anneal_steps")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
         if self.keep_every and not self.keep_checkpoints:
@@ -148,6 +157,10 @@ class TrainConfig:
         """Where the run ends, None for never."""
         ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
         return min(ends) if ends else None
+
+    def is_finale(self, step: int) -> bool:
+        """Whether no token leaves in the update after ``step`` completed ones."""
+        return self.last_step is not None and step >= self.last_step * (1 - self.finale)
 
     def on_ranks(self, world_size: int, former: dict[str, Any] | None) -> "TrainConfig":
         """These settings with the global batch of the run that is resumed, when only the number of processes changed.

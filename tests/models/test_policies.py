@@ -115,8 +115,10 @@ def routed(draw, policy):
     torch.manual_seed(draw(st.integers(0, 99)))
     family, count = FAMILIES[draw(st.sampled_from(["DiT", "MDT"]))], draw(st.integers(1, 3))
     sizes = {"input_size": 2 * grid, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+    sizes |= {"depth": depth, "decode_layer": 1}
     ratio = draw(st.sampled_from([0.0, 0.25, 0.5, 0.7]))
-    model = family(**sizes, depth=depth, decode_layer=1, policy=policy, route=route, mask_ratio=ratio).eval().double()
+    model = family(**sizes, policy=policy, route=route, mask_ratio=ratio, choose="uniform").eval().double()
+    model.built_with = sizes
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -213,6 +215,91 @@ def test_an_mdt_under_tread_leaves_its_side_interpolater_frozen():
 def test_a_route_that_the_model_does_not_have_is_refused(route):
     with pytest.raises(ValueError, match=rf"--route {route}: expected LEAVE,BACK with 0 <= LEAVE < BACK < 4"):
         create_model("DiT_Ti_2", **SIZE, policy="tread", route=route)
+
+
+# -- sprint ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "grid, ratio, side, kept", [(4, 0.75, 2, 1), (6, 0.5, 2, 2), (8, 0.625, 4, 6), (8, 0.875, 4, 2)]
+)
+def test_cells_keep_as_many_tokens_each_with_uniform_marginals(grid, ratio, side, kept):
+    torch.manual_seed(0)
+    count = 2000
+    draw = KeptTokens.from_cells(torch.rand(count, grid**2), int(grid**2 * (1 - ratio)), side)
+    stays = (~draw.dropped).view(count, grid // side, side, grid // side, side)
+    assert (stays.sum(dim=(2, 4)) == kept).all()
+    share = stays.double().mean(dim=0)
+    spread = (ratio * (1 - ratio) / count) ** 0.5
+    assert (share - (1 - ratio)).abs().max() < 5 * spread
+
+
+@few
+@given(routed("sprint"))
+def test_a_fusion_that_takes_what_came_through_is_the_plain_pass_where_nobody_left(case):
+    model, inputs, _ = case
+    width = model.fuse.out_features
+    model.fuse.weight.data = torch.eye(width, 2 * width, dtype=torch.float64)
+    model.fuse.bias.data.zero_()
+    plain = type(model)(**model.built_with, policy="none").eval().double()
+    plain.load_state_dict(
+        {name: w for name, w in model.state_dict().items() if not name.startswith(("fuse", "route_"))}
+    )
+    torch.testing.assert_close(model(*inputs), plain(*inputs), rtol=1e-12, atol=1e-13)
+
+
+@few
+@given(routed("sprint"))
+def test_a_dropped_path_gives_the_middle_no_gradient_and_is_the_net_without_it(case):
+    model, (x, t, y), noise = case
+    count = len(x)
+    x = x.requires_grad_()
+    dropped = Draw(model.draw(noise).kept, torch.ones(count, dtype=torch.bool))
+    out = model(x, t, y, draw=dropped)
+    out.square().sum().backward()
+    for number, block in enumerate(model.stack):
+        inside = model.route.leave <= number < model.route.back
+        assert bool(block.mlp.fc1.weight.grad.any()) != inside
+    assert (per_token(x.grad) > 0).all()
+    torch.testing.assert_close(model(x, t, y, draw=Draw(None, dropped.path_drop)), out, rtol=1e-12, atol=1e-13)
+
+
+def test_paths_are_dropped_by_sample():
+    model = make("DiT_Ti_2", policy="sprint")
+    draw = model.draw(torch.rand(2, L), path_noise=torch.tensor([0.05, 0.2]))
+    assert draw.path_drop.tolist() == [True, False]
+    arguments = inputs()
+    some, none = (model(*arguments, draw=draw._replace(path_drop=drop)) for drop in (draw.path_drop, None))
+    assert torch.equal(some[1], none[1]) and not torch.allclose(some[0], none[0])
+
+
+def test_the_fixed_token_of_sprint_is_not_trained_and_its_linear_is():
+    model = create_model("DiT_Ti_2", **SIZE, policy="sprint")
+    assert not model.route_token.requires_grad and model.route_token.std().item() == pytest.approx(0.02, rel=0.3)
+    assert model.fuse.weight.requires_grad and not model.fuse.bias.any()
+    assert (model.mask_ratio, model.policy.choose, model.policy.path_drop) == (0.75, "cells", 0.1)
+
+
+@pytest.mark.parametrize("size, route", [("S", (2, 10)), ("XL", (2, 26))])
+def test_the_route_of_sprint_is_the_published_one(size, route):
+    with torch.device("meta"):
+        assert create_model(f"DiT_{size}_2", **SIZE, policy="sprint").route == route
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"policy": "sprint", "mask_ratio": 0.3}, "mask_ratio 0.3: --choose cells keeps as many tokens of each cell"),
+        ({"policy": "sprint", "input_size": 6}, "cannot be with this ratio on a grid of 3 x 3 tokens"),
+        ({"policy": "tread", "choose": "rows"}, "--choose rows: unknown; choose one of uniform, cells"),
+        ({"policy": "tread", "path_drop": 0.1}, "--path_drop 0.1: this policy has no path to drop; .* use sprint"),
+        ({"policy": "sprint", "path_drop": 1.0}, r"--path_drop 1.0: must be in \[0, 1\)"),
+        ({"policy": "tread", "mask_ratio": 0.99}, "keeps none of the 16 tokens"),
+    ],
+)
+def test_options_that_a_policy_cannot_have_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("DiT_Ti_2", **{**SIZE, **kwargs})
 
 
 def test_one_view_of_mdt_is_its_masked_view():

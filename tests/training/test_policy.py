@@ -5,6 +5,8 @@ import json
 import pytest
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
+from masked_diffusion.models.backbone import LatentTransformer
+
 TRAIN = "scripts/image_train.py"
 DIT_UNDER_MDT = ["--model", "DiT_Ti_2", "--policy", "mdt"]
 
@@ -74,16 +76,49 @@ def test_a_policy_that_does_not_fit_ends_the_start_with_its_name(train, capsys):
     assert "--policy mdtv2: is for MDTv2_* models" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--model", "DiT_Ti_2"], ["--model", "MDT_Ti_2", "--grad_checkpointing", "True"]])
-def test_a_training_under_tread_does_not_depend_on_microbatches_and_goes_on_where_it_was(train, flags):
-    flags = [*flags, "--policy", "tread", "--max_steps", "3"]
+ROUTED = {
+    "tread": ["--policy", "tread", "--model", "MDT_Ti_2", "--grad_checkpointing", "True", "--mask_ratio", "0.5"],
+    "sprint, with a finale": ["--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75", "--finale", "0.4"],
+}
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_a_routed_training_does_not_depend_on_microbatches_and_goes_on_where_it_was(train, monkeypatch, case):
+    flags = [*ROUTED[case], "--max_steps", "3"]
     whole, parts = train("whole", *flags), train("parts", *flags, "--microbatch", "2")
     assert_same_weights(weights(whole, 3), weights(parts, 3), atol=1e-5)
-    train("resumed", *flags, "--max_steps", "2")
-    resumed = train("resumed", *flags)
+    resumed = train("resumed", *flags, "--save_interval", "1", "--keep_checkpoints", "2")
+    for path in resumed.glob("*000003.*"):
+        path.unlink()
+    train("resumed", *flags)
     assert_same_weights(weights(whole, 3), weights(resumed, 3))
     model = config_of(whole)["model"]
-    assert (model["policy"], model["route"], model["mask_ratio"]) == ("tread", "1,3", 0.3)
+    assert (model["policy"], model["route"]) == (case.split(",")[0], "1,3")
+
+
+def test_a_finale_is_the_last_share_of_the_run_with_all_tokens(train, monkeypatch):
+    seen = []
+    draw = LatentTransformer.draw
+    spy = lambda self, *args: seen.append(draw(self, *args)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr(LatentTransformer, "draw", spy)
+    train("run", "--policy", "tread", "--model", "DiT_Ti_2", "--max_steps", "5", "--finale", "0.4")
+    assert [draw.kept is not None for draw in seen] == [True, True, True, False, False]
+
+
+def test_path_drops_are_drawn_for_each_image_and_recorded(train, monkeypatch):
+    folder = train("all", "--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75")
+    assert config_of(folder)["model"]["path_drop"] == 0.1 and config_of(folder)["model"]["choose"] == "cells"
+    other = train("most", "--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75", "--path_drop", "0.9")
+    assert rows(folder)[1]["loss"] != rows(other)[1]["loss"]
+    uniform = train(
+        "uniform", "--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75", "--choose", "uniform"
+    )
+    assert rows(folder)[1]["loss"] != rows(uniform)[1]["loss"]
+
+
+def test_a_finale_of_a_run_without_an_end_is_refused(train, capsys):
+    train("run", "--policy", "tread", "--finale", "0.1", "--max_steps", "0", status=2)
+    assert "--finale 0.1: the run has no end; give --max_steps or --lr_anneal_steps" in capsys.readouterr().err
 
 
 def test_a_resume_by_another_route_is_refused(train, capsys):
