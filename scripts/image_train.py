@@ -26,6 +26,7 @@ from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
 from masked_diffusion.models import family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
 from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
