@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from feature_cache import default_folders
 from feature_extraction import FeatureBackend
@@ -17,9 +19,50 @@ from inception_torch import TorchInception
 from sample_sets import sha256_of
 
 
-def say(message: str) -> None:
-    """One line on stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+def put(text: str, stream: TextIO | None) -> bool:
+    """Write a line. Returns whether that was possible: a full disk or a closed pipe is no reason to lose the work."""
+    if stream is None:  # closed before the program began
+        return False
+    try:
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError as error:
+            print(text.encode(error.encoding, "backslashreplace").decode(error.encoding), file=stream, flush=True)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def say(message: str) -> bool:
+    """One line on stderr; stdout is for results. Returns whether it could be written."""
+    return put(message, sys.stderr)
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Let the program end as its work did, whatever has become of stdout and stderr.
+
+    Closed descriptors are given to the null device: the next file that is opened would get their number, and with it
+    what libraries write to stderr. At its end Python writes what is left, and must not fail with that.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+                    os.dup2(null.fileno(), stream.fileno())
 
 
 def say_error(who: str, error: Exception) -> None:

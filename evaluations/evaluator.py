@@ -23,8 +23,10 @@ from command_line import (
     add_backend_options,
     cache_folders,
     check_backend_options,
+    lasting_streams,
     load_backend,
     progress,
+    put,
     say,
     say_error,
 )
@@ -70,8 +72,10 @@ class Evaluation:
         say(f"warning: {message}")
 
 
+@lasting_streams()
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 when an input cannot be used."""
+    """Run the command line; returns the exit status: 0, 2 when an input cannot be used, or 1 when there was nowhere to
+    write the numbers to."""
     share = ALONE
     try:
         share = share_of_launcher()
@@ -92,18 +96,18 @@ def main(argv: list[str] | None = None) -> int:
     weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
     warn_about_predictions(job, features[1])
     metrics = score(*features, weight, inside, job.order)
-    show(metrics)
+    told = show(metrics)
     report = make_report(job, metrics)
     write_report(options.out, report)  # what is there already survives whatever happens to the rest
     found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size, job.order)
-    show(found.metrics)
+    told = show(found.metrics) and told
     report |= {"metrics": metrics | found.metrics, **found.entries}
     write_report(options.out, report)
     if job.extras.html is not None:
         write_html(job.extras.html, report, found.pictures)
     for name, (low, high) in found.entries.get("intervals", {}).items():
         say(f"{name}: 95 % interval {low:.6g} … {high:.6g}")
-    return 0
+    return 0 if told or options.out is not None else 1
 
 
 def write_report(out: Path | None, report: dict[str, Any]) -> None:
@@ -112,11 +116,11 @@ def write_report(out: Path | None, report: dict[str, Any]) -> None:
         write_bytes(out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def show(metrics: dict[str, float | None]) -> None:
-    """The numbers on stdout, a line each."""
-    for name, value in metrics.items():
-        if value is not None:
-            print(f"{name}: {value}", flush=True)
+def show(metrics: dict[str, float | None]) -> bool:
+    """The numbers on stdout, a line each, or on stderr where that cannot be written. Returns whether they were."""
+    lines = [f"{name}: {value}" for name, value in metrics.items() if value is not None]
+    written = [put(line, sys.stdout) or say(line) for line in lines]  # all of them, also after one that was not
+    return all(written)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,19 @@ def _import_tensorflow(instead: str) -> Any:
     return tf
 
 
+def _flush_stderr() -> None:
+    if sys.stderr is not None:  # as it is where it was closed before the program began
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Drop what the process writes to file descriptor 2 inside the block.
 
     TensorFlow's C++ start-up messages heed no log level. Python's errors are exceptions and not affected.
     """
-    sys.stderr.flush()
+    _flush_stderr()
     try:
         saved = os.dup(2)
     except OSError:  # no descriptor 2: nothing to hold back
@@ -142,7 +148,7 @@ def quiet_stderr() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stderr.flush()
+            _flush_stderr()
             os.dup2(saved, 2)
             os.close(saved)
 

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from atomic_file import atomic_file
-from command_line import Parser, add_backend_options, check_backend_options, load_backend, progress, say, say_error
+from command_line import (
+    Parser,
+    add_backend_options,
+    check_backend_options,
+    lasting_streams,
+    load_backend,
+    progress,
+    say,
+    say_error,
+)
 from feature_extraction import FeatureBackend, Features, features_of_batches
 from sample_sets import open_images
 
@@ -164,6 +173,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+@lasting_streams()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 when an input cannot be used."""
     try:

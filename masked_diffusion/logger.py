@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from masked_diffusion.files import atomic_write, move_aside
+from masked_diffusion.processes.standard_streams import failed_streams
 
 Row = Mapping[str, float]
 WHOLE_NUMBERS = ("step", "samples", "skipped", "eval_num_samples")
@@ -254,6 +255,7 @@ class Logger:
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
+        self._told: set[str] = set()  # what is known not to be written
 
     @classmethod
     def open(cls, folder: Path, start_step: int, names: Sequence[str] | None = None) -> "Logger":
@@ -273,21 +275,37 @@ class Logger:
         for sink in self._sinks:
             with self._surviving(sink):
                 sink.row(values)
+        self._tell_of_streams()
 
     def text(self, message: str) -> None:
         """Log a message for people."""
         for sink in self._sinks:
             with self._surviving(sink):
                 sink.text(message)
+        self._tell_of_streams()
 
     @contextlib.contextmanager
     def _surviving(self, sink: Sink) -> Iterator[None]:
         """A full disk costs log lines, not the run."""
         try:
             yield
-        except OSError as error:
-            sys.stderr.write(f"{type(sink).__name__} could not write: {error}\n")
+        except (OSError, ValueError) as error:  # ValueError: the file is closed
+            message = f"{type(sink).__name__} could not write: {error}"
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stderr.write(message + "\n")
+            self._tell(type(sink).__name__, message)
+
+    def _tell_of_streams(self) -> None:
+        for name, error in failed_streams().items():
+            self._tell(name, f"{name} cannot be written ({error}); the run goes on")
+
+    def _tell(self, who: str, message: str) -> None:
+        """Say once in all that can still be written that something cannot."""
+        if who not in self._told:
+            self._told.add(who)
+            self.text(message)
 
     def close(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            with self._surviving(sink):
+                sink.close()

@@ -15,6 +15,7 @@ from masked_diffusion import dist_util
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.models import family_of
 from masked_diffusion.processes.loader_processes import LoaderError
+from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.runs.trained import Request
 from masked_diffusion.settings import Flag, flags_of
@@ -244,11 +245,12 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
     says all there is to say, becomes a line and status 1.
     """
     write_any_character(sys.stdout, sys.stderr)
-    try:
-        return _run(prepare)
-    except LoaderError as error:
-        report_error(error, dist_util.launched_rank(os.environ))
-        return 1
+    with lasting_streams():
+        try:
+            return _run(prepare)
+        except LoaderError as error:
+            report_error(error, dist_util.launched_rank(os.environ))
+            return 1
 
 
 def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:

@@ -27,6 +27,25 @@ from scoring import evaluate, judge_manifolds, score  # noqa: E402
 pytestmark = pytest.mark.usefixtures("mean_colours")
 
 
+def full():
+    return open("/dev/full", "w")  # noqa: SIM115
+
+
+@pytest.mark.parametrize("stream", [full, lambda: None], ids=["full", "closed"])
+def test_numbers_that_cannot_be_written_on_stdout_are_on_stderr_and_in_the_report(
+    stream, pair, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "stdout", stream())
+    assert evaluator.main([*map(str, pair), "--no_cache"]) == 0
+    assert re.search(r"^FID: \d", capsys.readouterr().err, re.MULTILINE)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert evaluator.main([*map(str, pair), "--no_cache"]) == 1  # nobody has them
+    out = tmp_path / "report.json"
+    assert evaluator.main([*map(str, pair), "--no_cache", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["metrics"]["FID"] > 0
+
+
 def features(count: int, width: int, seed: int) -> np.ndarray:
     return np.abs(np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32))
 
