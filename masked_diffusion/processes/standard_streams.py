@@ -11,8 +11,7 @@ from typing import Any, TextIO
 class LastingStream:
     """A text stream whose writing never raises. failure: what writing raised first, None while all is well.
 
-    stream: None stands for one that was closed before the program began. A character that the stream has no code for
-    is written as an escape.
+    stream: None stands for one that was closed before the program began.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -24,10 +23,7 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         try:
-            try:
-                self._stream.write(text)
-            except UnicodeEncodeError as error:
-                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+            self._stream.write(text)
         except (OSError, ValueError) as error:
             self.failure = self.failure or error
         return len(text)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from support import TINY_DIGITS, call, command, environment, rows, run_command
 
-from masked_diffusion.processes.standard_streams import failed_streams, lasting_streams
+from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.runs.checkpoint import damage
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
@@ -42,15 +42,6 @@ def test_a_log_that_cannot_be_written_is_told_to_the_others(monkeypatch, tmp_pat
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, sinks="stdout,log,csv") == 0
     assert "HumanSink could not write" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
-
-
-def test_what_cannot_be_encoded_is_escaped(monkeypatch):
-    binary = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(binary, encoding="ascii"))
-    with lasting_streams():
-        sys.stdout.write("café\udce9\n")
-        assert not failed_streams()
-    assert binary.getvalue() == rb"caf\xe9\udce9" + b"\n"
 
 
 def test_the_streams_are_as_before_when_the_work_is_done():
