@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -39,6 +40,7 @@ from process_share import ALONE, Share, connect, disconnect, share_of_launcher
 from sample_sets import ImageSource, find_manifest, open_images
 from scoring import judge_manifolds, score
 
+ENOUGH_REPEATS = 20  # bootstraps from which on the width of an interval is uncertain by less than a sixth
 UNBALANCED = 0.05  # nats of `split_imbalance` from which on the Inception Score is said to suffer: 5 %
 FEW_SAMPLES = 2048  # with fewer, the covariance of 2048 features has no full rank
 REPORT_MARK = "evaluator_report"  # the entry by which a report is told from any other file
@@ -289,6 +291,12 @@ def warn_about_sets(job: Evaluation) -> None:
     """Warn about what makes the numbers incomparable with others."""
     reference, samples = job.reference, job.samples
     warn_about_splits(job)
+    if 0 < job.extras.ci < ENOUGH_REPEATS:
+        doubt = 1.0 / math.sqrt(2 * (job.extras.ci - 1))
+        job.warn(
+            f"--ci {job.extras.ci}: so few repeats say little: the intervals' widths are uncertain by {doubt:.0%}; "
+            f"take {ENOUGH_REPEATS} or more"
+        )
     if job.extras.left_out:
         classes = job.extras.left_out
         shown = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")

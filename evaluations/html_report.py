@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,14 @@ from PIL import Image
 
 _STYLE = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td{padding:.2em 1em .2em 0}img{max-width:100%}"
 _GAP = 2  # pixels between the images of a grid
+_LEGIBLE_SIDE = 64  # smaller images are enlarged
 
 
 def grid(rows: list[list[np.ndarray]]) -> Image.Image:
-    """Rows of images of one size (H, W, 3) as one picture, on white."""
+    """Rows of images (H, W, 3) as one picture, on white; all are enlarged alike until they can be read."""
+    smallest = min(side for row in rows for image in row for side in image.shape[:2])
+    factor = max(1, math.ceil(_LEGIBLE_SIDE / smallest))
+    rows = [[image.repeat(factor, axis=0).repeat(factor, axis=1) for image in row] for row in rows]
     height = max(image.shape[0] for row in rows for image in row)
     width = max(image.shape[1] for row in rows for image in row)
     columns = max(map(len, rows))

@@ -159,7 +159,8 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
     from diffusers import AutoencoderKL
 
     try:
-        vae = AutoencoderKL.from_pretrained(source)
+        # Else diffusers hints at accelerate, which would save no more than a moment's memory here.
+        vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers and the hub client raise many kinds; all mean that there is no autoencoder
         if looks_local:
             raise FileNotFoundError(

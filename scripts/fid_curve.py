@@ -40,7 +40,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plotting needs matplotlib: pip install 'masked-diffusion[plot]'") from error
+        raise ValueError("plotting needs matplotlib: pip install -e '.[plot]'") from error
     runs = [read_run_log(folder.expanduser()) for folder in args.runs]
     axes = [scales(run) for run in runs]
 

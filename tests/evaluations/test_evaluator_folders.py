@@ -122,6 +122,9 @@ def test_an_npz_stored_class_by_class_keeps_its_order_and_is_warned_about(with_l
     assert value < 1.1 and report["inception_score_order"] == "stored"
     low, high = report["intervals"]["Inception Score"]
     assert high - low < 0.05  # splits are drawn from themselves: of all samples, their scores would scatter
+    assert any(
+        "--ci 3: so few repeats say little: the intervals' widths are uncertain by 50%" in w for w in report["warnings"]
+    )
     source = "labels" if with_labels else "predicted classes"
     [warning] = [text for text in report["warnings"] if "class by class" in text]
     assert f"set.npz: stored class by class, as its {source} show" in warning and "--shuffle" in warning

@@ -1,10 +1,12 @@
 """The table of speeds: its batches, its rows, its files. Nothing here is timed."""
 
 import json
+import os
+import subprocess
 
 import pytest
 import torch
-from support import call, script
+from support import REPO, call, script
 
 from masked_diffusion import train_util
 
@@ -61,3 +63,20 @@ def test_a_path_that_does_not_fit_has_a_row_that_says_so():
 def test_sizes_that_cannot_be_doubled_are_refused(monkeypatch, tmp_path, capsys, flags):
     assert call(monkeypatch, REPORT, tmp_path, *flags, "--device", "cpu", "--out", tmp_path / "r") == 2
     assert "--first_batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", ["False", "True"])
+def test_the_gpu_set_and_its_table_are_skipped_in_words_where_there_is_no_gpu(tmp_path, there):
+    stand_in = tmp_path / "python"  # which says of torch what it is told, and notes what else it is asked
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo {there} || echo "$@" >> "{tmp_path}/asked"\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": "my_report"}
+    command = ["bash", str(REPO / "tests" / "run.sh"), "--gpu", "--no-install", "-x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    asked = tmp_path / "asked"
+    if there == "False":
+        assert "There is no CUDA device here" in done.stdout and not asked.exists()
+    else:
+        assert asked.read_text().splitlines() == [
+            "-m pytest -m gpu tests/gpu -x", "scripts/gpu_report.py --out my_report"
+        ]  # fmt: skip

@@ -184,4 +184,4 @@ def test_without_matplotlib_a_sentence_says_how_to_get_it(monkeypatch, tmp_path,
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     log = write_log(tmp_path / "log", step=[1], loss=[1])
     assert call(monkeypatch, CURVE, tmp_path, log) == 2
-    assert "plotting needs matplotlib: pip install 'masked-diffusion[plot]'" in capsys.readouterr().err
+    assert "plotting needs matplotlib: pip install -e '.[plot]'" in capsys.readouterr().err
