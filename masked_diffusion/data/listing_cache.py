@@ -80,6 +80,7 @@ def kept_listing(root: Path) -> Listing | None:
         current = all(_state(root / folder) == state[:-1] for folder, state in folders.items())
         counted = sorted(folders)[:: -(-len(folders) // COUNTED_FOLDERS)]
         current = current and all(len(os.listdir(root / folder)) == folders[folder][-1] for folder in counted)
+        current = current and hashlib.sha256(packed).hexdigest() == record["sha256"]
         listing = Listing(unpack_paths(packed), Counter(record["skipped"]), record["empty"], path)
     except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none, not readable, or a folder is gone
         return None
@@ -99,9 +100,11 @@ def keep_listing(root: Path, folders: dict[str, int], listing: Listing) -> None:
         if _times_stand_still([(modified, changed) for modified, changed, *_ in states.values()]):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"folders": states, "skipped": listing.skipped, "empty": listing.empty}
+        packed = pack_paths(listing.files)
+        digest = hashlib.sha256(packed).hexdigest()  # a list that was cut off would be a shorter one
+        header = {"folders": states, "skipped": listing.skipped, "empty": listing.empty, "sha256": digest}
         with atomic_write(path) as file:
-            file.write(json.dumps(header).encode() + b"\n" + pack_paths(listing.files))
+            file.write(json.dumps(header).encode() + b"\n" + packed)
 
 
 def _times_stand_still(times: list[tuple[int, int]]) -> bool:

@@ -121,6 +121,14 @@ def test_a_damaged_list_is_made_again(folder, content):
     assert list_image_files(str(folder)) == listed
 
 
+@pytest.mark.parametrize("harm", [lambda kept: kept[:-2], lambda kept: kept[:-2] + b"\0\0"])
+def test_a_kept_list_that_was_cut_off_is_made_again(folder, harm):
+    listed = list_image_files(str(folder))
+    path = kept()[0]
+    path.write_bytes(harm(path.read_bytes()))
+    assert list_image_files(str(folder)) == listed
+
+
 def test_a_list_that_cannot_be_kept_is_no_loss(folder, tmp_path):
     (tmp_path / "kept").write_text("a file where the folder would be")
     assert len(list_image_files(str(folder))) == 4
