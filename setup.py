@@ -9,11 +9,14 @@ EVAL_TORCH = ["torch-fidelity>=0.4"]
 # mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
 MPI = ["mpi4py>=4.1"]
 PLOT = ["matplotlib>=3.9"]
+# Images in parquet files.
+PARQUET = ["pyarrow>=16"]
 TEST = [
     *EVAL,
     *EVAL_TORCH,
     *MPI,
     *PLOT,
+    *PARQUET,
     "mpich>=4.2; sys_platform == 'linux'",
     "pytest>=8",
     "hypothesis>=6.100",
@@ -43,5 +46,13 @@ setup(
         "tensorboard>=2.18",
         "scikit-learn>=1.5",
     ],
-    extras_require={"eval": EVAL, "eval-torch": EVAL_TORCH, "mpi": MPI, "plot": PLOT, "test": TEST, "all": TEST},
+    extras_require={
+        "eval": EVAL,
+        "eval-torch": EVAL_TORCH,
+        "mpi": MPI,
+        "plot": PLOT,
+        "parquet": PARQUET,
+        "test": TEST,
+        "all": TEST,
+    },
 )

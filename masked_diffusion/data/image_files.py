@@ -27,7 +27,7 @@ RETRY_WAITS = (1.0, 5.0)
 FILES_AT_ONCE, ASKED_AT_A_TIME = 1000, 16
 EXIF_ORIENTATION = 0x0112
 # Archives of images that are read in place of a folder, for messages.
-ARCHIVES = ".zip, .tar, .npz or .npy"
+ARCHIVES = ".zip, .tar, .parquet, .npz or .npy"
 LABELS_NAME = "dataset.json"  # edm2's list of labels, in the folder or archive itself
 TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

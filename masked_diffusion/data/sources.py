@@ -24,6 +24,7 @@ from masked_diffusion.data.image_files import (
 )
 from masked_diffusion.data.label_files import read_labels
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
+from masked_diffusion.data.parquet_images import Parquet
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
 from masked_diffusion.data.source import Classes, ImageSource, Source
@@ -186,6 +187,7 @@ SOURCES: tuple[type[Source], ...] = (
     Arrays,
     Zip,
     Tar,
+    Parquet,
     Folder,
 )  # the first that claims a path opens it
 

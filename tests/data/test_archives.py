@@ -4,20 +4,23 @@ import io
 import json
 import pickle
 import struct
+import sys
 import tarfile
 import zipfile
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from support import script
 
 from masked_diffusion.data import tar_images, zip_images
 from masked_diffusion.data.image_files import UnreadableImageError
-from masked_diffusion.data.sources import Arrays, Folder, Tar, Zip, open_source
+from masked_diffusion.data.sources import Arrays, Folder, Parquet, Tar, Zip, open_source
 from masked_diffusion.image_datasets import load_data, open_dataset
 
 COUNT, SIDE = 30, 16
@@ -95,7 +98,28 @@ def make_list(root):
     return root / "list.txt"
 
 
+def make_parquet(root, place="train-00000-of-00002.parquet", label_column="label"):
+    """Two files as datasets writes them, the images in any order, and a split that is not to be read."""
+    (root / place).parent.mkdir(exist_ok=True)
+    features = {"label": {"names": ["0", "1", "2"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    for number, names in enumerate((list(IMAGES)[::2], list(IMAGES)[1::2], list(IMAGES)[:1])):
+        images = pyarrow.array([{"bytes": IMAGES[name], "path": name} for name in names], kind)
+        table = pyarrow.table({"image": images, label_column: [int(name[0]) for name in names]})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        name = (
+            place.replace("00000-of", "00001-of")
+            if number == 1
+            else place.replace("train", "test")
+            if number
+            else place
+        )
+        parquet.write_table(table, root / name, row_group_size=4)
+    return root
+
+
 FORMS = {
+    "parquet": make_parquet,
     "tar": lambda root: make_tar(root, place="s-08.tar"),
     "tars": lambda root: make_tar(root, 3, place="s-{08..10}.tar"),
     "folder of tars": lambda root: make_tar(root, 3, ".json", "."),
@@ -135,7 +159,9 @@ def expected(paths):
     return [three_epochs(paths["folder"], rank=rank, world_size=ranks) for rank, ranks in ((0, 1), (1, 2))]
 
 
-@pytest.mark.parametrize("form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2), ("tars", 2)])
+@pytest.mark.parametrize(
+    "form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2), ("tars", 2), ("parquet", 2)]
+)
 def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
     ours = [three_epochs(paths[form], rank=r, world_size=w, num_workers=num_workers) for r, w in ((0, 1), (1, 2))]
     for mine, theirs in zip(ours, expected, strict=True):
@@ -147,7 +173,7 @@ def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
 @pytest.mark.parametrize("form", FORMS)
 def test_sources_travel_to_workers_and_know_their_images(paths, form):
     source = open_source(paths[form])
-    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays}.get(
+    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays, "parquet": Parquet}.get(
         form, Tar if "tar" in form else Zip
     )
     copy = pickle.loads(pickle.dumps(source))
@@ -476,3 +502,82 @@ def test_tars_among_images_do_not_make_a_folder_one_of_archives(tmp_path):
     make_tar(tmp_path)
     (tmp_path / "x.png").write_bytes(png(0))
     assert isinstance(open_source(str(tmp_path)), Folder)
+
+
+# Parquet files
+
+
+def test_one_split_is_read_and_the_others_are_said(paths):
+    source = open_source(paths["parquet"])
+    assert source.notes == ["left out: files of other splits: test"] and len(source) == COUNT
+    assert source.classes().names == ["0", "1", "2"]
+    test = open_source(f"{paths['parquet']}/test-00000-of-00002.parquet")
+    assert len(test) == 1 and not test.notes
+
+
+def test_a_snapshot_of_the_hub_has_its_files_in_a_folder_data(tmp_path):
+    source = open_source(str(make_parquet(tmp_path, "data/train-00000-of-00002.parquet")))
+    assert isinstance(source, Parquet) and len(source) == COUNT
+
+
+def write_table(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+def test_rows_without_names_of_their_own_are_called_by_file_and_row(tmp_path):
+    path = write_table(tmp_path / "a.parquet", img=[png(0), png(1)], cls=["b", "a"])
+    source = open_source(path)
+    assert list(source.names) == ["a.parquet/00000000", "a.parquet/00000001"] and source.read(1) == png(1)
+    assert source.classes().names == ["a", "b"] and source.classes().labels.tolist() == [1, 0]
+
+
+def test_a_row_without_bytes_is_a_bad_image_and_no_other_is(tmp_path):
+    path = write_table(
+        tmp_path / "a.parquet", image=[{"bytes": png(0), "path": "x.png"}, {"bytes": None, "path": "y.png"}]
+    )
+    source = open_source(path)
+    assert source.read(0) == png(0) and source.classes() is None
+    with pytest.raises(UnreadableImageError, match="a.parquet/y.png: .*the row has no bytes"):
+        source.picture(1)
+
+
+def test_a_damaged_row_group_is_bad_and_the_others_are_read(tmp_path):
+    table = pyarrow.table({"image": [png(n, 32) for n in range(4)]})
+    how = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1, **how)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    at = content.index(png(2, 32)[100:140])
+    content[at : at + 4] = bytes(4)
+    (tmp_path / "a.parquet").write_bytes(content)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert source.read(1) == png(1, 32) and source.read(3) == png(3, 32)
+    with pytest.raises(UnreadableImageError):
+        source.picture(2)
+
+
+@pytest.mark.parametrize(
+    "columns, sentence",
+    [
+        ({"text": ["a"]}, "which column has the images. There are text;"),
+        ({"a": [b"1"], "b": [b"2"]}, "which column has the images. There are a, b;"),
+        ({"image": pyarrow.array([], pyarrow.binary())}, "have no rows"),
+        ({"image": [b"x", b"y"], "label": [0, -1]}, "labels are -1 ... 0, they should begin at 0"),
+    ],
+)
+def test_tables_without_images_are_refused(tmp_path, columns, sentence):
+    with pytest.raises(ValueError, match=f"--data_dir .*a.parquet: .*{sentence}|{sentence}"):
+        open_source(write_table(tmp_path / "a.parquet", **columns))
+
+
+def test_a_cut_off_parquet_file_is_refused(tmp_path):
+    path = Path(write_table(tmp_path / "a.parquet", image=[png(0)]))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="a parquet file is damaged"):
+        open_source(str(path))
+
+
+def test_without_pyarrow_parquet_is_refused_with_what_to_install(paths, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"install it: pip install 'masked-diffusion\[parquet\]'"):
+        open_source(paths["parquet"])
