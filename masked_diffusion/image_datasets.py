@@ -419,16 +419,8 @@ def load_data(
         raise ValueError(f"--image_size {image_size}: the data set was opened for {dataset.image_size}")
     order = DataOrder(len(dataset), seed, deterministic)
     batch_sampler = RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size)
-    return _batches(
-        partial(
-            iterate,
-            _Examples(dataset, seed, draws),
-            num_workers,
-            asked_to_stop,
-            batch_sampler=batch_sampler,
-            pin_memory=pin_memory,
-        )
-    )
+    begin = partial(iterate, _Examples(dataset, seed, draws), num_workers, asked_to_stop)
+    return _batches(partial(begin, batch_sampler=batch_sampler, pin_memory=pin_memory))
 
 
 def _batches(begin: Callable[[], Generator[dict[str, Any], None, None]]) -> Generator[Batch, None, None]:

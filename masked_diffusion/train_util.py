@@ -106,16 +106,11 @@ class TrainLoop:
         self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
-        self.meter = Meter(self._loss_names(), ranks)
+        self.meter = Meter([view.prefix + name for view in self.views for name in objective.loss_names], ranks)
         self._last_log = (time.monotonic(), self.step)
         # The row of an evaluated step was written after its checkpoint.
         if start.step and (not self._evaluation_is_due() or self._lacks_evaluation()):
-            self._load_meter(start)
-
-    def _load_meter(self, start: checkpoint.Start) -> None:
-        state = checkpoint.read_state(start)
-        if state is not None and "meter" in state:  # those of 0.1.0 have none
-            self.meter.load_state_dict(state["meter"])
+            load_meter(self.meter, start)
 
     def _load(self, state: TrainingState, start: checkpoint.Start) -> None:
         former, now = state.load(start), self.config.lr_at(start.step)
@@ -125,9 +120,6 @@ class TrainLoop:
     @property
     def global_batch(self) -> int:
         return self.config.batch_size * self.ranks.world_size
-
-    def _loss_names(self) -> list[str]:
-        return [view.prefix + name for view in self.views for name in self.objective.loss_names]
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -221,7 +213,7 @@ class TrainLoop:
         self._check_last_step()
         good = self._update()
         self.bad_steps.put(good, t, extras["epoch"], extras["used"])
-        self._teach_schedule_sampler(t, torch.cat(losses), good)
+        teach(self.schedule_sampler, self.ranks, t, torch.cat(losses), good)
 
     def _backward(self, z: Tensor, t: Tensor, weights: Tensor, draws: Batch, batch_size: int, is_last: bool) -> Tensor:
         """Add a microbatch's gradients. Each view runs backward by itself, so that the two graphs never live
@@ -276,13 +268,6 @@ class TrainLoop:
     def _check_last_step(self) -> None:
         # An fp16 overflow only lowers the scale, as long as it can.
         self.bad_steps.check(self.step, excused=lambda: self.config.use_fp16 and self.scaler.get_scale() > 1)
-
-    def _teach_schedule_sampler(self, t: Tensor, losses: Tensor, good: Tensor) -> None:
-        """Once per step, from the losses of all ranks in sample order: ranks hold consecutive parts of a batch."""
-        if self.schedule_sampler.learns:
-            pairs = self.ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
-            if good.item():
-                self.schedule_sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
@@ -391,3 +376,18 @@ def progress_bar(end: int | None, step: int, ranks: Ranks) -> tqdm:
     # A bar in a job's log file is a line per update: there it is refreshed once a minute.
     interval = 0.5 if sys.stderr.isatty() else 60.0
     return tqdm(total=end, initial=step, unit="step", mininterval=interval, disable=not ranks.is_main, leave=False)
+
+
+def teach(sampler: ScheduleSampler, ranks: Ranks, t: Tensor, losses: Tensor, good: Tensor) -> None:
+    """Once per step, from the losses of all ranks in sample order: ranks hold consecutive parts of a batch."""
+    if sampler.learns:
+        pairs = ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
+        if good.item():
+            sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
+
+
+def load_meter(meter: Meter, start: checkpoint.Start) -> None:
+    """Go on with the means of a checkpoint, for the steps since its last row of the log."""
+    state = checkpoint.read_state(start)
+    if state is not None and "meter" in state:  # those of 0.1.0 have none
+        meter.load_state_dict(state["meter"])

@@ -93,44 +93,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
-    args.sampler = sampler_name(args, explicit)
-    from_args(SamplerConfig, args)  # before the weights are read
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.vae_decoder not in ("ema", "mse"):
-        raise ValueError(f"--vae_decoder {args.vae_decoder}: choose ema or mse")
-    if not args.model_path:
-        raise ValueError("--model_path: give the checkpoint to sample, such as ema_0.9999_400000.pt")
+    # Settings
+    check_settings(args, explicit)
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
     say: Callable[[str], None] = stderr_line if place.rank == 0 else lambda message: None
     for message in warnings_of(args, explicit):
         say(f"warning: {message}")
-    trained = open_trained(
-        Path(args.model_path).expanduser(),
-        request_of(args, explicit),
-        device,
-        warn=lambda text: say(f"warning: {text}"),
-    )
-    if not trained.recorded:
-        model = trained.config.model
-        say(
-            f"no config.json beside {trained.path}: by its weights it is {model.model} for {model.image_size} x "
-            f"{model.image_size}; the process is taken from the flags"
-        )
-    if args.cfg_cond and "cfg_channels" in explicit and trained.config.model.in_channels <= GUIDED_CHANNELS:
-        say(f"warning: --cfg_channels is ignored: the latents have {trained.config.model.in_channels}")
-    name = trained.config.model.model
-    apply_family_defaults(SAMPLING, name, args, explicit)
-    sampler = from_args(SamplerConfig, args)
-    if sampler.cfg_cond:
-        say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
-        if "guidance" not in explicit:  # else it was said above
-            for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
-                say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
-    class_cond = args.class_cond and trained.config.class_cond
+    # Model and first stage
+    trained = open_model(args, explicit, device, say)
+    sampler = choose_sampler(args, explicit, trained, say)
+    # Labels and images
     labels = labels_of(args, trained)
     if args.compile and (problem := compile_blocks(trained.model, device)):
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
@@ -143,34 +117,81 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         device,
     )
     new_sampler()  # before the processes meet: what it refuses is refused here
+    class_cond = args.class_cond and trained.config.class_cond
     settings = settings_of(args, trained, sampler, labels if class_cond else None)
-
-    def claim(samples: SampleSet) -> bool:
-        """Whether there is anything to do; on rank 0, before any work."""
-        if not samples.is_complete():  # to find that out takes no right to write
-            stack.enter_context(held(samples.folder, "sampling"))
-        if samples.is_complete():
-            samples.remove_parts()
-            say("these samples are already complete")
-            return False
-        if samples.restore():
-            say(f"these samples were complete and had been moved aside; they are {samples.path.name} again")
-            return False
-        circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
-        with writing_to(samples.folder):
-            moved = samples.open(circumstances)
-        if moved:
-            say(f"samples of other settings were moved aside: {', '.join(path.name for path in moved)}")
-        return True
-
-    # The processes meet once, before the work, and never again: none of them waits for a slow one.
+    # The folder and its lock. The processes meet once, before the work, and never again: none waits for a slow one.
+    circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
         folder = ranks.from_main(lambda: own_folder(stack))
         stream = ranks.from_main(lambda: begun_stream(folder, settings))
         settings |= stream_entry(stream)
         samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)
-        needed = ranks.from_main(lambda: claim(samples))
+        needed = ranks.from_main(lambda: claim(samples, circumstances, stack, say))
     return partial(work, samples, new_sampler(stream=stream), labels, class_cond, ranks, needed)
+
+
+def check_settings(args: argparse.Namespace, explicit: set[str]) -> None:
+    """Raise ValueError for what can be refused before the weights are read."""
+    args.sampler = sampler_name(args, explicit)
+    from_args(SamplerConfig, args)
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.vae_decoder not in ("ema", "mse"):
+        raise ValueError(f"--vae_decoder {args.vae_decoder}: choose ema or mse")
+    if not args.model_path:
+        raise ValueError("--model_path: give the checkpoint to sample, such as ema_0.9999_400000.pt")
+
+
+def open_model(
+    args: argparse.Namespace, explicit: set[str], device: torch.device, say: Callable[[str], None]
+) -> Trained:
+    path, request = Path(args.model_path).expanduser(), request_of(args, explicit)
+    trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
+    if not trained.recorded:
+        model = trained.config.model
+        say(
+            f"no config.json beside {trained.path}: by its weights it is {model.model} for {model.image_size} x "
+            f"{model.image_size}; the process is taken from the flags"
+        )
+    return trained
+
+
+def choose_sampler(
+    args: argparse.Namespace, explicit: set[str], trained: Trained, say: Callable[[str], None]
+) -> SamplerConfig:
+    """The sampler that the flags ask for, and the model's family where they do not."""
+    name, channels = trained.config.model.model, trained.config.model.in_channels
+    if args.cfg_cond and "cfg_channels" in explicit and channels <= GUIDED_CHANNELS:
+        say(f"warning: --cfg_channels is ignored: the latents have {channels}")
+    apply_family_defaults(SAMPLING, name, args, explicit)
+    sampler = from_args(SamplerConfig, args)
+    if sampler.cfg_cond:
+        say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
+        if "guidance" not in explicit:  # else it was said above
+            for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
+                say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
+    return sampler
+
+
+def claim(
+    samples: SampleSet, circumstances: dict[str, Any], stack: contextlib.ExitStack, say: Callable[[str], None]
+) -> bool:
+    """Whether there is anything to do; on rank 0, before any work."""
+    if not samples.is_complete():  # to find that out takes no right to write
+        stack.enter_context(held(samples.folder, "sampling"))
+    if samples.is_complete():
+        samples.remove_parts()
+        say("these samples are already complete")
+        return False
+    if samples.restore():
+        say(f"these samples were complete and had been moved aside; they are {samples.path.name} again")
+        return False
+    with writing_to(samples.folder):
+        moved = samples.open(circumstances)
+    if moved:
+        say(f"samples of other settings were moved aside: {', '.join(path.name for path in moved)}")
+    return True
 
 
 def work(

@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from masked_diffusion import dist_util, dry_run
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
@@ -21,6 +24,7 @@ from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
@@ -110,23 +114,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
     """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
     tries it out. Raises ValueError or OSError."""
+    # Settings
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
-    config = from_args(TrainConfig, args)
-    eval_config = from_args(EvalConfig, args)
+    config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
+    # Data and first stage
+    dataset, first_stage = open_data(args, device)
+    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
+    ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
+    # Model and process
+    run_config, model = build_model(args, make_run_config(args, config, dataset, first_stage))
+    objective = run_config.build_objective()
+    schedule_sampler = objective.levels(args.schedule_sampler)
+    # Where to start
+    output = Output(args, explicit, ranks, stack)
+    start = output.plan_start(args)
+    messages = [*start.messages, *take_up(args, start, run_config, model, dataset.class_names)]
+    state = ranks.from_main(lambda: checkpoint.read_state(start))
+    if state is not None:
+        stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
+        run_config = dataclasses.replace(run_config, stream=stream)
+    config = config.on_ranks(ranks.world_size, state)
+    messages += changed_batch(args, config, ranks)
+    # Published checkpoints: full batches.
+    position = state["position"] if state else start.step * config.batch_size * ranks.world_size
+    bad_images = check_first_images(args, config, dataset, ranks, output.folder, position)
+    signals = StopSignals()
+    data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
+    stack.callback(data.close)
+    evaluation = None
+    if eval_config.eval_interval:
+        evaluation = Evaluation(eval_config, EVALUATOR, run_config, first_stage, ranks, output.folder)
+        evaluation.try_out(leave_no_trace=args.dry_run)
+    # The folder and its lock
+    messages += output.claim(run_config, args.overwrite)
+    # The log of another folder's run does not go on here.
+    rows_kept = start.step if start.folder == output.folder else 0
+    if not args.dry_run:  # which writes nothing
+        messages += bad_images.take_up(resumed=rows_kept > 0)
+    logger = open_logger(output.folder, rows_kept, sinks, args.dry_run) if ranks.is_main else Logger()
+    stack.callback(logger.close)
+    # The loop
+    loop = TrainLoop(
+        config=config, run_config=run_config, model=model, objective=objective, schedule_sampler=schedule_sampler,
+        first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
+        start=start, position=position, evaluation=evaluation, signals=signals,
+    )  # fmt: skip
+    if ranks.world_size == 1 and explicit & {"shard", "use_zero"} and config.shard != "none":
+        idle.append(f"--shard {config.shard} is ignored in a single process")
+    messages = [*(f"warning: {text}" for text in idle), *messages]
+    for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
+        logger.text(message)
+    return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
+
+
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageDataset, FirstStage]:
     dataset = open_dataset(**dataclasses.asdict(from_args(DataConfig, args)), image_size=args.image_size)
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
-    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
-    ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
-    run_config = make_run_config(args, config, dataset, first_stage)
-    objective = run_config.build_objective()
-    schedule_sampler = objective.levels(args.schedule_sampler)
+    return dataset, first_stage
+
+
+def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
+    """A fresh model, and the configuration that it turned out to have."""
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
     # None stands for a default that may change; the checkpoint records what was built.
@@ -138,53 +193,105 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         choose=model.policy.choose if model.policy.drops else None,
         path_drop=model.policy.path_drop or None,
     )
-    run_config = dataclasses.replace(run_config, model=built)
+    return dataclasses.replace(run_config, model=built), model
 
-    if dist_util.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
-        raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
-    folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
 
-    def hold() -> None:
-        if not args.dry_run:
-            stack.enter_context(held(folder, "training"))
+class Output:
+    """The output folder of a training, which no other one writes to. A dry run leaves no trace there."""
 
-    if ranks.from_main(folder.is_dir):  # a new one is made when all is checked
-        ranks.from_main(hold)
-    job = dist_util.job_of(os.environ, command_of(args, explicit))
-    if ranks.from_main(lambda: is_restart(folder, job, leave_no_trace=args.dry_run)):
-        # What was asked of the first start must not undo its work.
-        args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
-    start = ranks.from_main(
-        lambda: checkpoint.plan_start(folder, args.resume_checkpoint, args.init_from, args.overwrite, args.dry_run)
-    )
-    messages = list(start.messages)
+    def __init__(self, args: argparse.Namespace, explicit: set[str], ranks: Ranks, stack: contextlib.ExitStack) -> None:
+        if dist_util.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
+            raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
+        self._dry_run = args.dry_run
+        self._ranks = ranks
+        self._stack = stack
+        self._job = dist_util.job_of(os.environ, command_of(args, explicit))
+        self.folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
+        if ranks.from_main(self.folder.is_dir):  # a new one is made when all is checked
+            ranks.from_main(self._hold)
+
+    def _hold(self) -> None:
+        if not self._dry_run:
+            self._stack.enter_context(held(self.folder, "training"))
+
+    def plan_start(self, args: argparse.Namespace) -> checkpoint.Start:
+        """Where the training begins. Of a job that is started again, what was asked of the first start must not undo
+        its work."""
+        if self._ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._dry_run)):
+            args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
+        asked = (args.resume_checkpoint, args.init_from, args.overwrite, self._dry_run)
+        return self._ranks.from_main(lambda: checkpoint.plan_start(self.folder, *asked))
+
+    def claim(self, run_config: RunConfig, overwrite: bool) -> list[str]:
+        """Make the folder this run's, after all is checked. Returns what the user has to be told."""
+        self._ranks.from_main(self._hold)
+        if self._dry_run:
+            return self._ranks.from_main(lambda: check_folder(self.folder, run_config, overwrite))
+        messages = self._ranks.from_main(lambda: claim_folder(self.folder, run_config))
+        self._ranks.from_main(lambda: note_job(self.folder, self._job))
+        return messages
+
+
+def take_up(
+    args: argparse.Namespace,
+    start: checkpoint.Start,
+    run_config: RunConfig,
+    model: LatentTransformer,
+    class_names: list[str],
+) -> list[str]:
+    """Give a fresh model the weights that it starts from at step 0, and check that a resumed run stays the same one.
+
+    Returns what the user has to be told.
+    """
+    messages: list[str] = []
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
     if start.init_from is not None:
-        load_initial_weights(model, start.init_from, args, dataset.class_names, messages.append)
+        load_initial_weights(model, start.init_from, args, class_names, messages.append)
     if args.freeze:
         messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
+    return messages
 
-    state = ranks.from_main(lambda: checkpoint.read_state(start))
-    if state is not None:
-        stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
-        run_config = dataclasses.replace(run_config, stream=stream)
-    config = config.on_ranks(ranks.world_size, state)
-    global_batch = config.batch_size * ranks.world_size
-    if config.batch_size != args.batch_size:
-        messages.append(
-            f"the global batch stays {global_batch}: {config.batch_size} images for each of the {ranks.world_size} "
-            "processes"
-        )
-    position = state["position"] if state else start.step * global_batch  # published checkpoints: full batches
+
+def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:
+    if config.batch_size == args.batch_size:
+        return []
+    return [
+        f"the global batch stays {config.batch_size * ranks.world_size}: {config.batch_size} images for each of the "
+        f"{ranks.world_size} processes"
+    ]
+
+
+def check_first_images(
+    args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, ranks: Ranks, folder: Path, position: int
+) -> BadImages:
+    """The run's record of bad images. Raises ValueError where too many of those that it begins with are bad."""
     order = DataOrder(len(dataset), args.seed)
-    list_path = folder / LIST_NAME
-    bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=list_path)
-    first = min(max(global_batch, 16), 64)  # of a tiny batch a bad image would be the half
+    path = folder / LIST_NAME
+    bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=path)
+    first = min(max(config.batch_size * ranks.world_size, 16), 64)  # of a tiny batch a bad image would be the half
     bad_images.check(order[i] for i in range(position, position + first))
-    signals = StopSignals()
-    data = load_data(
+    return bad_images
+
+
+def draws_of(run_config: RunConfig, model: LatentTransformer, first_stage: FirstStage) -> DrawSpec:
+    """The random numbers that come with each image."""
+    drops_paths = model.policy.path_drop > 0
+    return DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, drops_paths)
+
+
+def open_stream(
+    args: argparse.Namespace,
+    config: TrainConfig,
+    dataset: ImageDataset,
+    draws: DrawSpec,
+    ranks: Ranks,
+    position: int,
+    signals: StopSignals,
+) -> Any:
+    """This rank's batches from a position on."""
+    return load_data(
         data_dir=args.data_dir,
         dataset=dataset,
         batch_size=config.batch_size,
@@ -194,58 +301,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
         rank=ranks.rank,
         world_size=ranks.world_size,
         num_workers=choose_num_workers(args.num_workers),
-        draws=DrawSpec(
-            run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, model.policy.path_drop > 0
-        ),
-        pin_memory=device.type == "cuda",
+        draws=draws,
+        pin_memory=ranks.device.type == "cuda",
         asked_to_stop=signals.asked,
     )
-    stack.callback(data.close)
-    evaluation = None
-    if eval_config.eval_interval:
-        evaluation = Evaluation(eval_config, EVALUATOR, run_config, first_stage, ranks, folder)
-        evaluation.try_out(leave_no_trace=args.dry_run)
-    ranks.from_main(hold)
-    messages += ranks.from_main(
-        lambda: check_folder(folder, run_config, args.overwrite) if args.dry_run else claim_folder(folder, run_config)
-    )
-    if not args.dry_run:
-        ranks.from_main(lambda: note_job(folder, job))
-    # The log of another folder's run does not go on here.
-    rows_kept = start.step if start.folder == folder else 0
-    if not args.dry_run:  # which writes nothing
-        messages += bad_images.take_up(resumed=rows_kept > 0)
-    logger = open_logger(folder, rows_kept, sinks, args.dry_run) if ranks.is_main else Logger()
-    stack.callback(logger.close)
-    loop = TrainLoop(
-        config=config,
-        run_config=run_config,
-        model=model,
-        objective=objective,
-        schedule_sampler=schedule_sampler,
-        first_stage=first_stage,
-        data=data,
-        bad_images=bad_images,
-        ranks=ranks,
-        logger=logger,
-        folder=folder,
-        start=start,
-        position=position,
-        evaluation=evaluation,
-        signals=signals,
-    )
-    where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
-    for message in [
-        f"output folder: {folder}",
-        f"device: {device}, {where}",
-        *describe(args, run_config, dataset, model),
-    ]:
-        logger.text(message)
-    if ranks.world_size == 1 and explicit & {"shard", "use_zero"} and config.shard != "none":
-        idle.append(f"--shard {config.shard} is ignored in a single process")
-    for message in [*(f"warning: {text}" for text in idle), *messages]:
-        logger.text(message)
-    return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
 
 def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
@@ -368,9 +427,15 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
 
 
 def describe(
-    args: argparse.Namespace, run_config: RunConfig, dataset: ImageDataset, model: LatentTransformer
+    args: argparse.Namespace,
+    run_config: RunConfig,
+    dataset: ImageDataset,
+    model: LatentTransformer,
+    ranks: Ranks,
+    folder: Path,
 ) -> list[str]:
     """What a user wants confirmed before a long run."""
+    where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
     parameters = sum(p.numel() for p in model.parameters())
     defaulted = " (the default)" if args.decode_layer is None else ""
     decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
@@ -379,6 +444,8 @@ def describe(
     training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
     recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
     return [
+        f"output folder: {folder}",
+        f"device: {ranks.device}, {where}",
         f"data: {dataset}",
         *dataset.notes,
         f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}{decoder}",

@@ -90,3 +90,32 @@ def test_public_paths_are_real_files():
     for path in PACKAGE.glob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in tree.body), path.name
+
+
+# What people have to read at once.
+LONGEST_FUNCTION, LONGEST_CLASS = 60, 300
+MAY_BE_LONGER = {"GaussianDiffusion"}  # its public methods are a contract
+PROGRAMS = [PACKAGE.parent / "infer_mdt.py", *sorted(PACKAGE.parent.glob("scripts/*.py"))]
+PROGRAMS += sorted(PACKAGE.parent.glob("evaluations/*.py"))
+
+
+def too_long(source):
+    """Names and lengths of functions and classes that do not fit."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            length = node.end_lineno - node.lineno + 1
+            limit = LONGEST_CLASS if isinstance(node, ast.ClassDef) else LONGEST_FUNCTION
+            if length > limit and node.name not in MAY_BE_LONGER:
+                yield node.name, length
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PROGRAMS], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_functions_and_classes_can_be_read_at_once(path):
+    assert not list(too_long(path.read_text(encoding="utf-8")))
+
+
+def test_a_function_or_class_that_is_too_long_would_be_found():
+    lines = "    x = 1\n"
+    assert list(too_long("def f():\n" + 60 * lines)) == [("f", 61)] and not list(too_long("def f():\n" + 59 * lines))
+    assert list(too_long("class C:\n" + 300 * lines)) == [("C", 301)]
+    assert not list(too_long("class GaussianDiffusion:\n" + 400 * lines))

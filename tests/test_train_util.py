@@ -432,7 +432,7 @@ def test_a_process_that_fails_to_gather_the_average_ends_and_leaves_no_other_wai
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("no room for whole weights")
 
-    monkeypatch.setattr("masked_diffusion.train_util.EMA.averaged_model", out_of_memory)
+    monkeypatch.setattr("masked_diffusion.training.optimizers.EMA.averaged_model", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError, match="whole weights"):
         train("--preview_samples", "2", "--save_interval", "1")
     train("--preview_samples", "0", "--save_interval", "1")  # without previews nothing is gathered
