@@ -24,4 +24,4 @@ def test_the_wheel_ships_every_module(tmp_path):
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("masked_diffusion-*.whl")
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert shipped == {f"masked_diffusion/{path.name}" for path in (REPO / "masked_diffusion").glob("*.py")}
+    assert shipped == {path.relative_to(REPO).as_posix() for path in (REPO / "masked_diffusion").rglob("*.py")}
