@@ -239,7 +239,10 @@ class LatentTransformer(nn.Module):
             ratio_noise = torch.rand(1).item() if self.policy.ratio_spread else 0.0
             draw = self.draw(torch.rand(embedded.shape[:2], device=x.device), ratio_noise)
         h = walk(self, embedded, c, draw or NO_DRAW)
-        return self.unpatchify(self.final_layer(h, c))
+        patches = self.final_layer(h, c)
+        if draw is not None and draw.kept is not None and not self.rejoin.comes_back:
+            patches = draw.kept.come_back(patches, patches.new_zeros(1, 1, patches.shape[-1]))
+        return self.unpatchify(patches)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(N, L, patch_size**2 * C_out) -> (N, C_out, H, W)."""

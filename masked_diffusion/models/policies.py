@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from masked_diffusion.models.routes import Fuse, Interpolate, Rejoin, Route
+from masked_diffusion.models.routes import Fuse, Interpolate, Never, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
 
 INTERPOLATE = Interpolate()
@@ -36,6 +36,11 @@ def no_route(depth: int, decode_layer: int) -> Route:
 def to_decoder(depth: int, decode_layer: int) -> Route:
     """From the first block to the decoder, the last ``decode_layer`` blocks."""
     return Route(0, depth - decode_layer)
+
+
+def after(dense: int) -> Callable[[int, int], Route]:
+    """All blocks but these many dense ones at the beginning, fewer in models of less than 12 blocks, and for good."""
+    return lambda depth, decode_layer: Route(max(1, min(dense, dense * depth // 12)), depth)
 
 
 def inner(before: int, after: int) -> Callable[[int, int], Route]:
@@ -94,7 +99,7 @@ class Policy:
     @property
     def takes_route(self) -> bool:
         """Whether another route can be asked for."""
-        return self.drops and not self.has_decoder
+        return self.drops and self.rejoin.comes_back and not self.has_decoder
 
     def with_options(self, choose: str | None, path_drop: float | None) -> "Policy":
         """This policy with other options than its own; None leaves one as it is.
@@ -190,6 +195,8 @@ POLICIES = {
         choose="cells",
         path_drop=0.1,
     ),
+    # The first blocks mix all tokens, a quarter of which goes on alone (MicroDiT's deferred masking, 2407.15811).
+    "deferred": Policy(families=("MDT", "DiT"), views=(SPARSE,), route=after(2), rejoin=Never(), mask_ratio=0.75),
 }
 
 

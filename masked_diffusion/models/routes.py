@@ -75,6 +75,7 @@ class Rejoin:
     adds_positions = False  # decoder_pos_embed, so that the walk does not
     interpolates = False  # predicts tokens from the others
     drops_path = False  # heeds a draw's path_drop
+    comes_back = True  # else the output has the kept tokens only, and zeros for the others
 
     def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
         """Give a network under construction what this rejoin learns. trained: whether any view drops tokens."""
@@ -141,6 +142,12 @@ class Fuse(Rejoin):
         if draw.path_drop is not None:
             h = torch.where(draw.path_drop[:, None, None], net.route_token.to(h.dtype), h)
         return net.fuse(torch.cat([h, stash.to(h.dtype)], dim=-1))
+
+
+class Never(Rejoin):
+    """Nobody comes back: what left has no prediction, and only the kept tokens count in the loss."""
+
+    comes_back = False
 
 
 def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:

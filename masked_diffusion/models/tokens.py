@@ -69,6 +69,14 @@ class KeptTokens:
         """Put the kept tokens where they were, with the others of ``stash``: (N, L_keep, D), (N, L, D) -> (N, L, D)."""
         return stash.scatter(1, self.ids_keep[..., None].expand(-1, -1, x.shape[-1]), x.to(stash.dtype))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of values of pixels over the patches of the kept tokens: (N, C, H, W) -> (N,)."""
+        count, channels = values.shape[:2]
+        across = math.isqrt(self.dropped.shape[1])
+        patch = values.shape[-1] // across
+        tokens = values.view(count, channels, across, patch, across, patch).mean(dim=(1, 3, 5)).flatten(1)  # (N, L)
+        return tokens.gather(1, self.ids_keep).mean(dim=1)
+
     def relative_index(self, index: Tensor | None) -> Tensor | None:
         """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep). None stays None."""
         return None if index is None else index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]

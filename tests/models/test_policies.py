@@ -306,6 +306,48 @@ def test_options_that_a_policy_cannot_have_are_refused(kwargs, message):
         create_model("DiT_Ti_2", **{**SIZE, **kwargs})
 
 
+# -- deferred ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["MDT_Ti_2", "DiT_Ti_2"])
+def test_deferred_predicts_kept_tokens_and_leaves_zeros_for_the_others(name):
+    model = make(name, policy="deferred")
+    x, t, y = inputs()
+    draw = model.draw(torch.rand(2, L))
+    out = model(x.requires_grad_(), t, y, draw=draw)[:, :1]
+    kept = ~draw.kept.dropped
+    assert kept.sum(dim=1).tolist() == [4, 4]
+    assert ((per_token(out) > 0) == kept).all()
+    out.square().sum().backward()
+    assert (per_token(x.grad) > 0).all()  # the first blocks mix all of them
+
+
+@pytest.mark.parametrize("name", ["MDT_Ti_2", "DiT_Ti_2"])
+def test_deferred_that_keeps_all_tokens_is_the_plain_pass(name):
+    model = make(name, policy="deferred").double()
+    x, t, y = inputs()
+    all_kept = Draw(KeptTokens.from_noise(torch.rand(2, L), L))
+    torch.testing.assert_close(model(x.double(), t, y, draw=all_kept), model(x.double(), t, y))
+
+
+@pytest.mark.parametrize("channels, patch", [(1, 2), (3, 1), (4, 4)])
+def test_the_mean_over_kept_tokens_is_that_of_their_pixels_alone(channels, patch):
+    kept = KeptTokens.from_noise(torch.rand(3, L), 5)
+    values = torch.rand(3, channels, 4 * patch, 4 * patch)
+    pixels = kept.dropped.view(3, 1, 4, 4).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    pixels = pixels.expand_as(values)
+    expected = torch.stack([v[~p].mean() for v, p in zip(values, pixels, strict=True)])
+    torch.testing.assert_close(kept.mean(values), expected)
+    assert torch.equal(kept.mean(values.masked_fill(pixels, 1e9)), kept.mean(values))
+
+
+@pytest.mark.parametrize("size, leave", [("S", 2), ("XL", 2), ("Ti", 1)])
+def test_the_first_blocks_of_deferred_are_dense_and_all_others_sparse(size, leave):
+    with torch.device("meta"):
+        model = create_model(f"DiT_{size}_2", **SIZE, policy="deferred")
+    assert model.route == (leave, len(model.stack))
+
+
 def test_one_view_of_mdt_is_its_masked_view():
     one, both = make("MDT_Ti_2", policy="mdt_one_view"), make("MDT_Ti_2", mask_ratio=0.3)
     one.load_state_dict(both.state_dict())

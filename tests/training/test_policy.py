@@ -6,6 +6,7 @@ import pytest
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
 from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.tokens import KeptTokens
 
 TRAIN = "scripts/image_train.py"
 DIT_UNDER_MDT = ["--model", "DiT_Ti_2", "--policy", "mdt"]
@@ -81,6 +82,25 @@ ROUTED = {
     "sprint, with a finale": ["--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75", "--finale", "0.4"],
 }
 
+DEFERRED = ["--policy", "deferred", "--model", "DiT_Ti_2", "--mask_ratio", "0.75"]
+ROUTED["deferred"] = [*DEFERRED, "--learn_sigma", "False"]
+
+
+def test_a_policy_whose_loss_counts_kept_tokens_refuses_a_variational_term(train, capsys):
+    train("run", *DEFERRED, status=2)
+    assert "--policy deferred: only kept tokens count in its loss" in capsys.readouterr().err
+
+
+def test_the_loss_of_deferred_counts_kept_tokens_alone(train, monkeypatch):
+    """A network that predicts nothing has an error of about 1 on each token, and none where it does not count."""
+    folder = train("run", *ROUTED["deferred"], "--batch_size", "32", "--max_steps", "1")
+    assert rows(folder)[0]["mse"] == pytest.approx(1, abs=0.15)
+    moved = []
+    mean = KeptTokens.mean
+    monkeypatch.setattr(KeptTokens, "mean", lambda self, values: moved.append(values.shape) or mean(self, values))
+    train("seen", *ROUTED["deferred"], "--max_steps", "2", "--finale", "0.5")
+    assert len(moved) == 1
+
 
 @pytest.mark.parametrize("case", ROUTED)
 def test_a_routed_training_does_not_depend_on_microbatches_and_goes_on_where_it_was(train, monkeypatch, case):
@@ -93,7 +113,7 @@ def test_a_routed_training_does_not_depend_on_microbatches_and_goes_on_where_it_
     train("resumed", *flags)
     assert_same_weights(weights(whole, 3), weights(resumed, 3))
     model = config_of(whole)["model"]
-    assert (model["policy"], model["route"]) == (case.split(",")[0], "1,3")
+    assert (model["policy"], model["route"]) == (case.split(",")[0], None if case == "deferred" else "1,3")
 
 
 def test_a_finale_is_the_last_share_of_the_run_with_all_tokens(train, monkeypatch):
