@@ -184,7 +184,7 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
     """A fresh model, and the configuration that it turned out to have."""
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
-    if not (model.rejoin.comes_back or set(objective.loss_names) == {"loss", "mse"}):
+    if not (model.rejoin.comes_back or set(run_config.build_objective().loss_names) == {"loss", "mse"}):
         raise ValueError(
             f"--policy {args.policy}: only kept tokens count in its loss, and the variational term counts all; use "
             "--learn_sigma False, and no --use_kl"
