@@ -16,7 +16,6 @@ from masked_diffusion.data.data_stream import ReadAhead
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
-from masked_diffusion.gaussian_diffusion import Reduction, mean_flat
 from masked_diffusion.logger import Logger
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
@@ -232,16 +231,13 @@ class TrainLoop:
 
     def _losses(self, z: Tensor, t: Tensor, draws: Batch, view: View) -> dict[str, Tensor]:
         """Loss terms of a view, each (n,). Views share t and nothing else."""
-        model_kwargs: dict[str, Any] = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"]}
-        counts: Reduction = mean_flat
+        draw = None
         if view.drops:  # as many tokens in all parts of a step and on all ranks, or they would wait for each other
-            ratio_noise = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
+            u = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
             whole = self.config.is_finale(self.step)
-            draw = self.model.draw(draws["token_noise"], ratio_noise, draws.get("path_noise"), whole)
-            model_kwargs["draw"] = draw
-            if draw.kept is not None and not self.model.rejoin.comes_back:
-                counts = draw.kept.mean
-        noise = draws[f"{view.prefix}noise"]
+            draw = self.model.draw(draws["token_noise"], u, draws.get("path_noise"), whole)
+        model_kwargs = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"], "draw": draw}
+        noise, counts = draws[f"{view.prefix}noise"], self.model.policy.counts(draw)
         return self.objective.training_losses(self._network, z, t, model_kwargs, noise, counts)
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from masked_diffusion.gaussian_diffusion import Reduction, mean_flat
 from masked_diffusion.models.routes import Fuse, Interpolate, Never, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
 
@@ -134,6 +135,12 @@ class Policy:
         if side is None:
             return Draw(KeptTokens.from_noise(token_noise, num_keep), path_drop)
         return Draw(KeptTokens.from_cells(token_noise, num_keep, side), path_drop)
+
+    def counts(self, draw: Draw | None) -> Reduction:
+        """How the squared errors of a view's pixels become its losses: (N, C, H, W) -> (N,)."""
+        if draw is None or draw.kept is None or self.rejoin.comes_back:
+            return mean_flat
+        return draw.kept.mean
 
     def check_ratio(self, grid_size: int, mask_ratio: float, family: str) -> None:
         """Raise ValueError for a mask ratio that keeps no token, or for which there are no cells."""
