@@ -21,8 +21,9 @@ from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS,
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
-from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.runs.trained import Request, Trained, open_trained
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
+from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.sampling.pictures import check_picture_path
@@ -208,7 +209,9 @@ def row_of(
     config = trained.config
     sampler = SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, SAMPLER_FLAGS))
     labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
-    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True)
+    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
+    new_away, _ = open_away(sampler, trained, guide, device, lambda text: None)
+    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True, new_away=new_away)
     if not args.image:
         return Row(name, make, labels)
     grey = image_channels(trained.first_stage) == 1

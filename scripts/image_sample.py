@@ -27,6 +27,7 @@ from masked_diffusion.runs.config import ModelConfig, library_versions
 from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
 from masked_diffusion.runs.trained import Request, Trained, open_trained
+from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
 from masked_diffusion.script_util import (
@@ -108,19 +109,31 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     labels = labels_of(args, trained)
     if args.compile and (problem := compile_blocks(trained.model, device)):
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
+    as_denoiser = partial(half_precision, enabled=args.use_fp16)
+    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
+    new_away, guide_record = open_away(sampler, trained, guide, device, lambda text: None, as_denoiser)
     new_sampler = partial(
         ImageSampler,
-        half_precision(trained.model, args.use_fp16),
+        as_denoiser(trained.model),
         trained.config,
         sampler,
         trained.first_stage,
         device,
+        new_away=new_away,
     )
-    new_sampler()  # before the processes meet: what it refuses is refused here
+    passes = new_sampler().passes()  # before the processes meet: what it refuses is refused here
+    say(f"cost: {passes:g} passes of the model per image")
     class_cond = args.class_cond and trained.config.class_cond
     settings = settings_of(args, trained, sampler, labels if class_cond else None)
+    if guide_record:
+        settings["guidance"] |= guide_record
     # The folder and its lock. The processes meet once, before the work, and never again: none waits for a slow one.
-    circumstances = {"processes": place.world_size, "device": str(device), "versions": library_versions()}
+    circumstances = {
+        "processes": place.world_size,
+        "device": str(device),
+        "passes_per_image": passes,
+        "versions": library_versions(),
+    }
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
         folder = ranks.from_main(lambda: own_folder(stack))
         stream = ranks.from_main(lambda: begun_stream(folder, settings))
@@ -240,7 +253,7 @@ def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
     if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
         raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
     unconditional = not (args.class_cond and trained.config.class_cond)
-    if (args.cfg_cond or unconditional) and not trained.model.has_null_class:
+    if (unconditional or (args.cfg_cond and args.guide_from == "null_label")) and not trained.model.has_null_class:
         flag = "--cfg_cond True" if args.cfg_cond else "--class_cond False"
         raise ValueError(f"{flag}: {trained.path} has no null class in its label table")
     return labels_for(trained.config, args.labels, args.num_samples, args.seed, args.class_cond)
@@ -249,9 +262,9 @@ def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
 def half_precision(model: torch.nn.Module, enabled: bool) -> Callable[..., torch.Tensor]:
     """The model, computing in float16 if asked to."""
 
-    def forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, **view: Any) -> torch.Tensor:
         with torch.autocast(x.device.type, dtype=torch.float16, enabled=enabled):
-            return model(x, t, y).float()
+            return model(x, t, y, **view).float()
 
     return forward
 

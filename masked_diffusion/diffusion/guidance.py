@@ -42,8 +42,39 @@ def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_inter
     return torch.where((t >= low) & (t <= high), cfg_scale, 1.0)
 
 
+def linear_weight(t: Tensor, cfg_scale: float, diffusion_steps: int) -> Tensor:
+    """1 at the noisiest end, rising in a line to ``cfg_scale`` at t = 0. t: (N,). Returns (N,) float32."""
+    return 1 + (cfg_scale - 1) * (1 - t / diffusion_steps)
+
+
+def beta_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, beta: Sequence[float]) -> Tensor:
+    """1 + (cfg_scale - 1) times the density of a beta distribution over t / diffusion_steps, of height 1.
+
+    t: (N,) original timesteps. beta: its parameters, each 1 or more. Returns (N,) float32.
+    """
+    a, b = beta
+    mode = (a - 1) / (a + b - 2) if a + b > 2 else 0.5
+
+    def density(u: Tensor) -> Tensor:
+        return u ** (a - 1) * (1 - u) ** (b - 1)
+
+    height = density(torch.tensor(mode, dtype=torch.float64))
+    return (1 + (cfg_scale - 1) * density(t.double() / diffusion_steps) / height).float()
+
+
 # Flags that only guidance heeds.
-GUIDANCE_FLAGS = ("guide_from", "guidance", "cfg_scale", "scale_pow", "cfg_interval", "cfg_channels", "cfg_skip_tol")
+GUIDANCE_FLAGS = (
+    "guide_path",
+    "guide_labels",
+    "guide_ratio",
+    "guide_from",
+    "guidance",
+    "cfg_scale",
+    "scale_pow",
+    "cfg_interval",
+    "cfg_channels",
+    "cfg_skip_tol",
+)
 
 
 class WeightSchedule(NamedTuple):
@@ -61,12 +92,33 @@ SCHEDULES = {
     "power_cosine": WeightSchedule(power_cosine_weight, ("scale_pow",)),
     "constant": WeightSchedule(constant_weight),
     "interval": WeightSchedule(interval_weight, ("cfg_interval",)),
+    "linear": WeightSchedule(linear_weight),
+    "beta": WeightSchedule(beta_weight),
 }
+
+
+def find_schedule(guidance: str) -> tuple[WeightSchedule, dict[str, Any]]:
+    """The schedule of this name, and the settings that the name itself holds, such as those of ``beta:2,4``.
+
+    Raises ValueError for another name, listing the names.
+    """
+    name, colon, rest = guidance.partition(":")
+    if name not in SCHEDULES or (colon and name != "beta"):
+        raise ValueError(f"--guidance {guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
+    if name != "beta":
+        return SCHEDULES[name], {}
+    try:
+        a, b = (float(part) for part in rest.split(","))
+    except ValueError:
+        a = b = math.nan
+    if not (1 <= a < math.inf and 1 <= b < math.inf):
+        raise ValueError(f"--guidance {guidance}: expected beta:A,B with numbers of 1 or more, such as beta:2,4")
+    return SCHEDULES[name], {"beta": (a, b)}
 
 
 def foreign_settings(guidance: str) -> dict[str, str]:
     """Settings of the other schedules, which have no effect on this one, and whose they are."""
-    others = {name: schedule for name, schedule in SCHEDULES.items() if name != guidance}
+    others = {name: schedule for name, schedule in SCHEDULES.items() if name != guidance.partition(":")[0]}
     return {setting: name for name, schedule in others.items() for setting in schedule.settings}
 
 
@@ -100,10 +152,6 @@ class Away(Protocol):
         """
         ...
 
-    def record(self) -> dict[str, Any]:
-        """What a manifest says of it beside the weight's schedule."""
-        ...
-
 
 @dataclass(frozen=True)
 class NullLabel:
@@ -118,8 +166,35 @@ class NullLabel:
         strong, weak = model(torch.cat([x, x]), torch.cat([t, t]), labels, **twice).chunk(2)
         return strong, weak
 
-    def record(self) -> dict[str, Any]:
-        return {}
+
+@dataclass(frozen=True)
+class OtherModel:
+    """Autoguidance (2406.02507): the weak prediction is that of a weaker model, for the same label.
+
+    null_label: give the weaker model this label instead, for both kinds of guidance in one; None for the same label.
+    """
+
+    weak: Denoiser
+    null_label: int | None = None
+    cost: float = 2.0
+
+    def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
+        labels = y if self.null_label is None else torch.full_like(y, self.null_label)
+        return model(x, t, y, **view), self.weak(x, t, labels, **view)
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """The weak prediction is the model's own where tokens are masked as in training, for the same label.
+
+    new_view: arguments of the model for a masked view of the batch, drawn anew at each call.
+    """
+
+    new_view: Callable[[], dict[str, Any]]
+    cost: float
+
+    def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
+        return model(x, t, y, **view), model(x, t, y, **self.new_view())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion import samplers
-from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, SCHEDULES, Denoiser, Guidance, NullLabel
+from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS, Away, Denoiser, Guidance, NullLabel, find_schedule
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.models import family_of
@@ -23,7 +23,9 @@ from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.settings import setting
 
-GUIDE_FROM = ("null_label",)
+GUIDE_FROM = ("null_label", "checkpoint", "masked")
+# Of the draws of a batch's samples, what guidance leads them away from.
+NewAway = Callable[[SampleNoise], Away]
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ class SamplerConfig:
     """How a trained model is sampled; named as the flags.
 
     num_sampling_steps: steps of the sampling. sampler: a name of ``samplers.SAMPLERS``. cfg_cond: guide with
-    the schedule ``guidance`` (a name of ``guidance.SCHEDULES``) up to cfg_scale. guide_from: what predictions are led
-    away from, one of ``GUIDE_FROM``. cfg_interval: first and last original timestep that ``interval`` guides at.
-    cfg_channels: 3 or 4 latent channels are guided. cfg_skip_tol: where the weight is within this of 1, no weak
-    prediction is computed. Raises ValueError for other values.
+    the schedule ``guidance`` (see ``guidance.find_schedule``) up to cfg_scale. guide_from: what predictions are led
+    away from, one of ``GUIDE_FROM``. guide_path: the weaker model of ``checkpoint``. guide_labels: ``same`` labels for
+    it, or ``null``. guide_ratio: share of the tokens that ``masked`` masks; None is the training's. cfg_interval: first
+    and last original timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided.
+    cfg_skip_tol: where the weight is within this of 1, no weak prediction is computed. Raises ValueError for other
+    values.
     """
 
     num_sampling_steps: int = setting(250, "steps of the sampler, whichever it is", "sampling")
@@ -44,11 +48,19 @@ class SamplerConfig:
     clip_denoised: bool = setting(False, "clamp every estimate of x_0 to [-1, 1]", "sampling")
     cfg_cond: bool = setting(False, "guide with the schedule --guidance up to --cfg_scale", "guidance")
     guide_from: str = setting(
-        "null_label", "what predictions are led away from: null_label (classifier-free guidance)", "guidance"
+        "null_label",
+        "what predictions are led away from: null_label (classifier-free guidance), checkpoint (the weaker model of "
+        "--guide_path) or masked (the model's own masked view)",
+        "guidance",
+    )
+    guide_path: str = setting("", "checkpoint of the weaker model, with --guide_from checkpoint", "guidance")
+    guide_labels: str = setting("same", "what the model of --guide_path is given: same labels, or null", "guidance")
+    guide_ratio: float | None = setting(
+        None, "share of the tokens that --guide_from masked masks; None is the training's", "guidance"
     )
     guidance: str = setting(
         "power_cosine",
-        "weight over time: power_cosine, constant, or interval (1 outside of --cfg_interval)",
+        "weight over time: power_cosine, constant, linear, beta:A,B, or interval (1 outside of --cfg_interval)",
         "guidance",
     )
     cfg_scale: float = setting(
@@ -73,14 +85,28 @@ class SamplerConfig:
             raise ValueError(f"--sampler {self.sampler}: unknown; choose one of {', '.join(samplers.SAMPLERS)}")
         if self.guide_from not in GUIDE_FROM:
             raise ValueError(f"--guide_from {self.guide_from}: unknown; choose one of {', '.join(GUIDE_FROM)}")
-        if self.guidance not in SCHEDULES:
-            raise ValueError(f"--guidance {self.guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
+        self._check_guide()
+        find_schedule(self.guidance)
         if self.guidance == "interval" and self.cfg_interval is None:
             raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
         if self.cfg_channels not in (3, 4):
             raise ValueError(f"--cfg_channels {self.cfg_channels}: choose 3 (as published) or 4")
-        if not self.cfg_skip_tol >= 0:  # NaN is not
-            raise ValueError(f"--cfg_skip_tol {self.cfg_skip_tol}: must be 0 or more, such as 0.01")
+        for name, example in (("cfg_skip_tol", "0.01"), ("cfg_scale", "1.5")):
+            if not 0 <= getattr(self, name) < float("inf"):  # NaN is not
+                raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more, such as {example}")
+
+    def _check_guide(self) -> None:
+        """Raise ValueError where what guides, and what it needs, do not belong together."""
+        if (self.guide_from == "checkpoint") != bool(self.guide_path):
+            raise ValueError("--guide_from checkpoint and --guide_path: give both, or none")
+        if self.guide_labels not in ("same", "null"):
+            raise ValueError(f"--guide_labels {self.guide_labels}: choose same or null")
+        if self.guide_labels == "null" and self.guide_from != "checkpoint":
+            raise ValueError("--guide_labels null: needs --guide_from checkpoint")
+        if self.guide_ratio is not None and self.guide_from != "masked":
+            raise ValueError(f"--guide_ratio {self.guide_ratio}: needs --guide_from masked")
+        if self.guide_ratio is not None and not 0 < self.guide_ratio < 1:
+            raise ValueError(f"--guide_ratio {self.guide_ratio}: must be between 0 and 1, a share of the tokens")
 
     @classmethod
     def of_family(cls, model: str, **settings: Any) -> "SamplerConfig":
@@ -90,13 +116,14 @@ class SamplerConfig:
     @property
     def guidance_settings(self) -> dict[str, Any]:
         """The settings of the chosen schedule alone."""
-        return {name: getattr(self, name) for name in SCHEDULES[self.guidance].settings}
+        schedule, settings = find_schedule(self.guidance)
+        return {**{name: getattr(self, name) for name in schedule.settings}, **settings}
 
     def record(self) -> dict[str, Any]:
         """All settings, for a manifest."""
         # Sets that were begun before there was the flag stay the same ones.
-        unsaid = {"guide_from"} if self.guide_from == "null_label" else set()
-        return {name: value for name, value in asdict(self).items() if name not in unsaid}
+        silent = self.guide_from == "null_label"
+        return {name: value for name, value in asdict(self).items() if not (silent and name.startswith("guide_"))}
 
     def guidance_record(self) -> dict[str, Any] | None:
         """What a manifest says of the guidance."""
@@ -105,21 +132,22 @@ class SamplerConfig:
         record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
         return {**record, "cfg_channels": self.cfg_channels, "cfg_skip_tol": self.cfg_skip_tol}
 
-    def build_guidance(self, num_classes: int, diffusion_steps: int) -> Guidance:
+    def build_guidance(self, num_classes: int, diffusion_steps: int, away: Away | None = None) -> Guidance:
         """The guidance that ``cfg_cond`` asks for, of a model of so many classes and a process of so many steps.
 
+        away: None is the null label.
         Raises ValueError for an interval outside the trained process.
         """
         if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= diffusion_steps:
             interval = "-".join(map(str, self.cfg_interval))
             raise ValueError(f"--cfg_interval {interval}: timesteps are 0 ... {diffusion_steps - 1}")
         weight = partial(
-            SCHEDULES[self.guidance].weight,
+            find_schedule(self.guidance)[0].weight,
             cfg_scale=self.cfg_scale,
             diffusion_steps=diffusion_steps,
             **self.guidance_settings,
         )
-        return Guidance(NullLabel(num_classes), weight, self.cfg_channels, self.cfg_skip_tol)
+        return Guidance(away or NullLabel(num_classes), weight, self.cfg_channels, self.cfg_skip_tol)
 
     def build_objective(self, config: RunConfig) -> Objective:
         """The objective for a sampling of ``num_sampling_steps``.
@@ -138,7 +166,8 @@ class ImageSampler:
     """A model with everything that makes images of it: guidance, sampler, first stage.
 
     model: ``model(x, t, y)``, in eval mode, on ``device``. progress: show a bar over the sampling steps. stream: of the
-    noise, see ``randomness.STREAMS``.
+    noise, see ``randomness.STREAMS``. new_away: see :func:`masked_diffusion.sampling.guides.open_away`; None is the
+    null label.
     """
 
     def __init__(
@@ -150,6 +179,7 @@ class ImageSampler:
         device: torch.device | str,
         progress: bool = False,
         stream: int = STREAM,
+        new_away: NewAway | None = None,
     ) -> None:
         self._progress = progress
         self._first_stage = first_stage
@@ -161,14 +191,29 @@ class ImageSampler:
         self._objective = sampler.build_objective(config)
         self._grid = self._objective.grid()
         self._new_step = partial(samplers.SAMPLERS[sampler.sampler].start, self._objective.schedule)
-        self._model = self._guided_model = model
+        self._model = model
         self._idle_levels = set(self._grid)
+        self._new_guidance: Callable[[SampleNoise], Guidance] | None = None
         if sampler.cfg_cond:
-            guidance = sampler.build_guidance(config.model.num_classes, config.diffusion.diffusion_steps)
-            self._guided_model = guidance.lead(model)
+            build = partial(sampler.build_guidance, config.model.num_classes, config.diffusion.diffusion_steps)
+            self._new_guidance = lambda draws: build(None if new_away is None else new_away(draws))
+            guidance = self._new_guidance(SampleNoise(sampler.seed, []))
             # Decided here, before any step, without waiting for the device.
             levels = torch.tensor(self._grid)
             self._idle_levels = set(levels[guidance.is_idle(self._objective.timesteps(levels))].tolist())
+
+    def passes(self) -> float:
+        """Passes of the model that an image costs; a weak prediction may be less than one."""
+        cost = 1.0 if self._new_guidance is None else self._new_guidance(SampleNoise(self._seed, [])).away.cost
+        costs: list[float] = []
+
+        def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
+            costs.append(1.0 if level[0].item() in self._idle_levels else cost)
+            return samplers.Prediction(x_t, x_t, x_t, x_t)
+
+        # Some samplers look at a level twice, or not, so they are asked.
+        samplers.last(samplers.loop(self._new_step(), predict, torch.zeros(1, 1, 1, 1), self._grid))
+        return sum(costs)
 
     def states(
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
@@ -177,11 +222,14 @@ class ImageSampler:
         noise = SampleNoise(self._seed, indices, stream=self._stream)
         y = torch.tensor(list(labels), device=self._device)
         x_T = noise.randn(self._latent_shape, self._device)
-        models = [self._model, self._guided_model]
+        models = [self._model, self._model]
+        if self._new_guidance is not None:
+            draws = SampleNoise(self._seed, indices, "guide", self._stream)
+            models[1] = self._new_guidance(draws).lead(self._model)
         predictor: Callable[..., samplers.Predict] = self._objective.predictor
         if inpainting is not None:
-            draws = SampleNoise(self._seed, indices, "halves", self._stream)
-            models = [inpainting.denoiser(model, draws) for model in models]
+            halves = SampleNoise(self._seed, indices, "halves", self._stream)
+            models = [inpainting.denoiser(model, halves) for model in models]
             predictor = partial(inpainting.predictor, self._objective, noise=x_T)
             noisiest = torch.tensor(self._grid[:1], device=self._device).expand(len(y))
             x_T = inpainting.hold(self._objective, x_T, noisiest, noise=x_T)

@@ -188,6 +188,7 @@ TABLE = [
         makes="output_digits/best.json",
         without="output_digits",
     ),
+    Row(r"--guide_from (checkpoint|masked)", elsewhere="sampling/test_guides.py samples with each kind"),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
     Row(r"^python scripts/posthoc_ema\.py", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
     Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),

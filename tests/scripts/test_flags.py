@@ -43,6 +43,7 @@ CONTRACT = {
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
         "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False, "compile": False,
         "guide_from": "null_label",
+        "guide_path": "", "guide_labels": "same", "guide_ratio": None,
     },
     "scripts/convert_checkpoint.py": {
         "model_path": "", "out": "", "decode_layer": None, "diffusion_steps": 1000, "noise_schedule": "linear",
@@ -58,6 +59,7 @@ CONTRACT = {
         "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
         "cfg_skip_tol": 0.0, "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
         "interpolate_pos": False, "drop_extra": False, "guide_from": "null_label",
+        "guide_path": "", "guide_labels": "same", "guide_ratio": None,
     },
 }  # fmt: skip
 
