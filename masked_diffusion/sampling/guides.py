@@ -87,7 +87,7 @@ def _masked(trained: Trained, ratio: float | None) -> tuple[NewAway, dict[str, A
         def new_view() -> dict[str, Any]:
             device = model.pos_embed.device
             uniform = torch.special.ndtr(draws.randn((model.num_tokens,), device))
-            return {"draw": model.policy.draw(uniform, num_keep)}
+            return {"draw": model.policy.draw(uniform, num_keep, None)}
 
         return MaskedView(new_view, cost)
 
