@@ -91,9 +91,10 @@ class SamplerConfig:
             raise ValueError("--guidance interval: give the timesteps to guide at, such as --cfg_interval 80-470")
         if self.cfg_channels not in (3, 4):
             raise ValueError(f"--cfg_channels {self.cfg_channels}: choose 3 (as published) or 4")
-        for name, example in (("cfg_skip_tol", "0.01"), ("cfg_scale", "1.5")):
-            if not 0 <= getattr(self, name) < float("inf"):  # NaN is not
-                raise ValueError(f"--{name} {getattr(self, name)}: must be 0 or more, such as {example}")
+        if not self.cfg_skip_tol >= 0:  # NaN is not
+            raise ValueError(f"--cfg_skip_tol {self.cfg_skip_tol}: must be 0 or more, such as 0.01")
+        if not 0 <= self.cfg_scale < float("inf"):
+            raise ValueError(f"--cfg_scale {self.cfg_scale}: must be 0 or more, such as 1.5")
 
     def _check_guide(self) -> None:
         """Raise ValueError where what guides, and what it needs, do not belong together."""
