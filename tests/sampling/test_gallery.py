@@ -136,7 +136,7 @@ def test_an_interval_can_be_swept_over(draw):
         ("cfg_scale", "give the values"),
         ("cfg_scale= ,", "give the values"),
         ("sampler=ddim,euler", "--sampler euler: unknown"),
-        ("labels=3,10", "--labels 10: labels are 0 ... 9"),
+        ("labels=3,10", "--labels 10: no class of this name; here numbers are names"),
         ("num_sampling_steps=4,5000", "--num_sampling_steps 5000: the process has 1000"),
     ],
 )
@@ -397,7 +397,7 @@ def test_a_dit_has_nothing_to_look_into(refused, models, mode):
     flags = [mode, "--model_path", models("--model", "DiT_Ti_2")]
     if mode == "reconstruction":
         text = refused(*flags, "--data_dir", "builtin:digits", path=LOOK)
-        assert "DiT_Ti_2 has no side-interpolater; give an MDT or MDTv2 that was trained with masking" in text
+        assert "DiT_Ti_2 has no side-interpolater under --policy none; give an MDT or MDTv2 that was trained with" in text
     else:
         assert "this model has no relative-position biases; give an MDT's or MDTv2's file" in refused(*flags, path=LOOK)
 
