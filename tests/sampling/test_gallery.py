@@ -397,7 +397,9 @@ def test_a_dit_has_nothing_to_look_into(refused, models, mode):
     flags = [mode, "--model_path", models("--model", "DiT_Ti_2")]
     if mode == "reconstruction":
         text = refused(*flags, "--data_dir", "builtin:digits", path=LOOK)
-        assert "DiT_Ti_2 has no side-interpolater under --policy none; give an MDT or MDTv2 that was trained with" in text
+        assert (
+            "DiT_Ti_2 has no side-interpolater under --policy none; give an MDT or MDTv2 that was trained with" in text
+        )
     else:
         assert "this model has no relative-position biases; give an MDT's or MDTv2's file" in refused(*flags, path=LOOK)
 
