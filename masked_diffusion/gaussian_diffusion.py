@@ -27,6 +27,7 @@ class ModelMeanType(enum.Enum):
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
     EPSILON = enum.auto()
+    VELOCITY = enum.auto()
 
 
 class ModelVarType(enum.Enum):
@@ -204,7 +205,6 @@ class GaussianDiffusion:
         return (recip * x_t - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
 
     # -- network output -> prediction -> target -> loss ----------------------------------------------------------------
-    # Another objective (v-prediction, rectified flow) is a branch in _predict_xstart, _target and _mse_weight.
 
     def _predict_xstart(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of x_0. output: its first C channels."""
@@ -212,6 +212,9 @@ class GaussianDiffusion:
             return output
         if self.model_mean_type is ModelMeanType.EPSILON:
             return self._predict_xstart_from_eps(x_t, t, output)
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            signal = self._at("sqrt_alphas_cumprod", t, x_t)
+            return signal * x_t - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * output
         coef1, coef2 = self._at("posterior_mean_coef1", t, x_t), self._at("posterior_mean_coef2", t, x_t)
         return (output - coef2 * x_t) / coef1
 
@@ -221,6 +224,9 @@ class GaussianDiffusion:
             return x_start
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            signal = self._at("sqrt_alphas_cumprod", t, x_t)
+            return signal * noise - self._at("sqrt_one_minus_alphas_cumprod", t, x_t) * x_start
         return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _mse_weight(self, t: Tensor) -> Tensor | float:
@@ -230,6 +236,8 @@ class GaussianDiffusion:
         alpha_bar = self.alpha_bar(t, t)
         snr = alpha_bar / (1 - alpha_bar)
         capped = snr.clamp(max=self.min_snr_gamma)
+        if self.model_mean_type is ModelMeanType.VELOCITY:
+            return capped / (snr + 1)
         return capped if self.model_mean_type is ModelMeanType.START_X else capped / snr
 
     def _variance(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,7 +398,7 @@ class GaussianDiffusion:
             elif cond_fn is not None:
                 out["mean"] = self.condition_mean(cond_fn, out, x_t, t, model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-            return Prediction(out["mean"], out["log_variance"], out["pred_xstart"], eps)
+            return Prediction(out["pred_xstart"], eps, out["mean"], out["log_variance"])
 
         return predict
 

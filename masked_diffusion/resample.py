@@ -1,7 +1,7 @@
 """Samplers of training timesteps: uniform, or by the history of the losses (2102.09672, section 3.3)."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masked_diffusion.diffusion.levels import Levels
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 
 
-class ScheduleSampler(ABC):
-    """A distribution over timesteps, with the importance weights that keep the loss unbiased."""
+class ScheduleSampler(Levels):
+    """A distribution over timesteps."""
 
     @abstractmethod
     def weights(self) -> np.ndarray:
@@ -24,27 +25,11 @@ class ScheduleSampler(ABC):
         return self.from_uniform(torch.rand(batch_size, dtype=torch.float64), device)
 
     def from_uniform(self, u: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """The same by inversion of uniforms that somebody else drew. u: (N,) float64 in [0, 1) on the CPU."""
         p = self.weights() / self.weights().sum()
         t = np.searchsorted(np.cumsum(p), u.numpy(), side="right").clip(max=len(p) - 1)
         importance = 1 / (len(p) * p[t])
         weights = torch.from_numpy(importance).float()
         return torch.from_numpy(t).to(device, non_blocking=True), weights.to(device, non_blocking=True)
-
-    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:  # noqa: B027
-        """Learn from one step's losses of the whole global batch, in sample order."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether losses have to be collected for :meth:`update_with_all_losses`."""
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"the checkpoint has the state of another --schedule_sampler: {', '.join(state)}")
 
 
 class UniformSampler(ScheduleSampler):

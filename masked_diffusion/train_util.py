@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import BadImages
 from masked_diffusion.data.data_stream import ReadAhead
+from masked_diffusion.diffusion.levels import Levels
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import FirstStage
@@ -23,7 +24,6 @@ from masked_diffusion.models.policies import View
 from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.randomness import numpy_generator
-from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.training.averages import SnapshotSaver, averages_of
@@ -60,7 +60,7 @@ class TrainLoop:
         run_config: RunConfig,
         model: LatentTransformer,
         objective: Objective,
-        schedule_sampler: ScheduleSampler,
+        schedule_sampler: Levels,
         first_stage: FirstStage,
         data: Iterator[tuple[Tensor, Batch]],
         bad_images: BadImages,

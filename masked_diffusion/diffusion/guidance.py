@@ -6,7 +6,7 @@ Guidance wraps the model; samplers know nothing of it. This module imports nothi
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -210,6 +210,10 @@ class Guidance:
     weight: Callable[[Tensor], Tensor]
     channels: int = GUIDED_CHANNELS
     skip_tol: float = 0.0
+
+    def at(self, timesteps: Callable[[Tensor], Tensor]) -> "Guidance":
+        """The guidance of a network that is given another time. timesteps: maps its time to original timesteps."""
+        return replace(self, weight=lambda time: self.weight(timesteps(time)))
 
     def is_idle(self, t: Tensor) -> Tensor:
         """Whether the weak prediction has no say at these timesteps, (N,) bool. t: (N,) original timesteps."""

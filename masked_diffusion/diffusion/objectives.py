@@ -1,31 +1,70 @@
 """Objectives: at which noise levels a network is trained, what it predicts there, and what that says of clean data.
 
-A level is an objective's own measure of noise: an int64 timestep for ``ddpm``. Code outside of an objective never looks
-into a level. It asks the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
+A level is an objective's own measure of noise: an int64 timestep for ``ddpm``, ``x0`` and ``v``, the time in [0, 1] for
+``flow``, the standard deviation of the noise for ``edm``. Code outside of an objective never looks into a level. It asks
+the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from masked_diffusion.diffusion import samplers
+from masked_diffusion.diffusion.levels import InverseLaw, Levels, normal_quantile, shifted
 from masked_diffusion.diffusion.samplers import Predict
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion, Model, Reduction, Terms, mean_flat
-from masked_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion, Model, ModelMeanType, Reduction, Terms, mean_flat
+from masked_diffusion.resample import create_named_schedule_sampler
+
+BuildProcess = Callable[..., GaussianDiffusion]  # keywords: settings of ``create_diffusion`` to change
+BELOW_ONE = 1 - 1e-12  # the largest share of noise, of the last quartile
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What ``config.json`` says of the objective; named as the flags. Raises ValueError for an unknown name."""
+    """What ``config.json`` says of the objective; named as the flags.
+
+    level_law, level_mean, level_std, time_shift: of ``flow``; the law is ``uniform`` or ``logit_normal``. sigma_data:
+    the standard deviation of the latents, p_mean, p_std: of the logarithm of the noise's; of ``edm``. Raises ValueError
+    for unknown names, and numbers that cannot be.
+    """
 
     objective: str = "ddpm"
+    level_law: str = "uniform"
+    level_mean: float = 0.0
+    level_std: float = 1.0
+    time_shift: float = 1.0
+    sigma_data: float | None = None
+    p_mean: float = -1.2
+    p_std: float = 1.2
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"--objective {self.objective}: unknown; choose one of {', '.join(OBJECTIVES)}")
+        for name, choices in (("objective", tuple(OBJECTIVES)), ("level_law", ("uniform", "logit_normal"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
+        for name in ("level_std", "time_shift", "sigma_data", "p_std"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value}: must be positive")
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether levels are the timesteps of a process, of which there are only so many."""
+        return self.objective in samplers.STEPS
+
+    @property
+    def default_sampler(self) -> str:
+        """What samples are drawn with where no flag says otherwise."""
+        return {"flow": "euler", "edm": "heun"}.get(self.objective, "ddpm")
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says: nothing of ``ddpm``, whose sets from before there was a choice stay the same ones."""
+        return {} if self.objective == "ddpm" else {"objective": dataclasses.asdict(self)}
 
 
 class Objective(ABC):
@@ -40,7 +79,7 @@ class Objective(ABC):
         """The terms that :meth:`training_losses` returns, ``loss`` first."""
 
     @abstractmethod
-    def levels(self, name: str) -> ScheduleSampler:
+    def levels(self, name: str) -> Levels:
         """The distribution of training levels called ``name``. Raises ValueError for one that it does not have."""
 
     @abstractmethod
@@ -70,31 +109,39 @@ class Objective(ABC):
     ) -> Predict:
         """What samplers need of ``model``; arguments as :meth:`GaussianDiffusion.predictor`."""
 
-    @property
     @abstractmethod
-    def schedule(self) -> Any:
-        """What a sampler of :data:`samplers.SAMPLERS` is started with."""
+    def grid(self, last_level: float | None = None) -> Sequence[float]:
+        """The levels at which a sampling begins its steps, noisiest first. last_level: see :class:`samplers.Sampler`."""
 
     @abstractmethod
-    def grid(self) -> Sequence[float]:
-        """The levels at which a sampling asks for predictions, noisiest first."""
+    def path(self, levels: Sequence[float]) -> Any:
+        """What a sampler of :data:`samplers.SAMPLERS` is started with. levels: of :meth:`grid`."""
+
+    def prior(self, noise: Tensor) -> Tensor:
+        """The state at the noisiest level of a grid."""
+        return noise
 
     @abstractmethod
     def share(self, level: Tensor) -> Tensor:
         """The share of noise, (N,) float64 in [0, 1), for the quartiles of the log."""
 
     @abstractmethod
-    def timesteps(self, level: Tensor) -> Tensor:
-        """What guidance schedules take for the time, (N,): the network's timestep."""
+    def time(self, level: Tensor) -> Tensor:
+        """The time that the network is given at a level, (N,)."""
+
+    def timesteps(self, time: Tensor) -> Tensor:
+        """What guidance schedules take for the network's time, (N,): timesteps, 0 for clean data, 1000 for noise."""
+        return time
 
 
 class DDPM(Objective):
     """The published objective: a :class:`GaussianDiffusion` at its timesteps, which are the levels.
 
-    build_process: makes the process, respaced to the steps of the sampling where it is for one.
+    build_process: makes the process, respaced to the steps of the sampling where it is for one. num_steps: those, which
+    the process knows.
     """
 
-    def __init__(self, config: ObjectiveConfig, build_process: Callable[[], GaussianDiffusion]) -> None:
+    def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
         self.config = config
         self.process = build_process()
 
@@ -104,7 +151,7 @@ class DDPM(Objective):
             return ["loss"]
         return ["loss", "mse", "vb"] if self.process.model_var_type.is_learned else ["loss", "mse"]
 
-    def levels(self, name: str) -> ScheduleSampler:
+    def levels(self, name: str) -> Levels:
         return create_named_schedule_sampler(name, self.process)
 
     def training_losses(
@@ -131,19 +178,272 @@ class DDPM(Objective):
     ) -> Predict:
         return self.process.predictor(model, clip_denoised, denoised_fn, model_kwargs=model_kwargs)
 
-    @property
-    def schedule(self) -> GaussianDiffusion:
-        return self.process
-
-    def grid(self) -> Sequence[int]:
+    def grid(self, last_level: float | None = None) -> Sequence[int]:
         return range(self.process.num_timesteps - 1, -1, -1)
+
+    def path(self, levels: Sequence[float]) -> GaussianDiffusion:
+        return self.process
 
     def share(self, level: Tensor) -> Tensor:
         return level.to(torch.float64) / self.process.num_timesteps
 
-    def timesteps(self, level: Tensor) -> Tensor:
+    def time(self, level: Tensor) -> Tensor:
         return self.process.original_timesteps(level)
 
 
-# Name -> how the objective is made of its settings and of the process that the diffusion flags describe.
-OBJECTIVES: dict[str, Callable[[ObjectiveConfig, Callable[[], GaussianDiffusion]], Objective]] = {"ddpm": DDPM}
+class X0(DDPM):
+    """The process with a network that predicts x_0, and a fixed variance."""
+
+    def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
+        super().__init__(config, partial(build_process, predict_xstart=True, learn_sigma=False))
+
+
+class V(DDPM):
+    """The process with a network that predicts v = alpha eps - sigma x_0 (2202.00512), and a fixed variance."""
+
+    def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
+        super().__init__(config, partial(build_process, predict_xstart=False, learn_sigma=False))
+        self.process.model_mean_type = ModelMeanType.VELOCITY
+
+
+class Continuous(Objective):
+    """An objective on the path x = alpha(level) x_0 + sigma(level) eps of continuous levels, 0 for clean data.
+
+    num_steps: of a sampling. A subclass says what the network is given, what it should return, and what that says of
+    x_0; its loss is the plain squared error of what the network returns.
+    """
+
+    def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
+        self.config = config
+        self.num_steps = num_steps
+
+    @abstractmethod
+    def alpha(self, level: Any) -> Any:
+        """Scale of the clean data at a level, a number or a tensor."""
+
+    @abstractmethod
+    def sigma(self, level: Any) -> Any:
+        """Scale of the noise at a level, a number or a tensor."""
+
+    def net_input(self, x: Tensor, level: Tensor) -> Tensor:
+        """What the network is given for the state x. level: (N, 1, 1, 1)."""
+        return x
+
+    @abstractmethod
+    def target(self, x_start: Tensor, noise: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        """What the network should return. level: (N, 1, 1, 1)."""
+
+    @abstractmethod
+    def denoised(self, output: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        """The estimate of x_0 from what the network returned. level: (N, 1, 1, 1)."""
+
+    @abstractmethod
+    def slope(self, prediction: samplers.Prediction) -> Tensor:
+        """dx / dlevel of the probability-flow ODE."""
+
+    @property
+    def loss_names(self) -> list[str]:
+        return ["loss", "mse"]
+
+    def _network(self, model: Model, x: Tensor, level: Tensor, model_kwargs: dict[str, Any] | None) -> Tensor:
+        wide = level.view(-1, 1, 1, 1)
+        output = model(self.net_input(x, wide).float(), self.time(level).float(), **(model_kwargs or {})).float()
+        if output.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"the model returned {output.shape[1]} channels, --objective {self.config.objective} needs "
+                f"{x.shape[1]}: it has no use for --learn_sigma True"
+            )
+        return output
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        level: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+        counts: Reduction = mean_flat,
+    ) -> Terms:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x = self.q_sample(x_start, level, noise)
+        output = self._network(model, x, level, model_kwargs)
+        target = self.target(x_start, noise, x, level.view(-1, 1, 1, 1)).float()
+        mse = counts((target - output) ** 2)
+        return {"loss": mse, "mse": mse}
+
+    def q_sample(self, x_start: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        wide = samplers.on_device_of(x_start, level).view(-1, 1, 1, 1)
+        return self.alpha(wide) * x_start + self.sigma(wide) * noise
+
+    def predictor(
+        self,
+        model: Model,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        *,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Predict:
+        def predict(x: Tensor, level: Tensor) -> samplers.Prediction:
+            level = samplers.on_device_of(x, level)
+            wide, x = level.view(-1, 1, 1, 1), x.double()
+            pred_xstart = self.denoised(self._network(model, x, level, model_kwargs), x, wide)
+            if denoised_fn is not None:
+                pred_xstart = denoised_fn(pred_xstart)
+            if clip_denoised:
+                pred_xstart = pred_xstart.clamp(-1, 1)
+            return samplers.Prediction(pred_xstart, (x - self.alpha(wide) * pred_xstart) / self.sigma(wide))
+
+        return predict
+
+    def path(self, levels: Sequence[float]) -> samplers.Path:
+        return ObjectivePath(self, levels)
+
+
+@dataclass
+class ObjectivePath:
+    """A :class:`samplers.Path` of a continuous objective."""
+
+    objective: Continuous
+    levels: Sequence[float]
+
+    def after(self, level: float) -> float:
+        following = self.levels.index(level) + 1
+        return self.levels[following] if following < len(self.levels) else 0.0
+
+    def alpha(self, level: float) -> float:
+        return float(self.objective.alpha(level))
+
+    def sigma(self, level: float) -> float:
+        return float(self.objective.sigma(level))
+
+    def slope(self, prediction: samplers.Prediction) -> Tensor:
+        return self.objective.slope(prediction)
+
+
+class Flow(Continuous):
+    """Rectified flow: x = (1 - t) x_0 + t eps, and the network predicts v = eps - x_0 (2209.03003, SiT 2401.08740).
+
+    The network is given 1000 t.
+    """
+
+    def levels(self, name: str) -> Levels:
+        check_uniform(name, self.config)
+        return InverseLaw(self._time_of)
+
+    def _time_of(self, u: Tensor) -> Tensor:
+        config = self.config
+        if config.level_law == "logit_normal":
+            u = torch.sigmoid(config.level_mean + config.level_std * normal_quantile(u))
+        return shifted(u, config.time_shift).float()
+
+    def alpha(self, level: Any) -> Any:
+        return 1 - level
+
+    def sigma(self, level: Any) -> Any:
+        return level
+
+    def target(self, x_start: Tensor, noise: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        return noise - x_start
+
+    def denoised(self, output: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        return x - level * output
+
+    def slope(self, prediction: samplers.Prediction) -> Tensor:
+        return prediction.eps - prediction.pred_xstart
+
+    def grid(self, last_level: float | None = None) -> list[float]:
+        steps = self.num_steps or 1
+        if last_level is None:
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+        else:
+            times = torch.linspace(1, last_level, steps, dtype=torch.float64)
+        return shifted(times, self.config.time_shift).tolist()
+
+    def share(self, level: Tensor) -> Tensor:
+        return level.double().clamp(max=BELOW_ONE)
+
+    def time(self, level: Tensor) -> Tensor:
+        return 1000 * level
+
+
+class EDM(Continuous):
+    """EDM's preconditioned denoiser (2206.00364): x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, log(sigma) / 4).
+
+    The loss of D has the weight 1 / c_out^2, so it is the plain squared error of F. Samplings run over EDM's grid.
+    """
+
+    SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
+
+    def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
+        super().__init__(config, build_process, num_steps)
+        if config.sigma_data is None:
+            raise ValueError("--objective edm: give the standard deviation of the latents with --sigma_data")
+        self.sigma_data = config.sigma_data
+
+    def levels(self, name: str) -> Levels:
+        check_uniform(name, self.config)
+        return InverseLaw(lambda u: (self.config.p_mean + self.config.p_std * normal_quantile(u)).exp().float())
+
+    def alpha(self, level: Any) -> Any:
+        return level * 0 + 1
+
+    def sigma(self, level: Any) -> Any:
+        return level
+
+    def _scales(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out, c_in."""
+        total = level**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, level * self.sigma_data / total.sqrt(), 1 / total.sqrt()
+
+    def net_input(self, x: Tensor, level: Tensor) -> Tensor:
+        return self._scales(level)[2] * x
+
+    def target(self, x_start: Tensor, noise: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        c_skip, c_out, _ = self._scales(level)
+        return (x_start - c_skip * x) / c_out
+
+    def denoised(self, output: Tensor, x: Tensor, level: Tensor) -> Tensor:
+        c_skip, c_out, _ = self._scales(level)
+        return c_skip * x + c_out * output
+
+    def slope(self, prediction: samplers.Prediction) -> Tensor:
+        return prediction.eps
+
+    def grid(self, last_level: float | None = None) -> list[float]:
+        steps = self.num_steps or 1
+        ramp = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+        high, low = self.SIGMA_MAX ** (1 / self.RHO), self.SIGMA_MIN ** (1 / self.RHO)
+        return ((high + ramp * (low - high)) ** self.RHO).tolist()
+
+    def prior(self, noise: Tensor) -> Tensor:
+        return self.SIGMA_MAX * noise
+
+    def share(self, level: Tensor) -> Tensor:
+        relative = level.double() / self.sigma_data
+        return (relative / (1 + relative)).clamp(max=BELOW_ONE)
+
+    def time(self, level: Tensor) -> Tensor:
+        return level.log() / 4
+
+    def timesteps(self, time: Tensor) -> Tensor:
+        return 1000 * self.share((4 * time.double()).exp())
+
+
+def check_uniform(name: str, config: ObjectiveConfig) -> None:
+    """Raise ValueError for a --schedule_sampler that a continuous objective does not have."""
+    if name != "uniform":
+        raise ValueError(
+            f"--schedule_sampler {name}: --objective {config.objective} has levels without number, so it takes uniform; "
+            "--level_law, --level_mean and --p_mean are its own"
+        )
+
+
+# Name -> how the objective is made of its settings, of the process that the diffusion flags describe, and of the number
+# of steps of a sampling (None for the training).
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig, BuildProcess, int | None], Objective]] = {
+    "ddpm": DDPM,
+    "x0": X0,
+    "v": V,
+    "flow": Flow,
+    "edm": EDM,
+}

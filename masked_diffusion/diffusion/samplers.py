@@ -1,14 +1,14 @@
 """Samplers as small functions over a predictor of the posterior, and the loop that applies them.
 
 A sampler knows no network, no guidance and no labels. It is given ``predict(x_t, t)``, with t an (N,) int64 tensor of
-the process's own timesteps, which returns a :class:`Prediction`; and a noise source. The loops are generators, so
+the process's own timesteps (or float64 levels of a continuous objective), which returns a :class:`Prediction`; and a noise source. The loops are generators, so
 that every step can be looked at; :func:`last` keeps only the end. Their t are on the CPU, wherever x_t is: what
 depends on the timestep alone is decided without waiting for the device.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -18,12 +18,15 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What a step needs of the model at x_t, each of x_t's shape (N, C, H, W)."""
+    """What a step needs of the model at x_t, each of x_t's shape (N, C, H, W).
 
-    mean: Tensor
-    log_variance: Tensor
+    mean, log_variance: of x_{t-1}, where the objective is a process of discrete steps.
+    """
+
     pred_xstart: Tensor
     eps: Tensor
+    mean: Tensor | None = None
+    log_variance: Tensor | None = None
 
 
 class Step(NamedTuple):
@@ -60,6 +63,7 @@ def on_device_of(like: Tensor, values: Tensor) -> Tensor:
 def ddpm_step(predict: Predict, x_t: Tensor, t: Tensor, randn_like: RandnLike = torch.randn_like) -> Step:
     """Ancestral sampling of x_{t-1} (DDPM, 2006.11239, Algorithm 2). x_t: (N, C, H, W); t: (N,)."""
     prediction = predict(x_t, t)
+    assert prediction.mean is not None and prediction.log_variance is not None
     noise = randn_like(x_t)  # drawn even where it is multiplied by zero: the number of draws is part of the contract
     sample = prediction.mean + _not_last(t, x_t) * (0.5 * prediction.log_variance).exp() * noise
     return Step(sample, prediction.pred_xstart)
@@ -183,30 +187,143 @@ def _heun(schedule: Schedule) -> StepFunction:
     return partial(heun_step, torch.from_numpy(sigmas).float(), schedule)
 
 
-class Sampler(NamedTuple):
-    """A sampler and the objectives that it serves.
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers on continuous levels. The state is float64; what the network is given is float32.
+# ---------------------------------------------------------------------------------------------------------------------
 
-    start: makes the step function of one trajectory. Solvers have a memory: start anew for every batch. serves: names
-    of ``objectives.OBJECTIVES``.
+
+class Path(Protocol):
+    """The levels of one sampling and the path x = alpha x_0 + sigma eps that its objective takes between them."""
+
+    levels: Sequence[float]
+
+    def after(self, level: float) -> float:
+        """The level that a step from this one leads to; 0 after the last."""
+        ...
+
+    def alpha(self, level: float) -> float: ...
+    def sigma(self, level: float) -> float: ...
+    def slope(self, prediction: Prediction) -> Tensor:
+        """dx / dlevel of the probability-flow ODE."""
+        ...
+
+
+def euler_step(
+    path: Path, predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like
+) -> Step:
+    """One step of Euler's method to the next level."""
+    here = level[0].item()
+    prediction = predict(x, level)
+    return Step(x.double() + (path.after(here) - here) * path.slope(prediction), prediction.pred_xstart)
+
+
+def heun_path_step(
+    path: Path, predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like
+) -> Step:
+    """One step of Heun's method (EDM, 2206.00364, Alg. 1) in the objective's own variable; the last one is Euler's."""
+    here = level[0].item()
+    there = path.after(here)
+    prediction = predict(x, level)
+    slope = path.slope(prediction)
+    x_next = x.double() + (there - here) * slope
+    if there > 0:
+        slope = (slope + path.slope(predict(x_next, torch.full_like(level, there)))) / 2
+        x_next = x.double() + (there - here) * slope
+    return Step(x_next, prediction.pred_xstart)
+
+
+def ddim_path_step(
+    path: Path, predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like
+) -> Step:
+    """The estimates of x_0 and of the noise, put together at the next level (DDIM, 2010.02502, with eta 0)."""
+    there = path.after(level[0].item())
+    prediction = predict(x, level)
+    return Step(path.alpha(there) * prediction.pred_xstart + path.sigma(there) * prediction.eps, prediction.pred_xstart)
+
+
+def euler_maruyama_step(
+    path: Path, predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like
+) -> Step:
+    """One step of SiT's reverse SDE on the linear path (2401.08740, with w = sigma): g^2 = 2 t.
+
+    Its drift is v - g^2 score / 2 = v + eps. The last step, to 0, adds no noise.
+    """
+    here = level[0].item()
+    there = path.after(here)
+    prediction = predict(x, level)
+    x_next = x.double() - (here - there) * (path.slope(prediction) + prediction.eps)
+    if there > 0:
+        x_next = x_next + math.sqrt(2 * here * (here - there)) * randn_like(x)
+    return Step(x_next, prediction.pred_xstart)
+
+
+def _flow_solver(name: str, path: Path) -> StepFunction:
+    """A solver of diffusers on the linear path, at exactly the levels of ``path``."""
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler.set_timesteps(len(path.levels))
+    # Where no signal is left its logarithm is infinite; so near to it, the first step is of first order.
+    sigmas = torch.tensor([*path.levels, 0.0], dtype=torch.float64).clamp(max=1 - 1e-6)
+    scheduler.sigmas = sigmas
+    scheduler.set_begin_index(0)
+
+    def step(predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like) -> Step:
+        prediction = predict(x, level)
+        i = path.levels.index(level[0].item())
+        if i > 0 and sigmas[i + 1] > 0 and _log_snr_step(sigmas, i) > (1 + math.sqrt(2)) * _log_snr_step(sigmas, i - 1):
+            scheduler.lower_order_nums = 0  # as in multistep_step
+        v = path.slope(prediction)
+        return Step(scheduler.step(v, scheduler.timesteps[i], x.double()).prev_sample, prediction.pred_xstart)
+
+    return step
+
+
+def _log_snr_step(sigmas: Tensor, i: int) -> float:
+    here, there = sigmas[i], sigmas[i + 1]
+    return ((1 - there) / there / ((1 - here) / here)).log().item()
+
+
+class Sampler(NamedTuple):
+    """A sampler.
+
+    starts: for each objective that it serves, what makes the step function of one trajectory from a :class:`Schedule`
+    or :class:`Path`. Solvers have a memory: start anew for every batch. last_level: where the last step begins; None
+    for evenly spaced steps.
     """
 
-    start: Callable[[Schedule], StepFunction]
-    serves: tuple[str, ...]
+    starts: dict[str, Callable[[Any], StepFunction]]
+    last_level: float | None = None
+
+
+STEPS = ("ddpm", "x0", "v")  # objectives of discrete steps
+
+
+def _on_steps(start: Callable[[Schedule], StepFunction]) -> dict[str, Callable[[Any], StepFunction]]:
+    return dict.fromkeys(STEPS, start)
+
+
+def _on_paths(step: Callable[..., Step], *objectives: str) -> dict[str, Callable[[Any], StepFunction]]:
+    return dict.fromkeys(objectives, partial(partial, step))
 
 
 SAMPLERS = {
-    "ddpm": Sampler(lambda schedule: ddpm_step, ("ddpm",)),
-    "ddim": Sampler(lambda schedule: partial(ddim_step, schedule, 0.0), ("ddpm",)),
-    "dpmsolver++": Sampler(_dpm_solver, ("ddpm",)),
-    "unipc": Sampler(_unipc, ("ddpm",)),
-    "heun": Sampler(_heun, ("ddpm",)),
+    "ddpm": Sampler(_on_steps(lambda schedule: ddpm_step)),
+    "ddim": Sampler(
+        _on_steps(lambda schedule: partial(ddim_step, schedule, 0.0)) | _on_paths(ddim_path_step, "flow", "edm")
+    ),
+    "dpmsolver++": Sampler(_on_steps(_dpm_solver) | {"flow": partial(_flow_solver, "DPMSolverMultistepScheduler")}),
+    "unipc": Sampler(_on_steps(_unipc) | {"flow": partial(_flow_solver, "UniPCMultistepScheduler")}),
+    "heun": Sampler(_on_steps(_heun) | _on_paths(heun_path_step, "flow", "edm")),
+    "euler": Sampler(_on_paths(euler_step, "flow", "edm")),
+    "euler_maruyama": Sampler(_on_paths(euler_maruyama_step, "flow"), last_level=0.04),
 }
 
 
 def check_serves(sampler: str, objective: str, flag: str = "--sampler") -> None:
     """Raise ValueError, listing those that do, where a sampler of SAMPLERS does not serve an objective."""
-    if objective not in SAMPLERS[sampler].serves:
-        fitting = ", ".join(name for name, entry in SAMPLERS.items() if objective in entry.serves)
+    if objective not in SAMPLERS[sampler].starts:
+        fitting = ", ".join(name for name, entry in SAMPLERS.items() if objective in entry.starts)
         raise ValueError(f"{flag} {sampler}: it does not serve --objective {objective}; choose one of {fitting}")
 
 

@@ -145,7 +145,16 @@ class RunConfig:
         process = self.diffusion
         if num_steps is not None:
             process = dataclasses.replace(process, timestep_respacing=str(num_steps))
-        return OBJECTIVES[self.objective.objective](self.objective, process.build)
+
+        def build(**changes: Any) -> SpacedDiffusion:
+            return dataclasses.replace(process, **changes).build()
+
+        return OBJECTIVES[self.objective.objective](self.objective, build, num_steps)
+
+    @property
+    def most_steps(self) -> int | None:
+        """Most steps of a sampling; None for any number."""
+        return self.diffusion.diffusion_steps if self.objective.is_discrete else None
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "versions": library_versions()}
@@ -184,6 +193,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
     """Name the first setting that makes two runs' weights or their meaning differ; None when there is none."""
     pairs = [
         ("--objective", former.objective.objective, now.objective.objective),
+        ("--sigma_data", former.objective.sigma_data, now.objective.sigma_data),
         *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
         *(
             (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))
@@ -212,6 +222,7 @@ def changed_settings(former: RunConfig, now: RunConfig) -> list[str]:
     olds, news = (
         {
             **c.training,
+            **dataclasses.asdict(c.objective),
             **{name: getattr(c.model, name) for name in ("mask_ratio", "choose", "path_drop")},
             "min_snr_gamma": c.diffusion.min_snr_gamma,
         }

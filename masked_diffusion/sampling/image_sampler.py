@@ -23,6 +23,7 @@ from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.settings import setting
 
+CONTINUOUS_STEPS = 1000  # what guidance schedules count the time of a continuous objective in
 GUIDE_FROM = ("null_label", "checkpoint", "masked")
 # Of the draws of a batch's samples, what guidance leads them away from.
 NewAway = Callable[[SampleNoise], Away]
@@ -156,10 +157,8 @@ class SamplerConfig:
         Raises ValueError when the process has fewer steps, or the sampler does not serve the objective.
         """
         samplers.check_serves(self.sampler, config.objective.objective)
-        if self.num_sampling_steps > config.diffusion.diffusion_steps:
-            raise ValueError(
-                f"--num_sampling_steps {self.num_sampling_steps}: the process has {config.diffusion.diffusion_steps}"
-            )
+        if config.most_steps is not None and self.num_sampling_steps > config.most_steps:
+            raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: the process has {config.most_steps}")
         return config.build_objective(self.num_sampling_steps)
 
 
@@ -190,18 +189,25 @@ class ImageSampler:
         self._device = device
         self._clip = sampler.clip_denoised
         self._objective = sampler.build_objective(config)
-        self._grid = self._objective.grid()
-        self._new_step = partial(samplers.SAMPLERS[sampler.sampler].start, self._objective.schedule)
+        entry = samplers.SAMPLERS[sampler.sampler]
+        self._grid = self._objective.grid(entry.last_level)
+        self._new_step = partial(entry.starts[config.objective.objective], self._objective.path(self._grid))
+        self._level_dtype = torch.long if config.objective.is_discrete else torch.float64
         self._model = model
         self._idle_levels = set(self._grid)
         self._new_guidance: Callable[[SampleNoise], Guidance] | None = None
         if sampler.cfg_cond:
-            build = partial(sampler.build_guidance, config.model.num_classes, config.diffusion.diffusion_steps)
-            self._new_guidance = lambda draws: build(None if new_away is None else new_away(draws))
-            guidance = self._new_guidance(SampleNoise(sampler.seed, []))
+            steps = config.most_steps or CONTINUOUS_STEPS
+            build = partial(sampler.build_guidance, config.model.num_classes, steps)
+
+            def new_guidance(draws: SampleNoise) -> Guidance:
+                return build(None if new_away is None else new_away(draws)).at(self._objective.timesteps)
+
+            self._new_guidance = new_guidance
+            guidance = new_guidance(SampleNoise(sampler.seed, []))
             # Decided here, before any step, without waiting for the device.
-            levels = torch.tensor(self._grid)
-            self._idle_levels = set(levels[guidance.is_idle(self._objective.timesteps(levels))].tolist())
+            levels = torch.tensor(self._grid, dtype=self._level_dtype)
+            self._idle_levels = set(levels[guidance.is_idle(self._objective.time(levels))].tolist())
 
     def passes(self) -> float:
         """Passes of the model that an image costs; a weak prediction may be less than one."""
@@ -232,8 +238,10 @@ class ImageSampler:
             halves = SampleNoise(self._seed, indices, "halves", self._stream)
             models = [inpainting.denoiser(model, halves) for model in models]
             predictor = partial(inpainting.predictor, self._objective, noise=x_T)
-            noisiest = torch.tensor(self._grid[:1], device=self._device).expand(len(y))
-            x_T = inpainting.hold(self._objective, x_T, noisiest, noise=x_T)
+            noisiest = torch.tensor(self._grid[:1], dtype=self._level_dtype, device=self._device).expand(len(y))
+            x_T = inpainting.hold(self._objective, self._objective.prior(x_T), noisiest, noise=x_T)
+        else:
+            x_T = self._objective.prior(x_T)
         plain, guided = (predictor(model, clip_denoised=self._clip, model_kwargs={"y": y}) for model in models)
 
         def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
@@ -245,7 +253,7 @@ class ImageSampler:
     @torch.no_grad()
     def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:
         """Latents (N, C, h, w) of these samples -> images (N, H, W, 3) uint8. Raises FloatingPointError for NaN."""
-        images = self._first_stage.decode(latents)
+        images = self._first_stage.decode(latents.float())
         if not images.isfinite().all():
             raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
         return to_uint8(images)

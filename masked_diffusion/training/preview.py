@@ -36,7 +36,7 @@ class Preview:
         self._report = report
         self._sampler = SamplerConfig.of_family(
             run_config.model.model,
-            num_sampling_steps=min(config.preview_steps, run_config.diffusion.diffusion_steps),
+            num_sampling_steps=min(config.preview_steps, run_config.most_steps or config.preview_steps),
             sampler="ddim",
             cfg_cond=run_config.class_cond,
         )

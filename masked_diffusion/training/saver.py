@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from masked_diffusion.diffusion.levels import Levels
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.logger import Logger
 from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.resample import ScheduleSampler
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.training.optimizers import EMA, GuardedOptimizer
@@ -28,7 +28,7 @@ class TrainingState:
     emas: list[EMA]
     optimizer: GuardedOptimizer
     scaler: torch.amp.GradScaler
-    schedule_sampler: ScheduleSampler
+    schedule_sampler: Levels
 
     def files(self, step: int, weights_format: str, numbers: dict[str, Any]) -> dict[str, Any]:
         """The files of a checkpoint and their content, in whichever way the ranks share it. All ranks have to call it.

@@ -106,7 +106,7 @@ class EvalConfig:
         """The published sampling of the model's family with these settings. Raises ValueError for what the trained
         process or model cannot do, and for a sampler that does not serve the objective."""
         check_serves(self.eval_sampler, run_config.objective.objective, "--eval_sampler")
-        if self.eval_sampling_steps > (steps := run_config.diffusion.diffusion_steps):
+        if (steps := run_config.most_steps) is not None and self.eval_sampling_steps > steps:
             raise ValueError(f"--eval_sampling_steps {self.eval_sampling_steps}: the process has {steps}")
         if self.eval_cfg_scale and not run_config.class_cond:
             raise ValueError(
