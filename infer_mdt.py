@@ -30,6 +30,7 @@ from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     apply_family_defaults,
+    apply_objective_defaults,
     args_to_dict,
     checkpoint_flags,
     explicit_flags,
@@ -159,13 +160,15 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     request = request_of(args, explicit, **usual)
     trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
     apply_family_defaults(SAMPLING, trained.config.model.model, args, explicit | presets.keys())
+    for message in apply_objective_defaults(trained.config.objective, args, explicit):
+        say(f"warning: {message}")
     reasons = without_effect(args, swept, trained.config)
     if swept in reasons:
         raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
     for name in sorted(explicit & {swept, *reasons}):
         say(f"warning: --{name} is ignored here, because {reasons.get(name, 'it is swept over')}")
     if "num_sampling_steps" not in explicit:
-        args.num_sampling_steps = min(args.num_sampling_steps, trained.config.diffusion.diffusion_steps)
+        args.num_sampling_steps = min(args.num_sampling_steps, trained.config.most_steps or args.num_sampling_steps)
     if swept != "num_sampling_steps":
         frames = min(frames, args.num_sampling_steps)  # no state twice
     variants = [(f"{swept} {value}", with_setting(args, swept, value)) for value in values] or [("", args)]

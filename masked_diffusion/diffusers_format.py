@@ -203,14 +203,28 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
 
-def scheduler_of(process: DiffusionConfig) -> DDPMScheduler:
+PREDICTION_TYPES = {"x0": "sample", "v": "v_prediction"}  # of the other objectives of discrete steps
+
+
+def check_exportable(config: RunConfig) -> None:
+    """Raise ValueError for an objective that would come out as another one."""
+    if not config.objective.is_discrete:
+        raise ValueError(
+            f"--objective {config.objective.objective}: this pipeline gives the network timesteps of a DDPM process, "
+            "so such a model cannot be exported; sample it with scripts/image_sample.py"
+        )
+
+
+def scheduler_of(process: DiffusionConfig, objective: str = "ddpm") -> DDPMScheduler:
     """The process as diffusers' DDPM scheduler, on the timesteps that our respacing chooses."""
     fixed = "fixed_small" if process.sigma_small else "fixed_large"
     variance_type = "learned_range" if process.learn_sigma else fixed
-    return DDPMScheduler(**_scheduler_settings(process), variance_type=variance_type, timestep_spacing="linspace")
+    return DDPMScheduler(
+        **_scheduler_settings(process, objective), variance_type=variance_type, timestep_spacing="linspace"
+    )
 
 
-def _scheduler_settings(process: DiffusionConfig) -> dict[str, Any]:
+def _scheduler_settings(process: DiffusionConfig, objective: str) -> dict[str, Any]:
     """What all schedulers of diffusers call the same."""
     schedules = {"linear": "linear", "squaredcos_cap_v2": "squaredcos_cap_v2", "cosine": "squaredcos_cap_v2"}
     scale = 1000 / process.diffusion_steps
@@ -219,13 +233,14 @@ def _scheduler_settings(process: DiffusionConfig) -> dict[str, Any]:
         "beta_start": scale * 1e-4,
         "beta_end": scale * 0.02,
         "beta_schedule": schedules[process.noise_schedule],
-        "prediction_type": "sample" if process.predict_xstart else "epsilon",
+        "prediction_type": PREDICTION_TYPES.get(objective, "sample" if process.predict_xstart else "epsilon"),
         "clip_sample": False,
     }
 
 
 def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL | None) -> MaskedDiffusionPipeline:
     """A trained model with everything around it, to be called or saved with ``save_pretrained``."""
+    check_exportable(config)
     settings = config.model
     transformer = MaskedDiffusionTransformer(
         model=settings.model,
@@ -238,7 +253,9 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
         route=settings.route,
     )
     transformer.network.load_state_dict(model.state_dict())
-    return MaskedDiffusionPipeline(transformer.eval(), scheduler_of(config.diffusion), vae, config.class_names)
+    return MaskedDiffusionPipeline(
+        transformer.eval(), scheduler_of(config.diffusion, config.objective.objective), vae, config.class_names
+    )
 
 
 # -- DiT as diffusers' own classes -------------------------------------------------------------------------------------
@@ -295,6 +312,7 @@ def dit_pipeline_of(model: DiT, config: RunConfig, vae: AutoencoderKL | None) ->
     Its first step is at the noisiest timestep, and each ends where the next one starts, which diffusers' DDIM does with
     ``trailing`` timesteps alone. Raises ValueError for a model or autoencoder that the pipeline cannot serve.
     """
+    check_exportable(config)
     if model.num_classes != DIT_PIPELINE_NULL:
         raise ValueError(
             f"DiTPipeline takes {DIT_PIPELINE_NULL} for the null class, so it serves models of {DIT_PIPELINE_NULL} "
@@ -303,7 +321,9 @@ def dit_pipeline_of(model: DiT, config: RunConfig, vae: AutoencoderKL | None) ->
     if vae is None or getattr(vae.config, "shift_factor", None):
         lacking = "an autoencoder" if vae is None else "latents without a shift"
         raise ValueError(f"DiTPipeline needs {lacking}; use MaskedDiffusionPipeline")
-    scheduler = DDIMScheduler(**_scheduler_settings(config.diffusion), timestep_spacing="trailing")
+    scheduler = DDIMScheduler(
+        **_scheduler_settings(config.diffusion, config.objective.objective), timestep_spacing="trailing"
+    )
     names = {
         label: ", ".join(names) for label, names in enumerate(names_by_label(model.num_classes, config.class_names))
     }

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, TextIO, TypeVar, get_args
 
 from masked_diffusion import dist_util
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.models import family_of
 from masked_diffusion.processes.loader_processes import LoaderError
@@ -56,6 +57,25 @@ CHECKPOINT_FLAGS = {
     "sigma_small": flags_of(DiffusionConfig)["sigma_small"],  # sampling may have the other one
     **flags_of(Request),
 }
+
+
+def apply_objective_defaults(config: ObjectiveConfig, args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    """Set the sampler and the guided channels that an objective has where no flag says otherwise.
+
+    Returns warnings: the published slip of guiding three channels belongs to ``ddpm`` alone.
+    """
+    if config.objective == "ddpm":
+        return []
+    if "sampler" not in explicit and "use_ddim" not in explicit:
+        args.sampler = config.default_sampler
+    if "cfg_channels" not in explicit:
+        args.cfg_channels = config.guided_channels
+    elif args.cfg_channels != config.guided_channels:
+        return [
+            f"--cfg_channels {args.cfg_channels} leaves channels unguided, which --objective {config.objective} is not "
+            f"known for; the default is {config.guided_channels}"
+        ]
+    return []
 
 
 def checkpoint_flags(model: str, vae_decoder: str) -> dict[str, Flag]:

@@ -18,6 +18,7 @@ import torch
 
 from masked_diffusion import dist_util
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models import family_policy
@@ -34,7 +35,9 @@ from masked_diffusion.script_util import (
     CHECKPOINT_FLAGS,
     COMPATIBILITY,
     MACHINE_FLAGS,
+    RECORDED,
     apply_family_defaults,
+    apply_objective_defaults,
     explicit_flags,
     from_args,
     make_parser,
@@ -59,6 +62,7 @@ FLAGS = {
     "labels": Flag("random", "random, balanced, or a comma list of labels or class names", "sampling"),
     **flags_of(SamplerConfig),
     **CHECKPOINT_FLAGS,
+    "objective": Flag("ddpm", flags_of(ObjectiveConfig)["objective"].help + RECORDED, "diffusion"),
     "vae_decoder": CHECKPOINT_FLAGS["vae_decoder"]._replace(default=Request.usual_decoder),
     "class_cond": Flag(True, "False samples the null class and writes no labels", "model"),
     "use_fp16": Flag(False, "compute in float16", "machine"),
@@ -178,6 +182,8 @@ def choose_sampler(
     if args.cfg_cond and "cfg_channels" in explicit and channels <= GUIDED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {channels}")
     apply_family_defaults(SAMPLING, name, args, explicit)
+    for message in apply_objective_defaults(trained.config.objective, args, explicit):
+        say(f"warning: {message}")
     sampler = from_args(SamplerConfig, args)
     if sampler.cfg_cond:
         say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
@@ -289,6 +295,7 @@ def settings_of(
             "predict_xstart": config.diffusion.predict_xstart,
             "sigma_small": None if config.diffusion.learn_sigma else config.diffusion.sigma_small,
         },
+        **config.objective.record(),
         "sampler": sampler.sampler,
         "num_sampling_steps": sampler.num_sampling_steps,
         "clip_denoised": sampler.clip_denoised,

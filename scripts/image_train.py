@@ -8,6 +8,7 @@ Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDI
 import argparse
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
@@ -32,7 +33,7 @@ from masked_diffusion.models import family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
-from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
+from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
     CONFIG_NAME,
@@ -64,7 +65,7 @@ from masked_diffusion.training.training_eval import EvalConfig, Evaluation
 
 WITH_INIT = ", with --init_from"
 FLAGS = {
-    **flags_of(DataConfig, ModelConfig, DiffusionConfig, TrainConfig, EvalConfig),
+    **flags_of(DataConfig, ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig, EvalConfig),
     "vae_path": Flag(
         DEFAULT_VAE.format("mse"),
         "hub name or folder of a diffusers AutoencoderKL, or none for pixel space",
@@ -78,9 +79,6 @@ FLAGS = {
     },
     "freeze": Flag(
         "", "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)", "model"
-    ),
-    "objective": Flag(
-        ObjectiveConfig.objective, "what the network learns to predict: " + " or ".join(OBJECTIVES), "diffusion"
     ),
     "schedule_sampler": Flag("uniform", "uniform or loss-second-moment", "diffusion"),
     "dry_run": Flag(
@@ -97,6 +95,8 @@ MOST_USED = (
 )  # fmt: skip
 OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
+SHIFT_ONE = 4096  # numbers of a latent, 4 x 32 x 32, at which --time_shift auto is 1
+SIGMA_DATA_IMAGES = 1000
 EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
 
 
@@ -117,6 +117,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # Settings
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
+    resolve_objective(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
@@ -127,7 +128,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     # Model and process
-    run_config, model = build_model(args, make_run_config(args, config, dataset, first_stage))
+    settings = complete_objective(args, dataset, first_stage, device)
+    run_config, model = build_model(args, make_run_config(args, config, dataset, first_stage, settings))
     objective = run_config.build_objective()
     schedule_sampler = objective.levels(args.schedule_sampler)
     # Where to start
@@ -343,7 +345,11 @@ def what_has(channels: int) -> str:
 
 
 def make_run_config(
-    args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, first_stage: FirstStage
+    args: argparse.Namespace,
+    config: TrainConfig,
+    dataset: ImageDataset,
+    first_stage: FirstStage,
+    objective: ObjectiveConfig,
 ) -> RunConfig:
     """What the checkpoints will say of themselves. Raises ValueError where flags and data do not fit together."""
     if args.num_classes is not None and args.num_classes < dataset.num_classes:
@@ -368,7 +374,7 @@ def make_run_config(
             path_drop=args.path_drop,
         ),
         diffusion=from_args(DiffusionConfig, args),
-        objective=from_args(ObjectiveConfig, args),
+        objective=objective,
         first_stage=first_stage.description,
         class_names=dataset.class_names,
         class_cond=args.class_cond,
@@ -408,16 +414,72 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
         setattr(args, name, None)
 
 
+def resolve_objective(args: argparse.Namespace, explicit: set[str]) -> None:
+    """Give the flags that were left out the values that the objective stands for.
+
+    Raises ValueError for an unknown objective, and for settings of ``ddpm`` with another one.
+    """
+    config = ObjectiveConfig(objective=args.objective)
+    if args.objective == "ddpm":
+        return
+    for name in ("learn_sigma", "predict_xstart", "use_kl"):
+        if name in explicit and getattr(args, name):
+            raise ValueError(f"--{name} True: it belongs to --objective ddpm, and --objective is {args.objective}")
+    args.learn_sigma = False
+    if not config.is_discrete:
+        args.min_snr_gamma = None
+    if "eval_sampler" not in explicit:
+        args.eval_sampler = config.default_sampler
+
+
+def complete_objective(
+    args: argparse.Namespace, dataset: ImageDataset, first_stage: FirstStage, device: torch.device
+) -> ObjectiveConfig:
+    """The objective with what the data decides: ``--time_shift auto``, and ``--sigma_data`` where it is not given."""
+    settings = {name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
+    if args.time_shift == "auto":
+        side = args.image_size / first_stage.downsample
+        settings["time_shift"] = math.sqrt(first_stage.latent_channels * side**2 / SHIFT_ONE)
+    ObjectiveConfig(**settings)  # what it refuses is refused before data is measured
+    if args.objective == "edm" and args.sigma_data is None:
+        settings["sigma_data"] = deviation_of_latents(dataset, first_stage, device)
+    return ObjectiveConfig(**settings)
+
+
+def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device: torch.device) -> float:
+    """Standard deviation of the latents of the first 1,000 images, to three digits; the same each time."""
+    count = total = squares = 0.0
+    side = dataset.image_size // first_stage.downsample
+    for index in range(min(len(dataset), SIGMA_DATA_IMAGES)):
+        image = torch.from_numpy(dataset.load(index))[None].to(device)
+        drawn = numpy_generator("sigma_data", index).standard_normal((1, first_stage.latent_channels, side, side))
+        z = first_stage.encode(image, torch.from_numpy(drawn).float().to(device)).double()
+        count, total, squares = count + z.numel(), total + z.sum().item(), squares + (z**2).sum().item()
+    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+    if not deviation > 0:
+        raise ValueError("--objective edm: all latents are alike, so their deviation is 0; give it with --sigma_data")
+    return float(f"{deviation:.3g}")
+
+
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Settings that are given and have no effect. Raises ValueError for a model or policy that is none."""
     policy = args.policy or family_policy(args.model)
+    continuous, by_objective = args.objective in ("flow", "edm"), f"with --objective {args.objective}"
     idle = {
         "fp16_scale_growth": not args.use_fp16 and "without --use_fp16 True",
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
         "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")
         or (not args.learn_sigma and "with --learn_sigma False"),
         **dict.fromkeys(("interpolate_pos", "drop_extra"), not args.init_from and "without --init_from"),
-        "min_snr_gamma": args.use_kl and "with --use_kl True",
+        "min_snr_gamma": (args.use_kl and "with --use_kl True") or (continuous and by_objective),
+        **dict.fromkeys(("diffusion_steps", "noise_schedule", "timestep_respacing"), continuous and by_objective),
+        **dict.fromkeys(("level_law", "time_shift"), args.objective != "flow" and by_objective),
+        **dict.fromkeys(
+            ("level_mean", "level_std"),
+            (args.objective != "flow" and by_objective)
+            or (args.level_law != "logit_normal" and f"with --level_law {args.level_law}"),
+        ),
+        **dict.fromkeys(("sigma_data", "p_mean", "p_std"), args.objective != "edm" and by_objective),
         **dict.fromkeys(ignored_settings(args.model, policy), f"by {args.model} under --policy {policy}"),
         "ema_snapshot_interval": not args.ema_power and "without --ema_power",
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",
@@ -448,12 +510,15 @@ def describe(
     masking = f"policy {run_config.model.policy_name}, {masking}"
     training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
     recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
+    objective = run_config.objective
+    sigma = f", sigma_data {objective.sigma_data}" if objective.sigma_data is not None else ""
     return [
         f"output folder: {folder}",
         f"device: {ranks.device}, {where}",
         f"data: {dataset}",
         *dataset.notes,
         f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}{decoder}",
+        *([] if objective.objective == "ddpm" else [f"objective: {objective.objective}{sigma}"]),
         "recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()),
         f"first stage: {run_config.first_stage}",
     ]

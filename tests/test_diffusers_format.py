@@ -32,6 +32,7 @@ from masked_diffusion.diffusers_format import (
     use_dit_frequencies,
 )
 from masked_diffusion.diffusion.guidance import Guidance, NullLabel, power_cosine_weight
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
@@ -96,6 +97,27 @@ def test_the_pipeline_draws_what_our_sampler_draws_with_class_names(case):
     torch.manual_seed(0)
     plain = pipeline([2, "cat"], guidance_scale=1, num_inference_steps=7, output_type="latent").images
     assert_close(plain, drawn_by_us(model, config, torch.tensor([2, 0]), 7))
+
+
+@pytest.mark.parametrize("objective", ["x0", "v"])
+def test_the_pipeline_draws_what_our_sampler_draws_under_another_objective(objective):
+    model, config = trained(process=DiffusionConfig(learn_sigma=False), learn_sigma=False)
+    config = dataclasses.replace(config, objective=ObjectiveConfig(objective=objective))
+    process = config.build_objective(7).process
+    torch.manual_seed(0)
+    noise, y = torch.randn(2, *config.model.latent_shape), torch.tensor([2, 0])
+    expected = process.p_sample_loop(model, noise.shape, noise, clip_denoised=False, model_kwargs={"y": y})
+    pipeline = quiet(pipeline_of(model, config, None))
+    torch.manual_seed(0)
+    assert_close(pipeline([2, 0], guidance_scale=1, num_inference_steps=7, output_type="latent").images, expected)
+
+
+@pytest.mark.parametrize("objective", ["flow", "edm"])
+def test_an_objective_that_the_pipeline_cannot_express_is_refused(objective):
+    model, config = trained(process=DiffusionConfig(learn_sigma=False), learn_sigma=False)
+    config = dataclasses.replace(config, objective=ObjectiveConfig(objective=objective, sigma_data=1.0))
+    with pytest.raises(ValueError, match=f"--objective {objective}: this pipeline gives the network timesteps"):
+        pipeline_of(model, config, None)
 
 
 @pytest.mark.parametrize("name, plain", [("MDT_Ti_2", 24), ("DiT_Ti_2", 0)])

@@ -1,11 +1,12 @@
 """Objectives: at which noise levels a network is trained, what it predicts there, and what that says of clean data.
 
 A level is an objective's own measure of noise: an int64 timestep for ``ddpm``, ``x0`` and ``v``, the time in [0, 1] for
-``flow``, the standard deviation of the noise for ``edm``. Code outside of an objective never looks into a level. It asks
-the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
+``flow``, the standard deviation of the noise for ``edm``. Code outside of an objective never looks into a level. It
+asks the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,24 @@ import torch
 from torch import Tensor
 
 from masked_diffusion.diffusion import samplers
+from masked_diffusion.diffusion.guidance import GUIDED_CHANNELS
 from masked_diffusion.diffusion.levels import InverseLaw, Levels, normal_quantile, shifted
 from masked_diffusion.diffusion.samplers import Predict
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion, Model, ModelMeanType, Reduction, Terms, mean_flat
 from masked_diffusion.resample import create_named_schedule_sampler
+from masked_diffusion.settings import setting
 
 BuildProcess = Callable[..., GaussianDiffusion]  # keywords: settings of ``create_diffusion`` to change
 BELOW_ONE = 1 - 1e-12  # the largest share of noise, of the last quartile
+
+
+def number_or_auto(text: str) -> float | str:
+    """A finite number, or ``auto``. Raises ValueError for anything else."""
+    if text == "auto":
+        return text
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 @dataclass(frozen=True)
@@ -34,14 +46,21 @@ class ObjectiveConfig:
     for unknown names, and numbers that cannot be.
     """
 
-    objective: str = "ddpm"
-    level_law: str = "uniform"
-    level_mean: float = 0.0
-    level_std: float = 1.0
-    time_shift: float = 1.0
-    sigma_data: float | None = None
-    p_mean: float = -1.2
-    p_std: float = 1.2
+    objective: str = setting("ddpm", "what the network learns to predict: ddpm, x0, v, flow or edm", "diffusion")
+    level_law: str = setting("uniform", "of --objective flow: uniform or logit_normal times in training", "diffusion")
+    level_mean: float = setting(0.0, "mean of --level_law logit_normal", "diffusion")
+    level_std: float = setting(1.0, "standard deviation of --level_law logit_normal", "diffusion")
+    time_shift: float = setting(
+        1.0,
+        "of --objective flow: moves times towards the noise, in training and sampling; auto goes by the latent's size",
+        "diffusion",
+        number_or_auto,
+    )
+    sigma_data: float | None = setting(
+        None, "of --objective edm: standard deviation of the latents; None measures it", "diffusion"
+    )
+    p_mean: float = setting(-1.2, "of --objective edm: mean of log sigma in training", "diffusion")
+    p_std: float = setting(1.2, "of --objective edm: standard deviation of log sigma in training", "diffusion")
 
     def __post_init__(self) -> None:
         for name, choices in (("objective", tuple(OBJECTIVES)), ("level_law", ("uniform", "logit_normal"))):
@@ -61,6 +80,11 @@ class ObjectiveConfig:
     def default_sampler(self) -> str:
         """What samples are drawn with where no flag says otherwise."""
         return {"flow": "euler", "edm": "heun"}.get(self.objective, "ddpm")
+
+    @property
+    def guided_channels(self) -> int:
+        """Latent channels that guidance leads: the published slip of three is ``ddpm``'s alone."""
+        return GUIDED_CHANNELS if self.objective == "ddpm" else 4
 
     def record(self) -> dict[str, Any]:
         """What a manifest says: nothing of ``ddpm``, whose sets from before there was a choice stay the same ones."""
@@ -111,7 +135,7 @@ class Objective(ABC):
 
     @abstractmethod
     def grid(self, last_level: float | None = None) -> Sequence[float]:
-        """The levels at which a sampling begins its steps, noisiest first. last_level: see :class:`samplers.Sampler`."""
+        """Levels at which a sampling begins its steps, noisiest first. last_level: see :class:`samplers.Sampler`."""
 
     @abstractmethod
     def path(self, levels: Sequence[float]) -> Any:
@@ -433,8 +457,8 @@ def check_uniform(name: str, config: ObjectiveConfig) -> None:
     """Raise ValueError for a --schedule_sampler that a continuous objective does not have."""
     if name != "uniform":
         raise ValueError(
-            f"--schedule_sampler {name}: --objective {config.objective} has levels without number, so it takes uniform; "
-            "--level_law, --level_mean and --p_mean are its own"
+            f"--schedule_sampler {name}: --objective {config.objective} has levels without number, so it takes "
+            "uniform; --level_law, --level_mean and --p_mean are its own"
         )
 
 

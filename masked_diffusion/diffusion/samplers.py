@@ -1,9 +1,9 @@
 """Samplers as small functions over a predictor of the posterior, and the loop that applies them.
 
 A sampler knows no network, no guidance and no labels. It is given ``predict(x_t, t)``, with t an (N,) int64 tensor of
-the process's own timesteps (or float64 levels of a continuous objective), which returns a :class:`Prediction`; and a noise source. The loops are generators, so
-that every step can be looked at; :func:`last` keeps only the end. Their t are on the CPU, wherever x_t is: what
-depends on the timestep alone is decided without waiting for the device.
+the process's own timesteps (or float64 levels of a continuous objective), which returns a :class:`Prediction`; and a
+noise source. The loops are generators, so that every step can be looked at; :func:`last` keeps only the end. Their t
+are on the CPU, wherever x_t is: what depends on the timestep alone is decided without waiting for the device.
 """
 
 import math

@@ -9,6 +9,7 @@ from typing import Any
 
 from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.models import create_model, family_policy
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
@@ -146,7 +147,7 @@ class RunConfig:
         if num_steps is not None:
             process = dataclasses.replace(process, timestep_respacing=str(num_steps))
 
-        def build(**changes: Any) -> SpacedDiffusion:
+        def build(**changes: Any) -> GaussianDiffusion:
             return dataclasses.replace(process, **changes).build()
 
         return OBJECTIVES[self.objective.objective](self.objective, build, num_steps)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
@@ -66,6 +67,7 @@ class Request:
     predict_xstart: bool | None = None
     diffusion_steps: int | None = None
     noise_schedule: str | None = None
+    objective: str | None = None
     sigma_small: bool | None = None
     class_cond: bool | None = None
     vae_path: str | None = setting(
@@ -141,6 +143,7 @@ def check_contradictions(recorded: RunConfig, request: Request, path: Path) -> N
     """Raise ValueError for a request that says something else than a configuration."""
     known = {name: getattr(recorded.diffusion, name) for name in FIXED_PROCESS_SETTINGS}
     known |= {name: getattr(recorded.model, name) for name in FIXED_MODEL_SETTINGS}
+    known["objective"] = recorded.objective.objective
     if not recorded.class_cond:  # a model with classes can be sampled without them, but not the other way round
         known["class_cond"] = False
     if request.interpolate_pos:
@@ -221,4 +224,5 @@ def config_of_weights(
             warn(f"--decode_layer is taken to be {decode_layer}: neither the weights of an MDT nor a config.json say")
         model = dataclasses.replace(model, decode_layer=decode_layer)
     process = request.asked(["sigma_small", *FIXED_PROCESS_SETTINGS]) | {"learn_sigma": shown.learn_sigma}
-    return RunConfig(model=model, diffusion=DiffusionConfig(**process), first_stage=first_stage)
+    objective = ObjectiveConfig(**request.asked(["objective"]))
+    return RunConfig(model=model, diffusion=DiffusionConfig(**process), first_stage=first_stage, objective=objective)

@@ -39,6 +39,7 @@ class Preview:
             num_sampling_steps=min(config.preview_steps, run_config.most_steps or config.preview_steps),
             sampler="ddim",
             cfg_cond=run_config.class_cond,
+            cfg_channels=run_config.objective.guided_channels,
         )
 
     def draw(self, step: int, averaged: Callable[..., Tensor]) -> None:

@@ -115,7 +115,8 @@ class EvalConfig:
         settings: dict[str, Any] = {"sampler": self.eval_sampler, "num_sampling_steps": self.eval_sampling_steps}
         if not self.eval_cfg_scale:
             return SamplerConfig(**settings)
-        return SamplerConfig.of_family(run_config.model.model, cfg_cond=True, cfg_scale=self.eval_cfg_scale, **settings)
+        settings |= {"cfg_cond": True, "cfg_channels": run_config.objective.guided_channels}
+        return SamplerConfig.of_family(run_config.model.model, cfg_scale=self.eval_cfg_scale, **settings)
 
 
 class EvaluationError(RuntimeError):

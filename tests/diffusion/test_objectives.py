@@ -108,8 +108,7 @@ def scales(objective, level):
 
 
 def exact(objective, mean=MEAN, std=STD):
-    """What the best network returns for x_0 ~ N(mean, std^2): found from the exact estimate of x_0, by the objective's own
-    target, so that it says nothing of how the objective reads it back."""
+    """What the best network returns for x_0 ~ N(mean, std^2), by the papers' formulas and none of the objective's."""
     name = objective.config.objective
 
     def net(x, time, **_):
@@ -165,7 +164,7 @@ def test_a_network_that_returns_the_target_has_no_loss_and_is_read_as_the_clean_
     objective.training_losses(lambda x, t: torch.ones(x.shape), x_start, level, noise=noise, counts=counts)
     target = (targets[0] - targets[1] + 1) / 2
     x = objective.q_sample(x_start, level, noise)
-    prediction = objective.predictor(lambda x, t: target.float(), clip_denoised=False)(x, level)
+    prediction = objective.predictor(lambda x, t: target.float(), False)(x, level)
     alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in scales(objective, level))
     near = sigma < 20 * alpha  # elsewhere an x_0 read from float32 noise is lost
     for found, expected, part in ((prediction.pred_xstart, x_start, near), (prediction.eps, noise, sigma > 0.05)):
@@ -222,22 +221,20 @@ def test_the_shortest_samplings_can_be_made(name, sampler, num_steps):
     assert sample(name, sampler, num_steps, torch.randn(4, 1, 2, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "sampler, order", [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmsolver++", 2)]
-)
+@pytest.mark.parametrize("sampler, order", [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmsolver++", 2)])
 def test_on_flow_the_error_falls_with_the_order_of_the_method(sampler, order):
-    """The ODE leads from x_T to mean + std (x_T - 0): V_T is 1."""
+    """The ODE leads from x_T to mean + std x_T. DPM-Solver++ takes the last step, to no noise, in first order."""
     x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     errors = [(sample("flow", sampler, n, x_T) - (MEAN + STD * x_T)).abs().max().item() for n in (16, 32, 64, 128)]
     for coarse, fine in zip(errors[1:], errors[2:], strict=False):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.45 if sampler == "dpmsolver++" else 0.2)
 
 
 def test_edm_with_heun_on_its_grid_follows_the_exact_path():
     x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     exact_end = MEAN + STD * (80 * x_T - MEAN) / math.sqrt(STD**2 + 80**2)
     errors = [(sample("edm", "heun", n, x_T) - exact_end).abs().max().item() for n in (18, 36, 72)]
-    assert errors[0] < 0.01 and errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert errors[0] < 0.1 and errors[0] > 3.5 * errors[1] > 12 * errors[2]
     grid = make("edm", 18).grid()
     assert (grid[0], grid[-1]) == pytest.approx((80, 0.002)) and grid[9] == pytest.approx(1.92, rel=0.02)
 
@@ -287,7 +284,9 @@ def test_the_shift_moves_training_levels_and_the_sampling_grid_alike():
 def test_the_laws_of_levels_have_their_medians_and_spreads():
     u = torch.tensor([0.15865525, 0.5, 0.84134475], dtype=torch.float64)  # one deviation to either side
     flow = make("flow", level_law="logit_normal", level_mean=-0.5, level_std=2.0)
-    torch.testing.assert_close(flow.levels("uniform").from_uniform(u, "cpu")[0].logit(), torch.tensor([-2.5, -0.5, 1.5]))
+    torch.testing.assert_close(
+        flow.levels("uniform").from_uniform(u, "cpu")[0].logit(), torch.tensor([-2.5, -0.5, 1.5])
+    )
     edm = make("edm", p_mean=-1.0, p_std=0.5)
     torch.testing.assert_close(edm.levels("uniform").from_uniform(u, "cpu")[0].log(), torch.tensor([-1.5, -1.0, -0.5]))
     torch.testing.assert_close(make("flow").levels("uniform").from_uniform(u, "cpu")[0], u.float())
@@ -298,9 +297,9 @@ def test_the_share_of_noise_rises_over_four_quartiles_and_guidance_sees_timestep
     objective = make(name)
     level = some_levels(objective, 400)
     share = objective.share(level)
-    assert 0 <= share.min() and share.max() < 1 and (share.diff() >= 0).all()
+    assert share.min() >= 0 and share.max() < 1 and (share.diff() >= 0).all()
     timesteps = objective.timesteps(objective.time(level)).double()
-    assert (timesteps.diff() >= 0).all() and 0 <= timesteps.min() and timesteps.max() <= 1000
+    assert (timesteps.diff() >= 0).all() and timesteps.min() >= 0 and timesteps.max() <= 1000
     assert (timesteps / 1000 - share).abs().max() < 2e-3
 
 
@@ -332,7 +331,9 @@ def test_min_snr_weighting_caps_v_and_x0(batch):
     for name, expected in (("x0", snr.clamp(max=5)), ("v", snr.clamp(max=5) / (snr + 1))):
         plain, capped = make(name), make(name)
         capped.process.min_snr_gamma = 5.0
-        losses = [o.training_losses(lambda x, t: torch.tanh(x), x_start, t, noise=noise)["mse"] for o in (plain, capped)]
+        losses = [
+            o.training_losses(lambda x, t: torch.tanh(x), x_start, t, noise=noise)["mse"] for o in (plain, capped)
+        ]
         torch.testing.assert_close(losses[1] / losses[0], expected)
 
 

@@ -141,5 +141,7 @@ def test_a_solver_draws_no_noise(name):
     diffusion, alphas_cumprod = uniform_log_snr_process(4)
     predict = diffusion.predictor(exact_denoiser(alphas_cumprod), clip_denoised=False)
     samplers.last(
-        samplers.loop(samplers.SAMPLERS[name].starts["ddpm"](diffusion), predict, torch.ones(1, 1, 1, 1), [2, 1, 0], randn_like)
+        samplers.loop(
+            samplers.SAMPLERS[name].starts["ddpm"](diffusion), predict, torch.ones(1, 1, 1, 1), [2, 1, 0], randn_like
+        )
     )

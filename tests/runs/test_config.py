@@ -68,7 +68,7 @@ def test_a_folder_without_a_configuration_has_none(tmp_path):
 
 def test_a_run_from_before_there_was_a_choice_of_objectives_is_of_ddpm(tmp_path):
     value = RUN.as_json()
-    assert value.pop("objective") == {"objective": "ddpm"}
+    assert value.pop("objective")["objective"] == "ddpm"
     write_json(tmp_path / "config.json", value)
     assert read_config(tmp_path) == RUN
 

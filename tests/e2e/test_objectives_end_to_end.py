@@ -1,0 +1,114 @@
+"""Every objective through the scripts: a training, a resume, samples, pictures, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from support import TINY_DIGITS, call
+
+TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
+NAMES = ["x0", "v", "flow", "edm"]
+WEIGHTS = "ema_0.9999_000002.pt"
+
+
+@pytest.fixture(scope="module")
+def runs(module_folder):
+    """A folder for each objective, of two steps with a preview."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folders = {name: module_folder(name) for name in NAMES}
+        for name, folder in folders.items():
+            flags = ["--objective", name, "--preview_samples", "4", "--preview_steps", "2"]
+            assert call(monkeypatch, TRAIN, folder, *TINY_DIGITS, *flags) == 0
+        yield folders
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_records_its_objective_and_draws_previews(runs, name):
+    config = json.loads((runs[name] / "config.json").read_text())
+    assert config["objective"]["objective"] == name and config["model"]["learn_sigma"] is False
+    assert (config["objective"]["sigma_data"] is not None) == (name == "edm")
+    assert (runs[name] / "preview_000002.png").is_file()
+
+
+def test_the_deviation_of_the_digits_is_measured(runs):
+    images = __import__("sklearn.datasets", fromlist=["load_digits"]).load_digits().images[:1000] / 8 - 1
+    config = json.loads((runs["edm"] / "config.json").read_text())
+    assert config["objective"]["sigma_data"] == pytest.approx(images.std(), rel=0.01)
+
+
+@pytest.mark.parametrize("name, sampler", [("x0", "ddpm"), ("v", "unipc"), ("flow", "euler_maruyama"), ("edm", "heun")])
+def test_samples_are_drawn_under_guidance_and_say_what_made_them(runs, name, sampler, monkeypatch, tmp_path, capsys):
+    flags = ["--num_samples", "5", "--num_sampling_steps", "3", "--cfg_cond", "True", "--sampler", sampler]
+    paths = [tmp_path / "together", tmp_path / "apart"]
+    for path, batch_size in zip(paths, ("5", "2"), strict=True):
+        arguments = ["--model_path", runs[name] / WEIGHTS, "--batch_size", batch_size, *flags]
+        assert call(monkeypatch, SAMPLE, path, *arguments) == 0
+    images = [np.load(path / "samples_5x8x8x3.npz")["arr_0"].astype(int) for path in paths]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert images[0].std() > 1 or name == "x0"  # whose fresh network returns grey
+    manifest = json.loads((paths[0] / "manifest.json").read_text())
+    assert name in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_are_drawn(runs, name, monkeypatch, tmp_path):
+    out = tmp_path / "picture.png"
+    arguments = ["--model_path", runs[name] / WEIGHTS, "--num_sampling_steps", "2", "--out", out, "--labels", "1,2"]
+    assert call(monkeypatch, INFER, tmp_path, *arguments) == 0
+    assert out.is_file()
+
+
+def test_a_finished_run_is_resumed_under_its_own_objective_alone(runs, monkeypatch, capsys):
+    flags = [*TINY_DIGITS, "--max_steps", "3"]
+    assert call(monkeypatch, TRAIN, runs["v"], *flags, "--objective", "flow") == 2
+    assert "--objective v, this one flow" in capsys.readouterr().err
+    assert call(monkeypatch, TRAIN, runs["v"], *flags, "--objective", "v") == 0
+    assert (runs["v"] / "model000003.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    "name, flags, sentence",
+    [
+        ("flow", ["--sampler", "ddpm"], "--sampler ddpm: it does not serve --objective flow; choose one of ddim, "),
+        ("v", ["--sampler", "euler"], "--sampler euler: it does not serve --objective v; choose one of ddpm, ddim"),
+        ("v", ["--objective", "flow"], "--objective flow: "),
+        ("flow", ["--num_sampling_steps", "0"], "--num_sampling_steps 0: must be at least 1"),
+        ("flow", ["--cfg_scale", "nan"], None),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_sample(runs, name, flags, sentence, monkeypatch, tmp_path, capsys):
+    arguments = ["--model_path", runs[name] / WEIGHTS, "--num_samples", "2", *flags]
+    if sentence is None:
+        with pytest.raises(SystemExit):
+            call(monkeypatch, SAMPLE, tmp_path, *arguments)
+        return
+    assert call(monkeypatch, SAMPLE, tmp_path, *arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--objective", "flow", "--learn_sigma", "True"], "--learn_sigma True: it belongs to --objective ddpm"),
+        (["--objective", "v", "--predict_xstart", "True"], "--predict_xstart True: it belongs to --objective ddpm"),
+        (["--objective", "edm", "--sigma_data", "0"], "--sigma_data 0.0: must be positive"),
+        (["--objective", "edm", "--schedule_sampler", "loss-second-moment"], "it takes uniform"),
+        (
+            ["--objective", "flow", "--eval_sampler", "ddpm", "--eval_interval", "1", "--eval_ref", __file__],
+            "--eval_sampler",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_step(flags, sentence, monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_settings_without_effect_are_said(monkeypatch, tmp_path, capsys):
+    flags = ["--objective", "flow", "--min_snr_gamma", "5", "--p_mean", "0", "--time_shift", "auto", "--max_steps", "1"]
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags, sinks="stdout") == 0
+    out = capsys.readouterr().out
+    assert "--min_snr_gamma is ignored with --objective flow" in out
+    assert "--p_mean is ignored with --objective flow" in out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["objective"]["time_shift"] == pytest.approx((64 / 4096) ** 0.5)
