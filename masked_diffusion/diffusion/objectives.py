@@ -5,6 +5,7 @@ A level is an objective's own measure of noise: an int64 timestep for ``ddpm``, 
 asks the objective for a grid of levels, the share of noise of a level, or a prediction at a level.
 """
 
+import argparse
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -29,11 +30,15 @@ BELOW_ONE = 1 - 1e-12  # the largest share of noise, of the last quartile
 
 
 def number_or_auto(text: str) -> float | str:
-    """A finite number, or ``auto``. Raises ValueError for anything else."""
+    """A finite number, or ``auto``. Raises argparse.ArgumentTypeError for anything else."""
     if text == "auto":
         return text
-    if not math.isfinite(value := float(text)):
-        raise ValueError(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number or auto, got {text!r}")
     return value
 
 
