@@ -380,7 +380,7 @@ def progress_bar(end: int | None, step: int, ranks: Ranks) -> tqdm:
     return tqdm(total=end, initial=step, unit="step", mininterval=interval, disable=not ranks.is_main, leave=False)
 
 
-def teach(sampler: ScheduleSampler, ranks: Ranks, t: Tensor, losses: Tensor, good: Tensor) -> None:
+def teach(sampler: Levels, ranks: Ranks, t: Tensor, losses: Tensor, good: Tensor) -> None:
     """Once per step, from the losses of all ranks in sample order: ranks hold consecutive parts of a batch."""
     if sampler.learns:
         pairs = ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
