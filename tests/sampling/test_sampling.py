@@ -167,7 +167,7 @@ def test_four_channels_are_guided_where_there_are_four():
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"sampler": "euler"}, "--sampler euler: unknown; choose one of ddpm, ddim, dpmsolver"),
+        ({"sampler": "rk4"}, "--sampler rk4: unknown; choose one of ddpm, ddim, dpmsolver"),
         ({"guidance": "cosine"}, "--guidance cosine: unknown; choose one of power_cosine, constant, interval"),
         ({"guidance": "interval"}, "--guidance interval: give the timesteps"),
         ({"cfg_channels": 2}, "--cfg_channels 2: choose 3"),

@@ -190,7 +190,7 @@ def sample_flags(path, *flags):
         (["--num_sampling_steps", "1001"], "--num_sampling_steps 1001"),
         (["--cfg_cond", "True", "--class_cond", "False"], "--cfg_cond True: guidance needs classes"),
         (["--vae_decoder", "best"], "--vae_decoder best"),
-        (["--sampler", "euler"], "--sampler euler: unknown; choose one of ddpm"),
+        (["--sampler", "rk4"], "--sampler rk4: unknown; choose one of ddpm"),
         (["--sampler", "unipc", "--use_ddim", "True"], "--sampler unipc and --use_ddim True contradict each other"),
         (["--sampler", "ddim", "--use_ddim", "False"], "--sampler ddim and --use_ddim False contradict each other"),
         (["--guidance", "cosine"], "--guidance cosine: unknown"),
