@@ -117,7 +117,6 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # Settings
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
-    resolve_objective(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
@@ -402,6 +401,7 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
     Raises ValueError for an unknown model, and where --shard and --use_zero contradict each other.
     """
     apply_family_defaults(TRAINING, args.model, args, explicit)
+    resolve_objective(args, explicit)
     if "use_zero" in explicit:
         asked = "zero" if args.use_zero else "none"
         if "shard" in explicit and args.shard != asked:
