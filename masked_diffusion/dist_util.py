@@ -1,6 +1,7 @@
 """Process groups under every launcher. The only file that asks which rank or which device this is."""
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -201,6 +202,18 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def check_alike(self, fingerprints: Mapping[str, str], what: str) -> None:
+        """Raise ValueError, on all ranks, where a fingerprint differs from rank 0. what: this rank has, for people."""
+        digests = [hashlib.sha256(value.encode()).digest()[:7] for value in fingerprints.values()]
+        mine = torch.tensor([[int.from_bytes(digest, "big") for digest in digests]], device=self.device)
+        everyones = self.concat(mine).tolist()
+        for rank, theirs in enumerate(everyones):
+            names = [n for n, a, b in zip(fingerprints, everyones[0], theirs, strict=True) if a != b]
+            if names:
+                raise ValueError(
+                    f"rank {rank} has other {' and '.join(names)} than rank 0 (here: {what}); give all the same"
+                )
 
     def from_main(self, compute: Callable[[], Any]) -> Any:
         """Run ``compute`` on rank 0 and give its result to all ranks. What it raises there is raised everywhere."""

@@ -93,6 +93,7 @@ MOST_USED = (
     "data_dir", "image_size", "model", "mask_ratio", "decode_layer", "batch_size", "lr", "max_steps", "save_interval",
     "dry_run",
 )  # fmt: skip
+OF_THE_MACHINE = {"device", "num_workers", "data_dir", "labels_file", "vae_path", "eval_ref", "eval_graph"}
 OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
 SHIFT_ONE = 4096  # numbers of a latent, 4 x 32 x 32, at which --time_shift auto is 1
@@ -126,9 +127,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     dataset, first_stage = open_data(args, device)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
+    data_hash = check_alike(args, dataset, ranks)
     # Model and process
     settings = complete_objective(args, dataset, first_stage, device)
-    run_config, model = build_model(args, make_run_config(args, config, dataset, first_stage, settings))
+    run_config = make_run_config(args, config, dataset, first_stage, settings)
+    run_config.training["data_sha256"] = data_hash
+    run_config, model = build_model(args, run_config)
     objective = run_config.build_objective()
     schedule_sampler = objective.levels(args.schedule_sampler)
     # Where to start
@@ -179,6 +183,14 @@ def open_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageData
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     return dataset, first_stage
+
+
+def check_alike(args: argparse.Namespace, dataset: ImageDataset, ranks: Ranks) -> str:
+    """The hash of the data. Raises ValueError on all ranks where one of them has other data or flags."""
+    data_hash = dataset.fingerprint(os.path.expanduser(args.data_dir))  # noqa: PTH111  (it may be a bucket)
+    flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}
+    ranks.check_alike({"data": data_hash, "flags": repr(sorted(flags.items()))}, str(dataset))
+    return data_hash
 
 
 def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
@@ -253,6 +265,9 @@ def take_up(
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
+        data_hash = run_config.training["data_sha256"]
+        if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
+            messages.append("warning: the images, their labels or names are not those of that checkpoint's training")
     if start.init_from is not None:
         load_initial_weights(model, start.init_from, args, class_names, messages.append)
     if args.freeze:

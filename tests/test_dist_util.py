@@ -315,3 +315,18 @@ def test_tf32_can_be_set_whatever_the_program_computed_in_before(before, allowed
         )
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("theirs, named", [(("a", "b"), None), (("x", "b"), "data"), (("x", "y"), "data and flags")])
+def test_ranks_that_have_other_data_or_flags_are_found_by_all(theirs, named, monkeypatch):
+    """The table of all ranks is the same on each, so each refuses alike."""
+    asked = []
+    ranks = Ranks(Place(), torch.device("cpu"))
+    monkeypatch.setattr(ranks, "concat", lambda mine: asked.append(mine) or mine)
+    ranks.check_alike(dict(zip(("data", "flags"), theirs, strict=True)), "")
+    monkeypatch.setattr(ranks, "concat", lambda mine: torch.cat([mine, asked[0]]))
+    if named is None:
+        ranks.check_alike({"data": "a", "flags": "b"}, "80 images")
+        return
+    with pytest.raises(ValueError, match=rf"rank 1 has other {named} than rank 0 \(here: 80 images\)"):
+        ranks.check_alike({"data": "a", "flags": "b"}, "80 images")

@@ -592,6 +592,19 @@ def test_a_restart_does_not_drop_what_was_not_done_yet(train, attempt):
     assert (folder / "former_1" / "model000003.pt").exists() and not (folder / "model000003.pt").exists()
 
 
+def test_a_resume_on_changed_data_says_so(train, colour_folder, tmp_path):
+    data = shutil.copytree(colour_folder, tmp_path / "data")
+    flags = ["--data_dir", str(data)]
+    folder = train(*flags, "--max_steps", "1", sinks="log,csv")
+    moved = data.rename(tmp_path / "elsewhere")
+    flags = ["--data_dir", str(moved)]
+    train(*flags, "--max_steps", "2", folder=folder, sinks="log,csv")
+    assert "are not those of that checkpoint" not in (folder / "log.txt").read_text()
+    (moved / "red" / "0.png").rename(moved / "red" / "another.png")
+    train(*flags, "--max_steps", "3", folder=folder, sinks="log,csv")
+    assert "warning: the images, their labels or names are not those" in (folder / "log.txt").read_text()
+
+
 def test_a_restarted_command_without_a_folder_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.chdir(tmp_path)

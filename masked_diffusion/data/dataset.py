@@ -1,5 +1,7 @@
 """Interface of a data set, as the stream of batches uses it."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -42,6 +44,15 @@ class ImageDataset:
     def name_of(self, index: int) -> str:
         """Return the name of an image for messages."""
         return f"image {index}"
+
+    def fingerprint(self, root: str = "") -> str:
+        """SHA-256 of names, labels and classes, alike wherever the data lie. root: what names begin with here."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self.labels.tobytes())
+        for index in range(len(self)):
+            name = self.name_of(index).removeprefix(root).lstrip("/")
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()
 
     def __str__(self) -> str:
         names = ", ".join(self.class_names[:5]) + (", ..." if len(self.class_names) > 5 else "")
