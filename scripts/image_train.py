@@ -130,8 +130,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     data_hash = check_alike(args, dataset, ranks)
     # Model and process
     settings = complete_objective(args, dataset, first_stage, device)
-    run_config = make_run_config(args, config, dataset, first_stage, settings)
-    run_config.training["data_sha256"] = data_hash
+    run_config = make_run_config(args, config, dataset, first_stage, settings, data_hash)
     run_config, model = build_model(args, run_config)
     objective = run_config.build_objective()
     schedule_sampler = objective.levels(args.schedule_sampler)
@@ -364,6 +363,7 @@ def make_run_config(
     dataset: ImageDataset,
     first_stage: FirstStage,
     objective: ObjectiveConfig,
+    data_hash: str,
 ) -> RunConfig:
     """What the checkpoints will say of themselves. Raises ValueError where flags and data do not fit together."""
     if args.num_classes is not None and args.num_classes < dataset.num_classes:
@@ -396,6 +396,7 @@ def make_run_config(
             config,
             data_dir=args.data_dir,
             num_images=len(dataset),
+            data_sha256=data_hash,
             random_flip=args.random_flip,
             random_crop=args.random_crop,
             fast_decode=args.fast_decode,
