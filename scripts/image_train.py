@@ -150,10 +150,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     signals = StopSignals()
     data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
     stack.callback(data.close)
-    evaluation = None
-    if eval_config.eval_interval:
-        evaluation = Evaluation(eval_config, EVALUATOR, run_config, first_stage, ranks, output.folder)
-        evaluation.try_out(leave_no_trace=args.dry_run)
+    evaluation = open_evaluation(args, eval_config, run_config, first_stage, ranks, output.folder)
     # The folder and its lock
     messages += output.claim(run_config, args.overwrite)
     # The log of another folder's run does not go on here.
@@ -190,6 +187,22 @@ def check_alike(args: argparse.Namespace, dataset: ImageDataset, ranks: Ranks) -
     flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}
     ranks.check_alike({"data": data_hash, "flags": repr(sorted(flags.items()))}, str(dataset))
     return data_hash
+
+
+def open_evaluation(
+    args: argparse.Namespace,
+    config: EvalConfig,
+    run_config: RunConfig,
+    first_stage: FirstStage,
+    ranks: Ranks,
+    folder: Path,
+) -> Evaluation | None:
+    """The evaluation that ``--eval_interval`` asks for, tried out; None without. Raises ValueError or OSError."""
+    if not config.eval_interval:
+        return None
+    evaluation = Evaluation(config, EVALUATOR, run_config, first_stage, ranks, folder)
+    evaluation.try_out(leave_no_trace=args.dry_run)
+    return evaluation
 
 
 def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
