@@ -46,18 +46,31 @@ TRAIN = "scripts/image_train.py"
 
 def test_a_signal_is_heeded_while_a_disk_hangs_and_what_was_trained_is_saved(colour_folder, tmp_path):
     data = shutil.copytree(colour_folder, tmp_path / "data")
-    hanging = names_in_order(data)[20]  # the first 16 are tried before the start
-    os.unlink(hanging)
-    os.mkfifo(hanging)
     run = tmp_path / "run"
-    flags = [*TINY_DIGITS, "--data_dir", data, "--num_workers", "1", "--batch_size", "4", "--max_steps", "100"]
+    flags = [*TINY_DIGITS, "--data_dir", data, "--num_workers", "1", "--batch_size", "4", "--max_steps", "100000"]
     process = begin(command(TRAIN, *flags), environment(run))
     deadline = time.monotonic() + TIMEOUT
-    while not ((run / "progress.csv").exists() and len(rows(run)) == 3):  # two batches are in hand
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    seen = [0]
+
+    def steps():
+        return len(rows(run)) if (run / "progress.csv").exists() else 0
+
+    def hangs():
+        seen.append(steps())
+        return seen[-1] == seen[-2]
+
+    def wait_until(happened):
+        while not happened():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(1)
+
+    wait_until(steps)
+    # A file that is listed, and whose content never comes.
+    os.mkfifo(tmp_path / "fifo")
+    os.replace(tmp_path / "fifo", names_in_order(data)[20])
+    wait_until(hangs)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == STOPPED, said
-    assert (run / "checkpoint000004.json").exists()
+    assert (run / f"checkpoint{steps():06d}.json").exists()
     assert processes_of(run) == []

@@ -202,5 +202,6 @@ def test_neither_mpi_nor_tensorflow_is_needed_to_import_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == 2
     imported = done.stdout.splitlines()[-1].split()[1:]
-    modules = [f"masked_diffusion.{path.stem}" for path in (REPO / "masked_diffusion").glob("*.py")]
-    assert set(imported) == {name for name in modules if not name.endswith("__init__")}
+    modules = [path.relative_to(REPO).with_suffix("") for path in (REPO / "masked_diffusion").rglob("*.py")]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in modules}
+    assert set(imported) == names - {"masked_diffusion"}
