@@ -27,7 +27,7 @@ from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_path
 from masked_diffusion.data.source import Classes, ImageSource
 from masked_diffusion.files import atomic_write, cache_folder
 
-FORMAT = 1  # of the kept lists
+FORMAT = 2  # of the kept lists
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
@@ -249,6 +249,9 @@ def list_shard(path: str) -> Shard:
                             label_of.setdefault(key, {})[extension] = label
                     else:
                         shard.skipped[extension or "no extension"] += 1
+            at = archive.offset
+            if not _ends_at(path, at):  # next() gives None for a damaged header, too
+                raise tarfile.ReadError("no header and no end of an archive is there")
     except (tarfile.TarError, EOFError, ValueError) as error:
         shard.notes.append(f"{path} is cut off or damaged before byte {at} ({error}): what follows is not read")
     for key in keys:
@@ -256,6 +259,13 @@ def list_shard(path: str) -> Shard:
         shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
     shard.notes += [f"left out of {path}: {number} {what}" for what, number in left_out.items() if number]
     return shard
+
+
+def _ends_at(path: str, offset: int) -> bool:
+    """Whether a tar archive says that it ends there: with a block of zeros."""
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def _split(name: str) -> tuple[str, str]:

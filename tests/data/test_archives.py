@@ -468,6 +468,27 @@ def test_a_cut_off_archive_gives_what_is_whole_and_names_itself_and_the_place(tm
     )
 
 
+@pytest.mark.parametrize("damage", ["header", "cut in a header", "cut before a header", "no end"])
+def test_an_archive_with_a_damaged_header_names_itself_and_the_place_also_from_the_kept_list(tmp_path, damage):
+    content = bytearray(tar_of([(f"{n}.png", png(n)) for n in range(4)]))
+    at = 2 * 1536  # a header and the two blocks of an image each
+    if damage == "header":
+        content[at : at + 512] = b"x" * 512
+    else:
+        content = content[: {"cut in a header": at + 100, "cut before a header": at, "no end": 2 * at}[damage]]
+    (tmp_path / "a.tar").write_bytes(content)
+    where = 2 * at if damage == "no end" else at
+    for _ in range(2):
+        source = open_source(str(tmp_path / "a.tar"))
+        assert len(source) == where // 1536 and source.read(1) == png(1)
+        [note] = source.notes
+        assert note.startswith(f"{tmp_path}/a.tar is cut off or damaged before byte {where} (")
+
+
+def test_a_whole_archive_has_no_note(paths):
+    assert not open_source(paths["tar"]).notes
+
+
 def test_members_that_point_out_of_an_archive_or_are_links_are_left_out(tmp_path):
     content = tar_of([("../x.png", png(0)), ("/y.png", png(0)), ("a.png", png(1))])
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
