@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import BadImages
-from masked_diffusion.data.data_stream import ReadAhead
+from masked_diffusion.data.data_stream import READ_AHEAD, ReadAhead
 from masked_diffusion.diffusion.levels import Levels
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.dist_util import Ranks
@@ -143,12 +143,10 @@ class TrainLoop:
             if lacks_evaluation:
                 self.log(bar, self._evaluate(asked))
                 stopping = self._stopped_evaluating
+            if not stopping and (end is None or self.step < end):
+                stopping = not self._all_can_begin()
             while not (stopping or failure) and (end is None or self.step < end):
-                try:
-                    images, extras = next(self.data)
-                except StoppedWaitingError:  # for the first batch: there is nothing to save
-                    self.logger.text(f"stopped by a signal before step {self.step + 1}: no batch has come")
-                    return STOPPED
+                images, extras = next(self.data)
                 self.bad_images.note(extras)
                 self.train_step(images, extras)
                 bar.update(1)
@@ -166,6 +164,16 @@ class TrainLoop:
             failure = failure or self._failure()
             self.save_and_wait()
         return self._leave(failure, self.step == end and not self._stopped_evaluating, launcher.has_ended())
+
+    def _all_can_begin(self) -> bool:
+        """Whether every rank has a first batch: where one has none, no rank may begin a step, which they share."""
+        in_hand = self.data.fetch()
+        lacking = self.ranks.sum_(torch.tensor(int(not in_hand), device=self.ranks.device)).item()
+        if lacking:
+            self.logger.text(f"no step {self.step + 1}: a process has no batch")
+        else:  # a rank with one batch alone cannot do its part of the second step; asked now, it is heard after the first
+            self.ranks.any(in_hand < READ_AHEAD)
+        return not lacking
 
     def _failure(self) -> Exception | None:
         """A reason to stop that all ranks see alike."""

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, rows, script, weights
+from support import TINY_DIGITS, assert_same_weights, call, on_two_ranks, rows, script, weights
 
+from masked_diffusion.processes.loader_processes import StoppedWaitingError
+from masked_diffusion.processes.preemption import STOPPED
 from masked_diffusion.runs.checkpoint import read_weights
 from masked_diffusion.training.meter import Meter
 from masked_diffusion.training.train_config import TrainConfig
@@ -628,3 +631,38 @@ def test_the_last_bad_step_counts(train, poisoned):
 def test_pictures_are_drawn_of_a_run_that_saves_safetensors(train, monkeypatch, tmp_path):
     train("--weights_format", "safetensors", folder=tmp_path / "output_run")
     assert script("infer_mdt.py").find_model(tmp_path).name == "ema_0.9999_000002.safetensors"
+
+
+FEW_BATCHES = (0, 1, 2)
+
+
+def train_while_rank_1_is_stopped(rank, dist_url, folder):
+    """Two ranks train; the wait for rank 1's data ends after few batches. Saves the exit statuses."""
+    torch.set_num_threads(1)
+    image_train = script(TRAIN)
+    load_data, statuses = image_train.load_data, []
+
+    def stopped_after(batches):
+        def load(*args, **kwargs):
+            yield from islice(load_data(*args, **kwargs), batches if rank else None)
+            raise StoppedWaitingError("asked to stop")
+
+        return load
+
+    for batches in FEW_BATCHES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(image_train, "load_data", stopped_after(batches))
+            place = ["--rank", rank, "--world_size", 2, "--local_rank", rank, "--dist_url", dist_url]
+            run = folder / str(batches)
+            statuses.append(call(patch, TRAIN, run, *TINY_DIGITS, "--max_steps", 9, *place, sinks="log"))
+    torch.save(statuses, folder / f"{rank}.pt")
+
+
+def test_ranks_stop_together_however_few_batches_one_of_them_has(tmp_path):
+    assert on_two_ranks(train_while_rank_1_is_stopped, tmp_path) == [[STOPPED] * len(FEW_BATCHES)] * 2
+    for batches in FEW_BATCHES:
+        said = (tmp_path / str(batches) / "log.txt").read_text()
+        assert f"stopped by a signal after step {batches};" in said
+        assert ("no step 1: a process has no batch" in said) == (not batches)
+        saved = [path.name for path in (tmp_path / str(batches)).glob("checkpoint*")]
+        assert saved == [f"checkpoint{batches:06d}.json"] * bool(batches)

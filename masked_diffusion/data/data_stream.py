@@ -109,12 +109,17 @@ class ReadAhead(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return self
 
-    def __next__(self) -> T:
+    def fetch(self) -> int:
+        """Read ahead. Returns how many batches are in hand: more than READ_AHEAD, or fewer after a failure."""
         while self.failure is None and len(self._ready) <= READ_AHEAD:
             try:
                 self._ready.append(next(self._batches))
             except Exception as error:
                 self.failure = error
+        return len(self._ready)
+
+    def __next__(self) -> T:
+        self.fetch()
         if self.failure is not None and not self._ready:
             raise self.failure
         return self._ready.popleft()
