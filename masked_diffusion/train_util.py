@@ -162,6 +162,8 @@ class TrainLoop:
                 stopping = self.ranks.any(asked() or self.data.failure is not None) or self._stopped_evaluating
             self._check_last_step()
             failure = failure or self._failure()
+            if self.step > self.start_step and self.snapshots.is_due(self.step, run_ends=True):
+                self.snapshots.save(self.step)
             self.save_and_wait()
         return self._leave(failure, self.step == end and not self._stopped_evaluating, launcher.has_ended())
 

@@ -29,7 +29,8 @@ def _rate(rate: float, warms_up: bool, update: int) -> float:
 
 
 class SnapshotSaver:
-    """Keeps snapshots of the averages of ``--ema_power``, from which others can be made after the training.
+    """Keeps snapshots of the averages of ``--ema_power``, from which others can be made after the training, also at the
+    step where a run ends or is stopped.
 
     start_step: where the run begins in this folder; snapshots after it are of steps that run again, and go.
     """
@@ -44,8 +45,9 @@ class SnapshotSaver:
         self._snapshots = Snapshots(run)
         self._forget_after: int | None = start_step
 
-    def is_due(self, step: int) -> bool:
-        return bool(self._averages) and step % self._interval == 0
+    def is_due(self, step: int, run_ends: bool = False) -> bool:
+        """Whether a step has a snapshot: every ``interval`` steps. run_ends: asked after that, of the last step."""
+        return bool(self._averages) and (step % self._interval == 0) != run_ends
 
     def save(self, step: int) -> None:
         """Write a snapshot of each average, on rank 0. Collective: every rank must call it, for their shards.

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, weights
+from support import TINY_DIGITS, assert_same_weights, call, script, weights
 
 from masked_diffusion.runs.posthoc_ema import Snapshots, gamma_of, power_rate, solve
 
@@ -89,6 +89,25 @@ def test_snapshots_and_averages_go_on_bit_for_bit(trained, monkeypatch, tmp_path
     assert call(monkeypatch, TRAIN, tmp_path, *flags) == 0
     assert_same_weights(weights(tmp_path, STEPS, "ema_power0.10_"), weights(kept, STEPS, "ema_power0.10_"))
     assert_same_weights(Snapshots(tmp_path).reconstruct(0.2)[0], Snapshots(kept).reconstruct(0.2)[0])
+
+
+def test_a_run_that_ends_between_snapshots_has_one_of_its_last_step(monkeypatch, tmp_path):
+    flags = [*FLAGS, "--ema_power", "0.10", "--ema_rate", "none", "--ema_snapshot_interval", 4]
+
+    def train(steps):
+        assert call(monkeypatch, TRAIN, tmp_path, *flags, "--max_steps", steps) == 0
+        return [snapshot.step for snapshot in Snapshots(tmp_path).all()]
+
+    assert train(3) == [3]
+    found, step = Snapshots(tmp_path).reconstruct(0.1)
+    assert step == 3
+    assert_same_weights(found, weights(tmp_path, 3, "ema_power0.10_"), atol=1e-4)
+    assert train(8) == [3, 4, 8]
+    stop = script("scripts/image_train.py").TrainLoop
+    monkeypatch.setattr(stop, "_failure", lambda loop: RuntimeError("enough") if loop.step == 10 else None)
+    with pytest.raises(RuntimeError, match="enough"):
+        train(20)
+    assert [snapshot.step for snapshot in Snapshots(tmp_path).all()] == [3, 4, 8, 10]
 
 
 def test_the_script_writes_weights_that_can_be_sampled(trained, monkeypatch):
