@@ -173,7 +173,7 @@ class TrainLoop:
         lacking = self.ranks.sum_(torch.tensor(int(not in_hand), device=self.ranks.device)).item()
         if lacking:
             self.logger.text(f"no step {self.step + 1}: a process has no batch")
-        else:  # a rank with one batch alone cannot do its part of the second step; asked now, it is heard after the first
+        else:  # A rank with one batch has none for the second step: the question of now is answered after the first.
             self.ranks.any(in_hand < READ_AHEAD)
         return not lacking
 
