@@ -144,7 +144,7 @@ class TrainLoop:
                 self.log(bar, self._evaluate(asked))
                 stopping = self._stopped_evaluating
             if not stopping and (end is None or self.step < end):
-                stopping = not self._all_can_begin()
+                stopping = not all_have_a_batch(self.data, self.ranks, self.step, self.logger)
             while not (stopping or failure) and (end is None or self.step < end):
                 images, extras = next(self.data)
                 self.bad_images.note(extras)
@@ -166,16 +166,6 @@ class TrainLoop:
                 self.snapshots.save(self.step)
             self.save_and_wait()
         return self._leave(failure, self.step == end and not self._stopped_evaluating, launcher.has_ended())
-
-    def _all_can_begin(self) -> bool:
-        """Whether every rank has a first batch: where one has none, no rank may begin a step, which they share."""
-        in_hand = self.data.fetch()
-        lacking = self.ranks.sum_(torch.tensor(int(not in_hand), device=self.ranks.device)).item()
-        if lacking:
-            self.logger.text(f"no step {self.step + 1}: a process has no batch")
-        else:  # A rank with one batch has none for the second step: the question of now is answered after the first.
-            self.ranks.any(in_hand < READ_AHEAD)
-        return not lacking
 
     def _failure(self) -> Exception | None:
         """A reason to stop that all ranks see alike."""
@@ -388,6 +378,17 @@ def progress_bar(end: int | None, step: int, ranks: Ranks) -> tqdm:
     # A bar in a job's log file is a line per update: there it is refreshed once a minute.
     interval = 0.5 if sys.stderr.isatty() else 60.0
     return tqdm(total=end, initial=step, unit="step", mininterval=interval, disable=not ranks.is_main, leave=False)
+
+
+def all_have_a_batch(data: ReadAhead, ranks: Ranks, step: int, logger: Logger) -> bool:
+    """Whether every rank has a first batch: where one has none, no rank may begin a step, which they share."""
+    in_hand = data.fetch()
+    lacking = ranks.sum_(torch.tensor(int(not in_hand), device=ranks.device)).item()
+    if lacking:
+        logger.text(f"no step {step + 1}: a process has no batch")
+    else:  # A rank with one batch has none for the second step: the question of now is answered after the first.
+        ranks.any(in_hand < READ_AHEAD)
+    return not lacking
 
 
 def teach(sampler: Levels, ranks: Ranks, t: Tensor, losses: Tensor, good: Tensor) -> None:
