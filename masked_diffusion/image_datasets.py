@@ -200,6 +200,12 @@ class SourceDataset(ImageDataset):
                 raise ValueError(f"--labels_file {labels_file}: has no labels; leave it out, or fill it")
             return known
         known = self.source.classes() if class_from == "auto" else None
+        if known is None and class_from != "filename" and (reason := self.source.made_up_folders):
+            raise ValueError(
+                f"--data_dir {self.source.data_dir}: no classes to be had: {reason}, and the folders in their names are "
+                "the archives'. Train without classes (--class_cond False), or give the labels (--labels_file), or name "
+                "the images CLASS_….png (--class_from filename)"
+            )
         return class_table(self.source.names, class_from) if known is None else known
 
     def name_of(self, index: int) -> str:

@@ -65,19 +65,25 @@ class Parquet(ImageSource):
         counts = [count for *_, count in groups]
         if not sum(counts):
             raise ValueError(f"--data_dir {data_dir}: these parquet files have no rows; give some that hold images")
-        names = self._names(paths, groups)
+        own_names = self._own_names(paths)
+        names = own_names or self._made_up_names(groups)
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = PathTable(names[index] for index in order)
         self._groups = np.array([group[:2] for group in groups])
         self._group_of = np.repeat(np.arange(len(groups)), counts)[order]
         self._row_of = np.concatenate([np.arange(count) for count in counts])[order]
         self._labels = _classes(schema, label_column, [labels[index] for index in order] if labels else [], data_dir)
+        if own_names is None and self._labels is None:
+            missing = labels.count(None) if label_column else len(names)
+            self.made_up_folders = f"{missing} of {len(names)} images have no label"
 
-    def _names(self, paths: list[str | None], groups: list[tuple[int, int, int]]) -> list[str]:
-        """The images' own paths, where each has one and no two the same; else the file's name and the row."""
+    def _own_names(self, paths: list[str | None]) -> list[str] | None:
+        """The images' own paths, where each has one and no two the same."""
         own = [path for path in paths if path and not is_outside(path)]
-        if own and len(own) == len(paths) == len(set(own)):
-            return own
+        return own if own and len(own) == len(paths) == len(set(own)) else None
+
+    def _made_up_names(self, groups: list[tuple[int, int, int]]) -> list[str]:
+        """The file's name and the row of each image."""
         rows_of = np.zeros(len(self._paths), dtype=np.int64)
         for number, _, count in groups:
             rows_of[number] += count

@@ -70,7 +70,8 @@ class Tar(ImageSource):
         names = [name for shard in shards for name in shard.names]
         if not names:
             raise ValueError(f"--data_dir {data_dir}: no images in these archives; give some that hold images")
-        if len(shards) > 1 and len(set(names)) < len(names):  # shards that count from 0 each
+        same_names = len(shards) > 1 and len(set(names)) < len(names)
+        if same_names:  # shards that count from 0 each
             names = [f"{Path(path).name}/{name}" for path, shard in self._sharded(shards) for name in shard.names]
         order = last_of_each(names)
         if len(order) < len(names):
@@ -82,6 +83,9 @@ class Tar(ImageSource):
         self._sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)[order]
         labels = [label for shard in shards for label in shard.labels]
         self._labels = self._usable([labels[index] for index in order], notes)
+        if same_names and self._labels is None:
+            missing = labels.count("")
+            self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
         self.notes = notes
         self._opened: dict[int, ArchiveFile] = {}
 

@@ -251,6 +251,52 @@ def test_a_missing_file_of_labels_is_named(paths):
         open_dataset(paths["zip"], image_size=8, labels_file="nowhere.csv")
 
 
+def unlabelled_tars(root, texts):
+    for shard in range(2):
+        members = [(f"{n}.png", png(10 * shard + n)) for n in range(2)]
+        members += [(f"{n}.txt", text.encode()) for n, text in enumerate(texts[2 * shard : 2 * shard + 2]) if text]
+        (root / f"{shard}.tar").write_bytes(tar_of(members))
+    return str(root)
+
+
+def unlabelled_parquet(root, labels):
+    columns = {"image": [png(0), png(1)], **({"label": labels} if labels else {})}
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"):
+        write_table(root / name, **columns)
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "make, labels, reason",
+    [
+        (unlabelled_tars, ["", "", "", ""], "4 of 4 images have no label"),
+        (unlabelled_tars, ["a", "a", "", "b"], "1 of 4 images have no label"),
+        (unlabelled_tars, ["a", "b", "c", "d"], "labels are not used: each image has another one"),
+        (unlabelled_parquet, None, "4 of 4 images have no label"),
+        (unlabelled_parquet, ["a", None], "2 of 4 images have no label"),
+    ],
+)
+def test_names_of_archives_do_not_become_classes(tmp_path, make, labels, reason):
+    path = make(tmp_path, labels)
+    for class_from in ("auto", "folder"):
+        with pytest.raises(ValueError, match=f"--data_dir {path}: no classes to be had: {reason}.*--class_cond False"):
+            open_dataset(path, image_size=8, class_from=class_from)
+    assert open_dataset(path, image_size=8, class_cond=False).class_names == []
+    dataset = open_dataset(path, image_size=8, class_cond=False)
+    (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{name},cat\n" for name in dataset.source.names))
+    assert open_dataset(path, image_size=8, labels_file=str(tmp_path / "labels.csv")).class_names == ["cat"]
+
+
+def test_classes_of_file_names_and_folders_of_their_own_are_taken_from_archives_without_labels(tmp_path):
+    for shard in range(2):
+        (tmp_path / f"{shard}.tar").write_bytes(tar_of([(f"{kind}_1.png", png(1)) for kind in ("cat", "dog")]))
+    dataset = open_dataset(str(tmp_path), image_size=8, class_from="filename")
+    assert dataset.class_names == ["cat", "dog"] and len(dataset) == 4
+    for shard, kind in enumerate(("cat", "dog")):
+        (tmp_path / f"{shard}.tar").write_bytes(tar_of([(f"{kind}/1.png", png(1))]))
+    assert open_dataset(str(tmp_path), image_size=8).class_names == ["cat", "dog"]
+
+
 # What may be wrong with an archive
 
 
