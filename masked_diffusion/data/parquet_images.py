@@ -1,6 +1,7 @@
 """Images in parquet files, as snapshots of Hugging Face's hub have them: a column of {bytes, path}, one of labels."""
 
 import json
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -102,7 +103,9 @@ class Parquet(ImageSource):
         if path.is_file():
             with path.open("rb") as file:
                 return file.read(4) == _MAGIC
-        return path.is_dir() and bool(_parquet_files(path))
+        if not path.is_dir() or not (files := _parquet_files(path)):
+            return False
+        return _has_images(files[0]) or not _holds_images(path)  # a table beside folders of images is about them
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_opened", "_kept", "_lock")}
@@ -180,6 +183,28 @@ def _files_of(path: Path) -> tuple[list[str], list[str]]:
         )
     others = ", ".join(split or "no split" for split in splits if split != "train")
     return [str(file) for file in files if split_of[file] == "train"], [f"left out: files of other splits: {others}"]
+
+
+def _has_images(path: Path) -> bool:
+    """Whether a parquet file can be read and has a column of images."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        return False
+    try:
+        _image_column(pyarrow.parquet.read_schema(path), str(path))
+    except (pyarrow.ArrowException, ValueError, OSError):
+        return False
+    return True
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether image files lie in the folders below a folder; hidden ones do not count."""
+    for _, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".") for name in names):
+            return True
+    return False
 
 
 def _image_column(schema: Any, data_dir: str) -> tuple[str, str | None]:

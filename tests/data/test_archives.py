@@ -587,6 +587,24 @@ def test_a_snapshot_of_the_hub_has_its_files_in_a_folder_data(tmp_path):
     assert isinstance(source, Parquet) and len(source) == COUNT
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_table_about_images_does_not_make_a_folder_of_images_one_of_parquet_files(tmp_path, damaged):
+    folder = make_folder(tmp_path)
+    write_table(folder / "metadata.parquet", file_name=["0/00000000.png"], split=["train"])
+    if damaged:
+        (folder / "metadata.parquet").write_bytes(b"PAR1")
+    source = open_source(str(folder))
+    assert isinstance(source, Folder) and list(source.names) == IN_ORDER
+    assert source.notes == ["left out: 1 files (.parquet 1)"]
+
+
+def test_pictures_in_folders_beside_tables_of_images_are_not_what_is_read(tmp_path):
+    make_parquet(tmp_path, "data/train-00000-of-00002.parquet")
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "logo.png").write_bytes(png(0))
+    assert isinstance(open_source(str(tmp_path)), Parquet)
+
+
 def write_table(path, **columns):
     parquet.write_table(pyarrow.table(columns), path)
     return str(path)
