@@ -11,13 +11,17 @@ import numpy as np
 
 from masked_diffusion.data.class_names import sort_class_names
 from masked_diffusion.data.image_files import PathTable, read_bytes
-from masked_diffusion.data.source import Classes
+from masked_diffusion.data.source import Classes, Source
 
 MAX_CLASSES = 1_000_000
 
 
 class NoLabelError(ValueError):
     """Something in a file of labels is none; part of a message."""
+
+
+class OtherJSONError(ValueError):
+    """A file that should have labels is whole JSON, but of another kind."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,34 @@ def read_label_file(path: str) -> LabelTable:
         raise type(error)(f"--labels_file {path}: {error.strerror or error}") from error
 
 
+def found_labels(content: bytes, origin: str, source: Source) -> Classes | None:
+    """The classes of a source's images, from a ``dataset.json`` that was found beside them.
+
+    Other programs have files of this name: JSON of another form gives None and a note of the source. Raises ValueError,
+    naming ``origin``, for a damaged file, and for images without a label.
+    """
+    try:
+        return read_labels(content, origin).of(source.names)
+    except OtherJSONError:
+        note = f"labels are not used: {origin} is no list of labels but other JSON"
+        source.notes = list(dict.fromkeys([*source.notes, note]))
+        return None
+
+
 def read_labels(content: bytes, origin: str) -> LabelTable:
     """Labels of edm2's form, ``{"labels": [[file, label], ...]}``, of JSON lines with ``file`` and ``label``, or of a
     CSV with a header that has these columns.
 
     A label in JSON is an integer, a one-hot list, or a class's name; in a CSV it is a class's name. Raises ValueError,
-    naming ``origin`` and what is expected.
+    naming ``origin`` and what is expected; an OtherJSONError for JSON of another kind.
     """
     try:
         text = content.decode("utf-8-sig")
         pairs = _from_json(text) if text.lstrip().startswith("{") else _from_csv(text)
         return LabelTable(origin, {str(file): _label(label) for file, label in pairs})
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
-        raise ValueError(
+        kind = OtherJSONError if _is_other_json(content) else ValueError
+        raise kind(
             f"{origin}: not a list of labels ({error}); give a CSV with the columns file and label, JSON lines such as "
             '{"file": "a/1.png", "label": "cat"}, or {"labels": [["a/1.png", 0], ...]}'
         ) from error
@@ -89,9 +108,34 @@ def _from_json(text: str) -> list[tuple[Any, Any]]:
     except ValueError:  # several objects
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         return [(row["file"], row["label"]) for row in rows]
-    if "labels" not in value and "file" in value:
+    if "labels" not in value:
         return [(value["file"], value["label"])]
-    return [(file, label) for file, label in value.get("labels") or ()]
+    if not _are_pairs(value["labels"]):
+        raise NoLabelError("its labels are no pairs of a file and a label")
+    return [(file, label) for file, label in value["labels"] or ()]
+
+
+def _are_pairs(labels: Any) -> bool:
+    """Whether this is meant as edm2's list of pairs, whatever is wrong with some of them; null is an empty one."""
+    return labels is None or (
+        isinstance(labels, list) and (not labels or any(isinstance(pair, list) and len(pair) == 2 for pair in labels))
+    )
+
+
+def _is_other_json(content: bytes) -> bool:
+    """Whether this is whole JSON, or JSON lines, in which nothing looks like a list of labels."""
+    try:
+        text = content.decode("utf-8-sig")
+        try:
+            values = [json.loads(text)]
+        except ValueError:
+            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError:
+        return False
+    return not any(
+        isinstance(value, dict) and ("file" in value or ("labels" in value and _are_pairs(value["labels"])))
+        for value in values
+    )
 
 
 def _from_csv(text: str) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from masked_diffusion.data.image_files import (
     list_folder,
     read_bytes,
 )
-from masked_diffusion.data.label_files import read_labels
+from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.parquet_images import Parquet
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
@@ -167,7 +167,7 @@ class Folder(ImageSource):
         path = join(self.data_dir, LABELS_NAME)
         if is_remote(path) or not is_file(path):
             return None
-        return read_labels(read_bytes(path), path).of(self.names)
+        return found_labels(read_bytes(path), path, self)
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:

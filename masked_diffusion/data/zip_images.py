@@ -16,7 +16,7 @@ import numpy as np
 
 from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
 from masked_diffusion.data.image_files import LABELS_NAME, PathTable, UnreadableImageError, is_remote, take_file
-from masked_diffusion.data.label_files import read_labels
+from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.listing_cache import Listing
 from masked_diffusion.data.source import Classes, ImageSource
 
@@ -100,7 +100,7 @@ class Zip(ImageSource):
     def classes(self) -> Classes | None:
         if self._labels is None:
             return None
-        return read_labels(self._labels, f"{LABELS_NAME} of --data_dir {self.data_dir}").of(self.names)
+        return found_labels(self._labels, f"{LABELS_NAME} of --data_dir {self.data_dir}", self)
 
     def read(self, index: int) -> bytes:
         fields = (self._offsets, self._packed, self._sizes, self._crcs, self._methods)

@@ -216,6 +216,39 @@ def test_a_folder_with_edm2s_list_has_its_labels_and_names_where_there_are_none(
     assert open_dataset(str(folder), image_size=8).labels.tolist() == LABELS
 
 
+@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize(
+    "content",
+    ['{"name": "flowers"}', "[1, 2]", '{"labels": ["ab", "cd"]}', '{"labels": {"0": "cat"}}', '{"a": 1}\n{"a": 2}\n', "3"],
+)
+def test_a_file_of_edm2s_name_with_other_json_in_it_is_a_note(tmp_path, form, content):
+    if form == "folder":
+        (make_folder(tmp_path) / "dataset.json").write_text(content)
+    else:
+        write_zip(tmp_path / "zip", {**IMAGES, "dataset.json": content})
+    dataset = open_dataset(str(tmp_path / form), image_size=8)
+    assert dataset.labels.tolist() == LABELS and dataset.class_names == ["0", "1", "2"]
+    [note] = dataset.notes
+    assert "dataset.json" in note and note.startswith("labels are not used: ") and note.endswith("but other JSON")
+    dataset.source.classes()
+    assert len(dataset.source.notes) == 1
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (labels_json()[:-9], "not a list of labels"),
+        (labels_json([1.5] * COUNT), r"not a list of labels \(1.5 is no label"),
+        ('{"labels": [["0/00000000.png", 0], "x"]}', "not a list of labels"),
+        ('{"labels": [["0/00000000.png", 0]]}', "no label for 29 of 30 images"),
+    ],
+)
+def test_a_damaged_list_of_edm2_is_refused(tmp_path, content, sentence):
+    (make_folder(tmp_path) / "dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=f"dataset.json: {sentence}"):
+        open_dataset(str(tmp_path / "folder"), image_size=8)
+
+
 CSV = "file,label\n" + "".join(f'{name},"kind, {name[0]}"\n' for name in IN_ORDER)
 LINES = "".join(json.dumps({"file": name, "label": f"kind, {name[0]}", "id": 3}) + "\n" for name in IN_ORDER)
 
