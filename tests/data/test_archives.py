@@ -219,7 +219,14 @@ def test_a_folder_with_edm2s_list_has_its_labels_and_names_where_there_are_none(
 @pytest.mark.parametrize("form", ["folder", "zip"])
 @pytest.mark.parametrize(
     "content",
-    ['{"name": "flowers"}', "[1, 2]", '{"labels": ["ab", "cd"]}', '{"labels": {"0": "cat"}}', '{"a": 1}\n{"a": 2}\n', "3"],
+    [
+        '{"name": "flowers"}',
+        "[1, 2]",
+        '{"labels": ["ab", "cd"]}',
+        '{"labels": {"0": "cat"}}',
+        '{"a": 1}\n{"a": 2}\n',
+        "3",
+    ],
 )
 def test_a_file_of_edm2s_name_with_other_json_in_it_is_a_note(tmp_path, form, content):
     if form == "folder":
