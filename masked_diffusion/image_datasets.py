@@ -202,9 +202,9 @@ class SourceDataset(ImageDataset):
         known = self.source.classes() if class_from == "auto" else None
         if known is None and class_from != "filename" and (reason := self.source.made_up_folders):
             raise ValueError(
-                f"--data_dir {self.source.data_dir}: no classes to be had: {reason}, and the folders in their names are "
-                "the archives'. Train without classes (--class_cond False), or give the labels (--labels_file), or name "
-                "the images CLASS_….png (--class_from filename)"
+                f"--data_dir {self.source.data_dir}: no classes to be had: {reason}, and the folders in their names "
+                "are the archives'. Train without classes (--class_cond False), or give the labels (--labels_file), "
+                "or name the images CLASS_….png (--class_from filename)"
             )
         return class_table(self.source.names, class_from) if known is None else known
 

@@ -22,8 +22,8 @@ class Source:
 
     data_dir: what the user gave. names: of the items, below data_dir, with forward slashes; sorted, for an item's
     place in them is its identity. notes: what a user should know of it, such as what is left out; a line each.
-    made_up_folders: why there are no classes though names have folders, such as "3 of 9 images have no label", where these
-    folders are the names of archives; else empty.
+    made_up_folders: where the folders in the names are archives, why there are no classes, such as "3 of 9 images have
+    no label"; else empty.
     """
 
     data_dir: str
