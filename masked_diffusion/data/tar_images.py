@@ -9,11 +9,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class Tar(ImageSource):
             raise ValueError(f"--data_dir {data_dir}: no images in these archives; give some that hold images")
         same_names = len(shards) > 1 and len(set(names)) < len(names)
         if same_names:  # shards that count from 0 each
-            names = [f"{Path(path).name}/{name}" for path, shard in self._sharded(shards) for name in shard.names]
+            prefixes = zip(_told_apart(self._paths), shards, strict=True)
+            names = [f"{prefix}/{name}" for prefix, shard in prefixes for name in shard.names]
         order = last_of_each(names)
         if len(order) < len(names):
             notes.append(f"left out: {len(names) - len(order)} members of which later ones have the name")
@@ -88,9 +90,6 @@ class Tar(ImageSource):
             self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
         self.notes = notes
         self._opened: dict[int, ArchiveFile] = {}
-
-    def _sharded(self, shards: list[Shard]) -> Iterator[tuple[str, Shard]]:
-        return zip(self._paths, shards, strict=True)
 
     def _usable(self, labels: list[str], notes: list[str]) -> Classes | None:
         """The classes of the images where all have a label that others have, too; captions are no classes."""
@@ -172,6 +171,16 @@ def _expanded(pattern: str) -> list[str]:
         choices.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
         choices.append([text])
     return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _told_apart(paths: list[str]) -> list[str]:
+    """What to call archives: their base names or, where these repeat, their paths below the folder around them all."""
+    bases = [Path(path).name for path in paths]
+    if len(set(bases)) == len(bases):
+        return bases
+    full = [os.path.abspath(path) for path in paths]  # noqa: PTH100  (without following links, as a user calls them)
+    around = os.path.commonpath([os.path.dirname(path) for path in full])  # noqa: PTH120
+    return [Path(path).relative_to(around).as_posix() for path in full]
 
 
 def _holds_archives_alone(folder: Path) -> bool:

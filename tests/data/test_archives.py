@@ -500,6 +500,16 @@ def test_shards_that_count_from_0_each_are_told_apart(tmp_path):
     assert [source.read(index) for index in range(4)] == [png(0), png(1), png(10), png(11)]
 
 
+def test_shards_of_one_name_in_several_folders_are_told_apart(tmp_path):
+    for number, folder in enumerate(("x/a", "x/b", "y")):
+        (tmp_path / "shards" / folder).mkdir(parents=True)
+        (tmp_path / "shards" / folder / "0.tar").write_bytes(tar_of([("0.png", png(number))]))
+    (tmp_path / "list.txt").write_text("shards/x/a/0.tar\nshards/x/../x/b/0.tar\nshards/y/0.tar\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert list(source.names) == ["x/a/0.tar/0.png", "x/b/0.tar/0.png", "y/0.tar/0.png"] and not source.notes
+    assert [source.read(index) for index in range(3)] == [png(index) for index in range(3)]
+
+
 def test_more_archives_are_read_than_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_images, "_OPEN", 2)
     source = open_source(str(make_tar(tmp_path, 5, place=".")))
