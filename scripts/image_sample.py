@@ -297,6 +297,7 @@ def settings_of(
         },
         **config.objective.record(),
         "sampler": sampler.sampler,
+        **sampler.steps_record(),
         "num_sampling_steps": sampler.num_sampling_steps,
         "clip_denoised": sampler.clip_denoised,
         "guidance": sampler.guidance_record(),

@@ -106,6 +106,17 @@ class ModelConfig:
         """The policy that the model is trained under."""
         return self.policy or family_policy(self.model)
 
+    def record(self) -> dict[str, Any]:
+        """All settings, for a manifest; of a policy those alone that the family and the policy do not have by themselves.
+
+        So what 0.1.0, which had no policies, recorded of a model is what is recorded of it now.
+        """
+        policy = POLICIES[self.policy_name]
+        usual = {"policy": family_policy(self.model), "route": None}
+        usual |= {"choose": policy.choose, "path_drop": policy.path_drop}
+        settings = dataclasses.asdict(self)
+        return {name: value for name, value in settings.items() if name not in usual or value not in (None, usual[name])}
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.image_size // self.downsample

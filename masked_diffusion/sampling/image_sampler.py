@@ -24,6 +24,8 @@ from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.settings import setting
 
 CONTINUOUS_STEPS = 1000  # what guidance schedules count the time of a continuous objective in
+# Which edition of a sampler's steps this is; those that are not named step as in 0.1.0, or were not there.
+STEPS_EDITION = {"heun": 2}
 GUIDE_FROM = ("null_label", "checkpoint", "masked")
 # Of the draws of a batch's samples, what guidance leads them away from.
 NewAway = Callable[[SampleNoise], Away]
@@ -125,7 +127,12 @@ class SamplerConfig:
         """All settings, for a manifest."""
         # Sets that were begun before there was the flag stay the same ones.
         silent = self.guide_from == "null_label"
-        return {name: value for name, value in asdict(self).items() if not (silent and name.startswith("guide_"))}
+        said = {name: value for name, value in asdict(self).items() if not (silent and name.startswith("guide_"))}
+        return said | self.steps_record()
+
+    def steps_record(self) -> dict[str, int]:
+        """What a manifest says of the sampler's steps where 0.1.0 took others: its sets are not gone on with."""
+        return {"sampler_steps": STEPS_EDITION[self.sampler]} if self.sampler in STEPS_EDITION else {}
 
     def guidance_record(self) -> dict[str, Any] | None:
         """What a manifest says of the guidance."""

@@ -227,7 +227,7 @@ class Evaluation:
         of_training = ("ema_rate", "seed", "lr", "data_dir")
         return {
             "step": step,
-            "model": dataclasses.asdict(self._run_config.model),
+            "model": self._run_config.model.record(),
             "training": {name: self._run_config.training.get(name) for name in of_training},
             "sampler": self._sampler.record(),
             "labels": "random" if self._run_config.class_cond else None,

@@ -55,6 +55,16 @@ def test_a_configuration_without_a_stream_is_of_a_run_under_the_first(tmp_path):
     assert read_config(tmp_path) == dataclasses.replace(RUN, stream=1)
 
 
+def test_a_manifest_says_of_policies_what_a_family_does_not_have_by_itself():
+    of_0_1_0 = {name: value for name, value in dataclasses.asdict(MODEL).items() if value is not None}
+    assert MODEL.record() == of_0_1_0
+    spelled = dataclasses.replace(MODEL, policy="mdt", choose="uniform", path_drop=0.0)
+    assert spelled.record() == of_0_1_0
+    for other in ({"policy": "sprint"}, {"policy": "tread", "route": "1,2"}, {"choose": "cells"}, {"path_drop": 0.5}):
+        assert dataclasses.replace(MODEL, **other).record() == of_0_1_0 | other
+    assert dataclasses.replace(MODEL, mask_ratio=None).record() == of_0_1_0 | {"mask_ratio": None}
+
+
 def test_a_configuration_records_the_versions_of_the_libraries():
     versions = RUN.as_json()["versions"]
     assert versions == library_versions()

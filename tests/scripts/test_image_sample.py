@@ -62,6 +62,16 @@ def test_the_manifest_records_sampler_and_guidance(sample):
     }  # fmt: skip
 
 
+def test_samples_of_heuns_former_steps_are_not_gone_on_with(sample, tmp_path, capsys):
+    _, settings = sample("heun", "--sampler", "heun")
+    assert settings.pop("sampler_steps") == 2
+    manifest = tmp_path / "heun" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "settings": settings}))
+    sample("heun", "--sampler", "heun")
+    assert "samples of other settings were moved aside" in capsys.readouterr().err
+    assert all("sampler_steps" not in sample(name, "--sampler", name)[1] for name in ("ddpm", "unipc"))
+
+
 def test_the_same_settings_are_recognised_as_done(sample, capsys):
     flags = ["--cfg_cond", "True", "--guidance", "interval", "--cfg_interval", "100-900", "--sampler", "heun"]
     first, _ = sample("a", *flags)
