@@ -115,7 +115,9 @@ class ModelConfig:
         usual = {"policy": family_policy(self.model), "route": None}
         usual |= {"choose": policy.choose, "path_drop": policy.path_drop}
         settings = dataclasses.asdict(self)
-        return {name: value for name, value in settings.items() if name not in usual or value not in (None, usual[name])}
+        return {
+            name: value for name, value in settings.items() if name not in usual or value not in (None, usual[name])
+        }
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
