@@ -5,7 +5,6 @@ crash of the evaluator does not end the training. Samples draw by their own keys
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
