@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Listener
 from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from masked_diffusion.processes.preemption import ignore_signals
 
 # How often a wait for a batch looks for a signal and for signs of life.
 POLL_SECONDS = 1.0
-# Without a batch, and without an item begun or finished in any process, for so long, nothing more is to come.
+# Without a batch, and without an item begun, read on or finished in any process, for so long, nothing more is to come.
 SILENCE_SECONDS = 45.0
+# Nor does it where an item is read on for so long.
+SLOW_ITEM_SECONDS = 600.0
 SHARED_MEMORY = "/dev/shm"
 # Less than this is suspected when nothing comes: a few batches of images and noise.
 LITTLE_MEMORY = 64 << 20
@@ -61,7 +64,7 @@ def iterate(
     """Batches of a data set, loaded by ``num_workers`` processes, or by this one for 0.
 
     settings: of :class:`torch.utils.data.DataLoader`. asked_to_stop: asked every ``POLL_SECONDS`` of a wait.
-    silence_seconds: how long an item may take; None for ``SILENCE_SECONDS``.
+    silence_seconds: how long an item may take without being read on; None for ``SILENCE_SECONDS``.
     The processes end when this fails, is closed or collected, at exit, and when this process is killed.
     Raises LoaderError when the processes cannot deliver, StoppedWaitingError when asked to stop during a wait, and
     what loading an item raises.
@@ -118,8 +121,10 @@ def _iterate(
 
 def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool], silence_seconds: float) -> Any:
     """The next batch, or ``_END``."""
-    signs, since = watched.signs_of_life(), time.monotonic()
+    signs, silent_for = watched.signs_of_life(iterator._workers), 0.0
+    items, without_item_for = watched.items(), 0.0
     while True:
+        began = time.monotonic()
         try:
             with _blaming(iterator):
                 return next(iterator, _END)
@@ -127,11 +132,15 @@ def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool],
             pass
         if asked_to_stop():
             raise StoppedWaitingError("asked to stop while waiting for a batch")
-        if (now_signs := watched.signs_of_life()) != signs:
-            signs, since = now_signs, time.monotonic()
-        elif time.monotonic() - since > silence_seconds:
-            silence = f"nothing came from them for {silence_seconds:.0f} s"
-            raise LoaderError(_suspected_cause(silence))
+        # While this process was suspended, so were the loaders, as a rule: that time does not count.
+        waited = min(time.monotonic() - began, 2 * POLL_SECONDS)
+        silent_for, without_item_for = silent_for + waited, without_item_for + waited
+        if (now_signs := watched.signs_of_life(iterator._workers)) != signs:
+            signs, silent_for = now_signs, 0.0
+        if (now_items := watched.items()) != items:
+            items, without_item_for = now_items, 0.0
+        if silent_for > silence_seconds or without_item_for > max(SLOW_ITEM_SECONDS, silence_seconds):
+            raise LoaderError(_suspected_cause(f"nothing came from them for {without_item_for:.0f} s"))
 
 
 class _Watched(Dataset[Any]):
@@ -154,12 +163,28 @@ class _Watched(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def signs_of_life(self) -> int:
+    def items(self) -> int:
+        """How many items were begun, and how many finished, in one number."""
         return sum(self._counts)
+
+    def signs_of_life(self, workers: list[Any]) -> list[object]:
+        """What changes as long as processes begin, read on or finish items."""
+        return [self.items(), *(_progress(worker.pid) for worker in self.reading(workers))]
 
     def reading(self, workers: list[Any]) -> list[Any]:
         """Those processes that have begun an item and not finished it."""
         return [worker for worker, count in zip(workers, self._counts, strict=False) if count % 2]
+
+
+def _progress(process: int) -> list[int]:
+    """The whole seconds that a process has computed, its reads from mapped files and the bytes of its other reads, as
+    far as the system says. A slow item moves them. One that hangs does not, although it may wake up now and then."""
+    numbers = []
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        numbers = [(int(fields[11]) + int(fields[12])) // os.sysconf("SC_CLK_TCK"), int(fields[9])]
+        numbers.append(int(Path(f"/proc/{process}/io").read_text().split()[1]))
+    return numbers
 
 
 class _NotYetError(Exception):

@@ -107,7 +107,7 @@ class ModelConfig:
         return self.policy or family_policy(self.model)
 
     def record(self) -> dict[str, Any]:
-        """All settings, for a manifest; of a policy those alone that the family and the policy do not have by themselves.
+        """All settings, for a manifest; of a policy those alone that family and policy do not have by themselves.
 
         So what 0.1.0, which had no policies, recorded of a model is what is recorded of it now.
         """

@@ -77,6 +77,73 @@ def test_slow_items_are_waited_for():
     assert firsts(iterate(Slow(), 1, batch_sampler=[[0, 1, 2, 3, 4]])) == [[0, 1, 2, 3, 4]]  # 3 s without a batch
 
 
+def read_on(seconds):
+    """Read for so long, a little at a time."""
+    until = time.monotonic() + seconds
+    with open("/dev/zero", "rb", buffering=0) as file:
+        while time.monotonic() < until:
+            file.read(1 << 16)
+            time.sleep(0.1)
+
+
+def test_an_item_that_is_read_on_is_waited_for_but_not_for_ever(monkeypatch):
+    trouble = Items(trouble=0, cause=lambda: read_on(3))
+    assert firsts(iterate(trouble, 1, batch_sampler=[[0]])) == [[0]]
+    monkeypatch.setattr(loader_processes, "SLOW_ITEM_SECONDS", 2.0)
+    began = time.monotonic()
+    with pytest.raises(LoaderError, match="nothing came from them for"):
+        next(iterate(Items(trouble=0, cause=lambda: read_on(1000)), 1, batch_sampler=[[0]]))
+    assert time.monotonic() - began < 8
+
+
+def test_reading_and_computing_are_progress_and_sleeping_is_not():
+    def after(work):
+        before = loader_processes._progress(os.getpid())
+        work()
+        return [b > a for a, b in zip(before, loader_processes._progress(os.getpid()), strict=True)]
+
+    def compute(until=time.process_time() + 1.1):
+        while time.process_time() < until:
+            pass
+
+    assert after(compute)[0] and after(lambda: read_on(0.2))[2]
+    sleeping = multiprocessing.get_context("fork").Process(target=hang)
+    sleeping.start()
+    time.sleep(0.5)
+    before = loader_processes._progress(sleeping.pid)
+    time.sleep(0.5)
+    assert loader_processes._progress(sleeping.pid) == before and len(before) == 3
+    sleeping.kill()
+    sleeping.join()
+    assert loader_processes._progress(sleeping.pid) == []
+
+
+def test_the_time_of_a_suspended_run_does_not_count():
+    context = multiprocessing.get_context("fork")
+    begun, done = context.Event(), context.Event()
+
+    def slow():
+        begun.set()
+        time.sleep(3)
+
+    def load():
+        os.setpgid(0, 0)
+        assert firsts(iterate(Items(trouble=0, cause=slow), 1, batch_sampler=[[0]])) == [[0]]
+        done.set()
+
+    run = context.Process(target=load)
+    run.start()
+    try:
+        assert begun.wait(20)
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(2.8)
+        os.killpg(run.pid, signal.SIGCONT)
+        assert done.wait(20)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.join()
+
+
 def test_a_wait_ends_when_the_run_is_asked_to_stop():
     asked = []
     batches = iterate(Items(trouble=1, cause=hang), 1, lambda: bool(asked), batch_sampler=[[0], [1]])
