@@ -102,7 +102,8 @@ def test_reading_and_computing_are_progress_and_sleeping_is_not():
         work()
         return [b > a for a, b in zip(before, loader_processes._progress(os.getpid()), strict=True)]
 
-    def compute(until=time.process_time() + 1.1):
+    def compute():
+        until = time.process_time() + 1.1
         while time.process_time() < until:
             pass
 
