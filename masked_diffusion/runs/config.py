@@ -112,7 +112,7 @@ class ModelConfig:
         So what 0.1.0, which had no policies, recorded of a model is what is recorded of it now.
         """
         policy = POLICIES[self.policy_name]
-        usual = {"policy": family_policy(self.model), "route": None}
+        usual: dict[str, Any] = {"policy": family_policy(self.model), "route": None}
         usual |= {"choose": policy.choose, "path_drop": policy.path_drop}
         settings = dataclasses.asdict(self)
         return {
