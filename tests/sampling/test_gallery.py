@@ -135,7 +135,7 @@ def test_an_interval_can_be_swept_over(draw):
         ("temperature=1,2", "'temperature' cannot be swept over; choose one of labels, num_sampling_steps"),
         ("cfg_scale", "give the values"),
         ("cfg_scale= ,", "give the values"),
-        ("sampler=ddim,euler", "--sampler euler: unknown"),
+        ("sampler=ddim,rk4", "--sampler rk4: unknown"),
         ("labels=3,10", "--labels 10: no class of this name; here numbers are names"),
         ("num_sampling_steps=4,5000", "--num_sampling_steps 5000: the process has 1000"),
     ],

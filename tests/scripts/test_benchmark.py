@@ -201,7 +201,8 @@ def test_noise_is_drawn_from_the_present_and_from_the_former_stream(measure, mon
         monkeypatch.setitem(STREAMS, stream, spied(stream, normals))
     [record] = measure("noise")
     assert record["to_former"] > 0 and record["draws_median_seconds"] > 0 and record["former_draws_median_seconds"] > 0
-    assert drawn == ([2] * 3 + [1] * 3) * 2 * ROUNDS  # for each of three samples, in steps and alone
+    # For each of three samples: its noise and its guidance's draws in guided steps, then its noise alone.
+    assert drawn == ([2] * 6 + [1] * 6 + [2] * 3 + [1] * 3) * ROUNDS
 
 
 @pytest.mark.parametrize(("status", "code"), [(2, 2), (-9, "case data: ended by signal 9 (9: probably out of memory)")])
