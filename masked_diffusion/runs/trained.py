@@ -122,6 +122,9 @@ def open_trained(path: Path, request: Request, device: torch.device | str, warn:
         size = dataclasses.replace(config.model, **request.asked(["image_size"]))
         config = dataclasses.replace(config, model=size)
     model = config.model.build()
+    if recorded is None and model.policy.takes_route:
+        route = ",".join(map(str, model.route))
+        warn(f"--route is taken to be {route}: neither the weights of {config.model.policy_name} nor a config.json say")
     state = fit_positions(state, model, path, request.interpolate_pos, warn)
     checkpoint.load_weights(model, state, path, request.drop_extra)
     model.to(device).eval().requires_grad_(False)

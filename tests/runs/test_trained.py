@@ -182,6 +182,18 @@ def test_weights_alone_say_which_model_they_are_of(tmp_path, family):
     assert [text[:34] for text in warnings] == (["--decode_layer is taken to be 2: n"] if family == "MDT" else [])
 
 
+def test_the_route_of_weights_alone_is_the_policys_and_said(tmp_path):
+    sprint = dataclasses.replace(UNRECORDED["DiT"], policy="sprint", route="2,3")
+    path, warnings = write_run(tmp_path, model=sprint), []
+    assert open_with(path, warn=warnings.append, vae_path="none").model.route == (2, 3)
+    assert warnings == []
+    (tmp_path / "config.json").unlink()
+    route = open_with(path, warn=warnings.append, vae_path="none").model.route
+    assert route != (2, 3)
+    said = f"--route is taken to be {route.leave},{route.back}: neither the weights of sprint nor a config.json say"
+    assert warnings == [said]
+
+
 @pytest.mark.parametrize(
     "flag, value, shown",
     [("model", "MDT_S_2", "MDT_Ti_2"), ("image_size", 16, 8), ("learn_sigma", False, True), ("num_classes", 8, 7)],
