@@ -175,7 +175,7 @@ def test_settings_without_evaluation_are_said_to_be_ignored(train, capsys):
         (["--eval_num_samples", "1"], "--eval_num_samples 1: must be 2 or more"),
         (["--eval_batch_size", "0"], "--eval_batch_size 0: must be 1 or more"),
         (["--eval_backend", "jax"], "--eval_backend jax: unknown; choose one of torch, tensorflow"),
-        (["--eval_sampler", "euler"], "--eval_sampler euler: unknown; choose one of ddpm"),
+        (["--eval_sampler", "rk4"], "--eval_sampler rk4: unknown; choose one of ddpm"),
         (["--eval_sampling_steps", "2000"], "--eval_sampling_steps 2000: the process has 1000"),
         (["--eval_cfg_scale", "2", "--class_cond", "False"], "--eval_cfg_scale 2.0: guidance needs classes"),
         (["--eval_ref", ""], "--eval_interval 1: give the reference batch to compare with --eval_ref"),
