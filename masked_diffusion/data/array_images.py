@@ -13,7 +13,13 @@ from masked_diffusion.data.label_files import classes_of
 from masked_diffusion.data.source import Classes, ImageSource
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
+# Bytes of a compressed array, which is unpacked into memory at the start, and again in each loader process.
+MAX_UNPACKED_BYTES = 2**34
 IMAGES, LABELS = "arr_0", "arr_1"
+
+
+class _TooLargeError(Exception):
+    """A compressed array is too large; part of a message."""
 
 
 class Arrays(ImageSource):
@@ -35,6 +41,8 @@ class Arrays(ImageSource):
                     self._images = _member(data_dir, archive, members[f"{IMAGES}.npy"])
                     if f"{LABELS}.npy" in members:
                         labels = _member(data_dir, archive, members[f"{LABELS}.npy"])
+        except _TooLargeError as error:
+            raise ValueError(f"--data_dir {data_dir}: {error}") from None
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: its arrays cannot be read ({error}); copy the file again"
@@ -90,7 +98,12 @@ class Arrays(ImageSource):
 
 
 def _member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """An array of an archive, mapped into memory where it lies there as it is."""
+    """An array of an archive, mapped into memory where it lies there as it is. Raises _TooLargeError."""
+    if member.compress_type != zipfile.ZIP_STORED and member.file_size > MAX_UNPACKED_BYTES:
+        raise _TooLargeError(
+            f"{member.filename} is {member.file_size} bytes when unpacked, more than {MAX_UNPACKED_BYTES}; save the "
+            "arrays without compression (numpy.savez)"
+        )
     with archive.open(member) as stream:
         if member.compress_type != zipfile.ZIP_STORED:
             return np.lib.format.read_array(stream, allow_pickle=False)

@@ -19,8 +19,16 @@ _MAGIC = b"PAR1"
 _SPLIT = re.compile(r"(.+?)-\d+-of-\d+.*\.parquet")  # train-00000-of-00005-0123456789abcdef.parquet
 _IMAGE_NAMES = ("image", "img", "jpg", "png")
 _LABEL_NAMES = ("label", "labels", "cls")
-# Row groups that a process keeps decoded. The hub's have 100 images each.
-_KEPT_GROUPS = 8
+# Bytes of row groups that a process keeps decoded, beside the one it reads. The hub's groups have 100 images each.
+_KEPT_BYTES = 2**29
+# A row group is decoded as a whole, in each loader process: one that is larger is refused.
+MAX_GROUP_BYTES = 2**32
+# Files that a process holds open.
+_OPEN = 8
+
+
+class _GroupSizeError(Exception):
+    """A row group is too large; part of a message."""
 
 
 class Parquet(ImageSource):
@@ -49,8 +57,9 @@ class Parquet(ImageSource):
             schema = self._file(0).schema_arrow
             self._column, path_column = _image_column(schema, data_dir)
             label_column = next((name for name in _LABEL_NAMES if name in schema.names), None)
-            for number in range(len(self._paths)):
+            for number, path in enumerate(self._paths):
                 file = self._file(number)
+                _check_groups(file.metadata, self._column, path)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 groups += [(number, group, count) for group, count in enumerate(rows)]
                 columns = [name for name in (path_column, label_column) if name]
@@ -59,6 +68,8 @@ class Parquet(ImageSource):
                     paths += [row and row["path"] for row in table[self._column].to_pylist()]
                 if label_column and table is not None:
                     labels += table[label_column].to_pylist()
+        except _GroupSizeError as error:
+            raise ValueError(f"--data_dir {data_dir}: {error}") from None
         except (pyarrow.ArrowException, OSError, KeyError) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: a parquet file is damaged, or not as the others ({error}); copy it again"
@@ -144,16 +155,16 @@ class Parquet(ImageSource):
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk, not the data
                 raise UnreadableImageError(self.name_of(index), f"its row group is damaged: {error}") from error
-            self._kept[group] = table[self._column]
-            if len(self._kept) > _KEPT_GROUPS:
+            rows = self._kept[group] = table[self._column]
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
-            return self._kept[group]
+            return rows
 
     def _file(self, number: int) -> Any:
         import pyarrow.parquet
 
         if number not in self._opened:
-            if len(self._opened) >= _KEPT_GROUPS:
+            if len(self._opened) >= _OPEN:
                 self._opened.pop(next(iter(self._opened)))
             self._opened[number] = pyarrow.parquet.ParquetFile(self._paths[number], page_checksum_verification=True)
         return self._opened[number]
@@ -183,6 +194,19 @@ def _files_of(path: Path) -> tuple[list[str], list[str]]:
         )
     others = ", ".join(split or "no split" for split in splits if split != "train")
     return [str(file) for file in files if split_of[file] == "train"], [f"left out: files of other splits: {others}"]
+
+
+def _check_groups(metadata: Any, column: str, path: str) -> None:
+    """Raises _GroupSizeError, with the remedy, for a row group of which the images are too large to be decoded."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+        if size > MAX_GROUP_BYTES:
+            raise _GroupSizeError(
+                f"row group {number} of {path} has {size} bytes of images, more than {MAX_GROUP_BYTES} that are "
+                "decoded at a time; write the file with fewer rows in a group (row_group_size=100)"
+            )
 
 
 def _has_images(path: Path) -> bool:

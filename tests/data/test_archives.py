@@ -18,7 +18,7 @@ from PIL import Image
 from pyarrow import parquet
 from support import script
 
-from masked_diffusion.data import tar_images, zip_images
+from masked_diffusion.data import array_images, parquet_images, tar_images, zip_images
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.sources import Arrays, Folder, Parquet, Tar, Zip, open_source
 from masked_diffusion.image_datasets import load_data, open_dataset
@@ -442,6 +442,20 @@ def test_arrays_that_are_no_images_are_refused(tmp_path, arrays, sentence):
         open_source(str(tmp_path / "a.npz"))
 
 
+def test_a_compressed_array_is_refused_before_it_is_unpacked_where_it_is_huge(tmp_path, monkeypatch):
+    images = np.zeros((10, 100, 100, 3), np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", arr_0=images)
+    np.savez(tmp_path / "b.npz", arr_0=images)
+    monkeypatch.setattr(array_images, "MAX_UNPACKED_BYTES", images.nbytes)
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "read_array", None)
+        with pytest.raises(ValueError, match=r"a.npz: arr_0.npy is 300128 bytes when unpacked, more than 300000; save"):
+            open_source(str(tmp_path / "a.npz"))
+    assert len(open_source(str(tmp_path / "b.npz"))) == 10
+    monkeypatch.setattr(array_images, "MAX_UNPACKED_BYTES", 300128)
+    assert len(open_source(str(tmp_path / "a.npz"))) == 10
+
+
 @pytest.mark.parametrize("shape", [(5, 6, 7, 3), (5, 6, 7, 1), (5, 6, 7)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_arrays_of_any_layout_are_images(tmp_path, shape, order):
@@ -689,6 +703,29 @@ def test_a_damaged_row_group_is_bad_and_the_others_are_read(tmp_path):
     assert source.read(1) == png(1, 32) and source.read(3) == png(3, 32)
     with pytest.raises(UnreadableImageError):
         source.picture(2)
+
+
+def test_a_huge_row_group_is_refused_before_it_is_read_and_other_columns_do_not_count(tmp_path, monkeypatch):
+    table = pyarrow.table({"image": [png(n, 32) for n in range(8)], "text": ["x" * 100_000] * 8})
+    for name, size in (("a", 8), ("b", 2)):
+        parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=size, compression="none")
+    monkeypatch.setattr(parquet_images, "MAX_GROUP_BYTES", 20_000)
+    assert len(open_source(str(tmp_path / "b.parquet"))) == 8
+    monkeypatch.setattr(parquet.ParquetFile, "read", None)
+    with pytest.raises(ValueError, match=r"row group 0 of .*a.parquet has \d{5} bytes of images, more than 20000 that"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
+def test_decoded_row_groups_are_kept_up_to_a_number_of_bytes(tmp_path, monkeypatch):
+    table = pyarrow.table({"image": [png(n, 32) for n in range(20)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert [source.read(n) for n in range(20)] == [png(n, 32) for n in range(20)] and len(source._kept) == 20
+    monkeypatch.setattr(parquet_images, "_KEPT_BYTES", 4 * len(png(0, 32)))
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert [source.read(n) for n in range(20)] == [png(n, 32) for n in range(20)] and 2 <= len(source._kept) <= 4
+    monkeypatch.setattr(parquet_images, "_KEPT_BYTES", 0)
+    assert source.read(3) == png(3, 32) and len(source._kept) == 1
 
 
 @pytest.mark.parametrize(
