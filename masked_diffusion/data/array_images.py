@@ -1,5 +1,6 @@
 """Images in an array: ``.npy``, or the ``.npz`` that samplers write, ``arr_0`` the images and ``arr_1`` the labels."""
 
+import contextlib
 import io
 import zipfile
 from pathlib import Path
@@ -18,10 +19,6 @@ MAX_UNPACKED_BYTES = 2**34
 IMAGES, LABELS = "arr_0", "arr_1"
 
 
-class _TooLargeError(Exception):
-    """A compressed array is too large; part of a message."""
-
-
 class Arrays(ImageSource):
     """uint8 images (N, H, W, 3), (N, H, W, 1) or (N, H, W), and labels (N,), if there are any.
 
@@ -31,6 +28,11 @@ class Arrays(ImageSource):
 
     def __init__(self, data_dir: str) -> None:
         self.data_dir = data_dir
+        if (size := _bytes_to_unpack(data_dir)) > MAX_UNPACKED_BYTES:
+            raise ValueError(
+                f"--data_dir {data_dir}: an array in it is {size} bytes when unpacked, more than {MAX_UNPACKED_BYTES}; "
+                "save the arrays without compression (numpy.savez)"
+            )
         labels = None
         try:
             if Path(data_dir).suffix == ".npy" or not zipfile.is_zipfile(data_dir):
@@ -41,8 +43,6 @@ class Arrays(ImageSource):
                     self._images = _member(data_dir, archive, members[f"{IMAGES}.npy"])
                     if f"{LABELS}.npy" in members:
                         labels = _member(data_dir, archive, members[f"{LABELS}.npy"])
-        except _TooLargeError as error:
-            raise ValueError(f"--data_dir {data_dir}: {error}") from None
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: its arrays cannot be read ({error}); copy the file again"
@@ -97,13 +97,16 @@ class Arrays(ImageSource):
         return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
+def _bytes_to_unpack(path: str) -> int:
+    """Bytes of the largest compressed array of a file, as its directory says, past which none is unpacked; 0 for none."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        read = [m for m in archive.infolist() if m.filename in (f"{IMAGES}.npy", f"{LABELS}.npy")]
+        return max((m.file_size for m in read if m.compress_type != zipfile.ZIP_STORED), default=0)
+    return 0
+
+
 def _member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    """An array of an archive, mapped into memory where it lies there as it is. Raises _TooLargeError."""
-    if member.compress_type != zipfile.ZIP_STORED and member.file_size > MAX_UNPACKED_BYTES:
-        raise _TooLargeError(
-            f"{member.filename} is {member.file_size} bytes when unpacked, more than {MAX_UNPACKED_BYTES}; save the "
-            "arrays without compression (numpy.savez)"
-        )
+    """An array of an archive, mapped into memory where it lies there as it is."""
     with archive.open(member) as stream:
         if member.compress_type != zipfile.ZIP_STORED:
             return np.lib.format.read_array(stream, allow_pickle=False)

@@ -27,10 +27,6 @@ MAX_GROUP_BYTES = 2**32
 _OPEN = 8
 
 
-class _GroupSizeError(Exception):
-    """A row group is too large; part of a message."""
-
-
 class Parquet(ImageSource):
     """The images of a parquet file, or of those in a folder or its folder ``data``; of several splits, ``train``.
 
@@ -59,7 +55,7 @@ class Parquet(ImageSource):
             label_column = next((name for name in _LABEL_NAMES if name in schema.names), None)
             for number, path in enumerate(self._paths):
                 file = self._file(number)
-                _check_groups(file.metadata, self._column, path)
+                _check_groups(file.metadata, self._column, path, data_dir)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 groups += [(number, group, count) for group, count in enumerate(rows)]
                 columns = [name for name in (path_column, label_column) if name]
@@ -68,8 +64,6 @@ class Parquet(ImageSource):
                     paths += [row and row["path"] for row in table[self._column].to_pylist()]
                 if label_column and table is not None:
                     labels += table[label_column].to_pylist()
-        except _GroupSizeError as error:
-            raise ValueError(f"--data_dir {data_dir}: {error}") from None
         except (pyarrow.ArrowException, OSError, KeyError) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: a parquet file is damaged, or not as the others ({error}); copy it again"
@@ -196,16 +190,16 @@ def _files_of(path: Path) -> tuple[list[str], list[str]]:
     return [str(file) for file in files if split_of[file] == "train"], [f"left out: files of other splits: {others}"]
 
 
-def _check_groups(metadata: Any, column: str, path: str) -> None:
-    """Raises _GroupSizeError, with the remedy, for a row group of which the images are too large to be decoded."""
+def _check_groups(metadata: Any, column: str, path: str, data_dir: str) -> None:
+    """Raises ValueError for a row group of which the images are too large to be decoded."""
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
         size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
         if size > MAX_GROUP_BYTES:
-            raise _GroupSizeError(
-                f"row group {number} of {path} has {size} bytes of images, more than {MAX_GROUP_BYTES} that are "
-                "decoded at a time; write the file with fewer rows in a group (row_group_size=100)"
+            raise ValueError(
+                f"--data_dir {data_dir}: row group {number} of {Path(path).name} has {size} bytes of images, more than "
+                f"{MAX_GROUP_BYTES} that are decoded at a time; write the file with fewer rows in a group (row_group_size=100)"
             )
 
 
