@@ -98,7 +98,7 @@ class Arrays(ImageSource):
 
 
 def _bytes_to_unpack(path: str) -> int:
-    """Bytes of the largest compressed array of a file, as its directory says, past which none is unpacked; 0 for none."""
+    """Bytes of the largest compressed array of a file. Its directory says it, and zipfile unpacks no more than that."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         read = [m for m in archive.infolist() if m.filename in (f"{IMAGES}.npy", f"{LABELS}.npy")]
         return max((m.file_size for m in read if m.compress_type != zipfile.ZIP_STORED), default=0)

@@ -199,7 +199,8 @@ def _check_groups(metadata: Any, column: str, path: str, data_dir: str) -> None:
         if size > MAX_GROUP_BYTES:
             raise ValueError(
                 f"--data_dir {data_dir}: row group {number} of {Path(path).name} has {size} bytes of images, more than "
-                f"{MAX_GROUP_BYTES} that are decoded at a time; write the file with fewer rows in a group (row_group_size=100)"
+                f"{MAX_GROUP_BYTES} that are decoded at a time; write the file with fewer rows in a group "
+                "(row_group_size=100)"
             )
 
 
