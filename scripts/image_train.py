@@ -23,6 +23,8 @@ from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.image_files import LATER_EXTENSIONS
+from masked_diffusion.data.listing_cache import some
 from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
@@ -137,7 +139,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # Where to start
     output = Output(args, explicit, ranks, stack)
     start = output.plan_start(args)
-    messages = [*start.messages, *take_up(args, start, run_config, model, dataset.class_names)]
+    messages = [*start.messages, *take_up(args, start, run_config, model, dataset)]
     state = ranks.from_main(lambda: checkpoint.read_state(start))
     if state is not None:
         stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
@@ -267,7 +269,7 @@ def take_up(
     start: checkpoint.Start,
     run_config: RunConfig,
     model: LatentTransformer,
-    class_names: list[str],
+    dataset: ImageDataset,
 ) -> list[str]:
     """Give a fresh model the weights that it starts from at step 0, and check that a resumed run stays the same one.
 
@@ -277,14 +279,27 @@ def take_up(
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
+        if "data_sha256" not in former.training:
+            messages += images_of_later_kinds(dataset)
         data_hash = run_config.training["data_sha256"]
         if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
             messages.append("warning: the images, their labels or names are not those of that checkpoint's training")
     if start.init_from is not None:
-        load_initial_weights(model, start.init_from, args, class_names, messages.append)
+        load_initial_weights(model, start.init_from, args, dataset.class_names, messages.append)
     if args.freeze:
         messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
     return messages
+
+
+def images_of_later_kinds(dataset: ImageDataset) -> list[str]:
+    """What to say to a run that may have begun when these images were left out: its other images have new numbers."""
+    names = [name for name in map(dataset.name_of, range(len(dataset))) if name.lower().endswith(LATER_EXTENSIONS)]
+    if not names:
+        return []
+    return [
+        f"warning: {len(names)} images are of kinds that version 0.1.0 left out ({some(names)}): if this run began "
+        "with it, move them away to go on with the same data"
+    ]
 
 
 def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:

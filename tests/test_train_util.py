@@ -595,6 +595,20 @@ def test_a_restart_does_not_drop_what_was_not_done_yet(train, attempt):
     assert (folder / "former_1" / "model000003.pt").exists() and not (folder / "model000003.pt").exists()
 
 
+def test_a_resume_of_a_run_of_the_first_version_names_images_that_it_left_out(train, colour_folder, tmp_path):
+    data = shutil.copytree(colour_folder, tmp_path / "data")
+    picture = min(data.rglob("*.png"))
+    picture.rename(picture.with_suffix(".TIF"))
+    folder = train("--data_dir", str(data), "--max_steps", "1", sinks="log,csv")
+    sentence = f"1 images are of kinds that version 0.1.0 left out ({picture.with_suffix('.TIF')})"
+    for steps, is_said in (("2", False), ("3", True)):
+        train("--data_dir", str(data), "--max_steps", steps, folder=folder, sinks="log,csv")
+        assert (sentence in (folder / "log.txt").read_text()) is is_said
+        config = json.loads((folder / "config.json").read_text())
+        config["training"].pop("data_sha256")
+        (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_resume_on_changed_data_says_so(train, colour_folder, tmp_path):
     data = shutil.copytree(colour_folder, tmp_path / "data")
     flags = ["--data_dir", str(data)]
