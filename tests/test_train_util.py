@@ -647,7 +647,7 @@ def test_pictures_are_drawn_of_a_run_that_saves_safetensors(train, monkeypatch, 
     assert script("infer_mdt.py").find_model(tmp_path).name == "ema_0.9999_000002.safetensors"
 
 
-FEW_BATCHES = (0, 1, 2)
+FEW_BATCHES = (0,)  # Two ranks cannot meet twice at one address.
 
 
 def train_while_rank_1_is_stopped(rank, dist_url, folder):
