@@ -3,6 +3,7 @@
 #   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, or that of MODEL, on NUM_GPUS GPUs
 #   bash run.sh                                the whole story in minutes, without data or GPU: train on handwritten
 #                                              digits, sample, and see how many of them can be read
+#   OBJECTIVE=flow bash run.sh                 either of them under another objective: x0, v, flow or edm
 # Settings are environment variables, which --help lists; arguments go to image_train.py, with DATA_PATH only.
 set -euo pipefail
 called_from=$PWD
@@ -10,6 +11,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
 help_if_asked run.sh scripts/published.sh scripts/launcher.sh -- "$@"
+
+objective="${OBJECTIVE:-ddpm}" objective_flags=() suffix=""
+case "$objective" in
+  ddpm) ;;
+  x0 | v | flow | edm) objective_flags=(--objective "$objective") suffix="_$objective" ;;
+  *) echo "run.sh: error: OBJECTIVE $objective: it is ddpm, x0, v, flow or edm" >&2; exit 2 ;;
+esac
 
 # An active virtual or conda environment is used as it is; otherwise .venv is made here.
 if [ -z "${VIRTUAL_ENV-}" ] && [ -z "${CONDA_PREFIX-}" ]; then
@@ -48,12 +56,12 @@ if [ -n "${DATA_PATH:-}" ]; then
   MODEL="${MODEL:-MDT_S_2}"
   # shellcheck source=scripts/published.sh
   source scripts/published.sh
-  export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$run_name}"
+  export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$run_name$suffix}"
   # shellcheck source=scripts/launcher.sh
   source scripts/launcher.sh
   run "${launcher[@]}" --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
     scripts/image_train.py --data_dir "$DATA_PATH" "${model_flags[@]}" "${training_flags[@]}" \
-    --batch_size "${BATCH_SIZE:-32}" "$@"
+    ${objective_flags[@]+"${objective_flags[@]}"} --batch_size "${BATCH_SIZE:-32}" "$@"
   exit
 fi
 
@@ -62,7 +70,7 @@ fi
 # cores wait for each other.
 cores=$(getconf _NPROCESSORS_ONLN)
 processes=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))
-export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_digits}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
+export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_digits$suffix}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
 steps=${STEPS:-2000}
 samples=355
 launch=(python -m torch.distributed.run --standalone "--nproc_per_node=$processes")
@@ -70,7 +78,8 @@ launch=(python -m torch.distributed.run --standalone "--nproc_per_node=$processe
 echo "1/4 training a small MDT on 8 x 8 handwritten digits, in pixel space, on $processes processes"
 run "${launch[@]}" scripts/image_train.py --data_dir builtin:digits --vae_path none --image_size 8 \
   --model MDT_Ti_2 --mask_ratio 0.30 --decode_layer 2 --batch_size $((64 / processes)) --lr 2e-3 \
-  --lr_anneal_steps "$steps" --ema_rate 0.99 --log_interval 50 --save_interval 500 --device cpu
+  --lr_anneal_steps "$steps" --ema_rate 0.99 --log_interval 50 --save_interval 500 --device cpu \
+  ${objective_flags[@]+"${objective_flags[@]}"}
 
 echo "2/4 sampling $samples digits with guidance"
 run "${launch[@]}" scripts/image_sample.py \

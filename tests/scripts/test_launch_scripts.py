@@ -73,6 +73,21 @@ def test_what_the_environment_says_wins(asked_for):
     assert "--lr 1e-4" in line and "--decode_layer 4" in line and "--batch_size 64" in line
 
 
+def test_run_sh_passes_another_objective_on_and_keeps_its_run_apart(asked_for):
+    [line] = asked_for("run.sh", MODEL="MDT_S_2", DATA_PATH="bucket:images", OBJECTIVE="flow")
+    assert "--objective flow" in line and line.endswith("LOG output_mdt_s2_flow")
+    train, _ = asked_for("run.sh", DATA_PATH="", OBJECTIVE="edm")
+    assert "--objective edm" in train and train.endswith("LOG output_digits_edm")
+    for line in asked_for("run.sh", DATA_PATH=""):
+        assert "--objective" not in line and line.endswith("LOG output_digits")
+
+
+def test_run_sh_refuses_an_unknown_objective_before_it_installs_anything(tmp_path):
+    done = run_command(["bash", str(REPO / "run.sh")], environment("", PATH="/usr/bin:/bin", OBJECTIVE="flwo"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "run.sh: error: OBJECTIVE flwo: it is ddpm, x0, v, flow or edm\n"
+
+
 def test_a_relative_folder_that_is_missing_is_refused_with_where_it_was_looked_for(tmp_path):
     (tmp_path / "images").mkdir()
     env = environment("", VIRTUAL_ENV="active", DATA_PATH="images")
