@@ -106,7 +106,10 @@ TABLE = [
     Row(r"--shard fsdp", **trains("output_sharded")),
     Row(r"--policy mdt", **trains("output_dit_mdt", TRAINING.replace("MDT_Ti_2", "DiT_Ti_2"))),
     Row(r"^bash run\.sh$", elsewhere="test_learning.py runs it"),
-    Row(r"^OBJECTIVE=flow bash run\.sh$", elsewhere="test_launch_scripts.py sees the flag, test_learning.py (slow) runs it"),
+    Row(
+        r"^OBJECTIVE=flow bash run\.sh$",
+        elsewhere="test_launch_scripts.py sees the flag, test_learning.py (slow) runs it",
+    ),
     Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
     Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),
     Row(r"^python infer_mdt\.py$", flags=PICTURES, makes="sample.png", without="mdt_xl2_v1_ckpt.pt"),

@@ -83,7 +83,9 @@ def test_run_sh_passes_another_objective_on_and_keeps_its_run_apart(asked_for):
 
 
 def test_run_sh_refuses_an_unknown_objective_before_it_installs_anything(tmp_path):
-    done = run_command(["bash", str(REPO / "run.sh")], environment("", PATH="/usr/bin:/bin", OBJECTIVE="flwo"), cwd=tmp_path)
+    done = run_command(
+        ["bash", str(REPO / "run.sh")], environment("", PATH="/usr/bin:/bin", OBJECTIVE="flwo"), cwd=tmp_path
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "run.sh: error: OBJECTIVE flwo: it is ddpm, x0, v, flow or edm\n"
 
