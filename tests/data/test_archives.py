@@ -7,6 +7,7 @@ import struct
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -49,8 +50,8 @@ def labels_json(labels=LABELS):
     return json.dumps({"labels": [[name, label] for name, label in zip(IN_ORDER, labels, strict=True)]})
 
 
-def make_folder(root):
-    for name, content in IMAGES.items():
+def make_folder(root, images=IMAGES):
+    for name, content in images.items():
         (root / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "folder" / name).write_bytes(content)
     return root / "folder"
@@ -61,12 +62,9 @@ def make_one_hot(root):
     return write_zip(root / "hot.zip", {**IMAGES, "dataset.json": labels_json(one_hot)})
 
 
-def pixels_of(name):
-    return np.asarray(Image.open(io.BytesIO(IMAGES[name])))
-
-
-def make_npz(root, save=np.savez):
-    save(root / "images.npz", arr_0=np.stack([pixels_of(name) for name in IN_ORDER]), arr_1=np.array(LABELS))
+def make_npz(root, save=np.savez, images=IMAGES):
+    pixels = [np.asarray(Image.open(io.BytesIO(images[name]))) for name in sorted(images)]
+    save(root / "images.npz", arr_0=np.stack(pixels), arr_1=np.array([int(name[0]) for name in sorted(images)]))
     return root / "images.npz"
 
 
@@ -80,14 +78,14 @@ def tar_of(members):
     return file.getvalue()
 
 
-def make_tar(root, shards=1, label=".cls", place="{}"):
+def make_tar(root, shards=1, label=".cls", place="{}", images=IMAGES):
     """webdataset's form, the images in any order, in so many archives."""
     for shard in range(shards):
         members = []
-        for name in list(IMAGES)[shard::shards]:
+        for name in list(images)[shard::shards]:
             number = name[0]
             value = json.dumps({"label": int(number)}) if label == ".json" else number
-            members += [(name, IMAGES[name]), (name.replace(".png", label), value.encode())]
+            members += [(name, images[name]), (name.replace(".png", label), value.encode())]
         (root / f"s-{shard + 8:02d}.tar").write_bytes(tar_of(members))
     return root / place
 
@@ -98,14 +96,14 @@ def make_list(root):
     return root / "list.txt"
 
 
-def make_parquet(root, place="train-00000-of-00002.parquet", label_column="label"):
+def make_parquet(root, place="train-00000-of-00002.parquet", label_column="label", images=IMAGES):
     """Two files as datasets writes them, the images in any order, and a split that is not to be read."""
     (root / place).parent.mkdir(exist_ok=True)
     features = {"label": {"names": ["0", "1", "2"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    for number, names in enumerate((list(IMAGES)[::2], list(IMAGES)[1::2], list(IMAGES)[:1])):
-        images = pyarrow.array([{"bytes": IMAGES[name], "path": name} for name in names], kind)
-        table = pyarrow.table({"image": images, label_column: [int(name[0]) for name in names]})
+    for number, names in enumerate((list(images)[::2], list(images)[1::2], list(images)[:1])):
+        column = pyarrow.array([{"bytes": images[name], "path": name} for name in names], kind)
+        table = pyarrow.table({"image": column, label_column: [int(name[0]) for name in names]})
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
         name = (
             place.replace("00000-of", "00001-of")
@@ -144,30 +142,63 @@ def paths(module_folder):
     return {form: str(make(module_folder(form.replace(" ", "_")))) for form, make in FORMS.items()}
 
 
-def three_epochs(path, **settings):
-    """All that a rank is given: of 3 epochs of all ranks together, images, labels and identities."""
-    stream = load_data(
-        data_dir=path, batch_size=5, image_size=12, class_cond=True, random_crop=True, seed=4, **settings
-    )
-    batches = list(islice(stream, 3 * COUNT // 5 // settings.get("world_size", 1)))
-    stream.close()
-    return batches
+def three_epochs(path, ranks=1, batch_size=6, **settings):
+    """What 3 epochs give to so many ranks, put together again: images, labels and identities in their order."""
+    streams = [
+        load_data(
+            data_dir=path, batch_size=batch_size // ranks, image_size=12, class_cond=True, random_crop=True, seed=4,
+            rank=rank, world_size=ranks, **settings,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    number = 3 * len(open_source(path)) // batch_size
+    dealt = [list(islice(stream, number)) for stream in streams]
+    for stream in streams:
+        stream.close()
+    batches = [batch for step in zip(*dealt, strict=True) for batch in step]
+    together = {name: torch.cat([extra[name] for _, extra in batches]) for name in batches[0][1]}
+    return {"images": torch.cat([images for images, _ in batches]), **together}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module")
 def expected(paths):
-    return [three_epochs(paths["folder"], rank=rank, world_size=ranks) for rank, ranks in ((0, 1), (1, 2))]
+    return three_epochs(paths["folder"])
 
 
-@pytest.mark.parametrize(
-    "form, num_workers", [*((form, 0) for form in FORMS), ("zip", 2), ("npz", 2), ("tars", 2), ("parquet", 2)]
-)
-def test_every_form_gives_the_same_batches(paths, expected, form, num_workers):
-    ours = [three_epochs(paths[form], rank=r, world_size=w, num_workers=num_workers) for r, w in ((0, 1), (1, 2))]
-    for mine, theirs in zip(ours, expected, strict=True):
-        for (images, extra), (other_images, other_extra) in zip(mine, theirs, strict=True):
-            assert torch.equal(images, other_images)
-            assert all(torch.equal(extra[name], other_extra[name]) for name in extra)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_batches(paths, expected, form):
+    assert len(expected["images"]) == 3 * COUNT
+    assert_same(three_epochs(paths[form], ranks=2), expected)
+
+
+MANY = {f"{index % 7}/{index // 7:08d}.png": png(index, 13) for index in range(500)}
+FIVE = {
+    "folder": make_folder,
+    "zip": lambda root, images: write_zip(root / "a.zip", images),
+    "tar": partial(make_tar, shards=3, place="."),
+    "parquet": make_parquet,
+    "npz": make_npz,
+}
+
+
+@pytest.fixture(scope="module")
+def many(module_folder):
+    """500 images in five forms, and what three epochs of the folder give to one process."""
+    paths = {form: str(make(module_folder(f"many_{form}"), images=MANY)) for form, make in FIVE.items()}
+    return paths, three_epochs(paths["folder"], batch_size=50)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("form", FIVE)
+def test_five_hundred_images_give_the_same_batches_in_each_form_on_any_processes(many, form, ranks, num_workers):
+    paths, expected = many
+    assert len(expected["images"]) == 3 * 500 and len(expected["y"].unique()) == 7
+    assert_same(three_epochs(paths[form], ranks, batch_size=50, num_workers=num_workers), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
