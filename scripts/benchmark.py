@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_plain import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, encode, plain_step, with_autoencoder
-from benchmark_setup import (
+from benchmarking.cases import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, encode, plain_step, with_autoencoder
+from benchmarking.setup import (
     DEFAULTS,
     Settings,
     Timing,

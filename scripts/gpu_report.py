@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_plain import check_plain, plain_training
-from benchmark_setup import (
+from benchmarking.cases import check_plain, plain_training
+from benchmarking.setup import (
     Settings,
     choose_precision,
     common,

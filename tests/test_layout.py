@@ -95,7 +95,7 @@ def test_public_paths_are_real_files():
 # What people have to read at once.
 LONGEST_FUNCTION, LONGEST_CLASS = 60, 300
 MAY_BE_LONGER = {"GaussianDiffusion"}  # its public methods are a contract
-PROGRAMS = [PACKAGE.parent / "infer_mdt.py", *sorted(PACKAGE.parent.glob("scripts/*.py"))]
+PROGRAMS = [PACKAGE.parent / "infer_mdt.py", *sorted(PACKAGE.parent.glob("scripts/**/*.py"))]
 PROGRAMS += sorted(PACKAGE.parent.glob("evaluations/*.py"))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from benchmark_setup import Settings, fresh_model, make_loop, training_batch
+from benchmarking.setup import Settings, fresh_model, make_loop, training_batch
 
 from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.image_datasets import load_data

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from benchmark_setup import Timing
+from benchmarking.setup import Timing
 from support import call, script
 
 from masked_diffusion.first_stage import Autoencoder
@@ -246,8 +246,8 @@ def test_a_compiled_step_is_measured_beside_one_that_is_not(measure, counter):
 
 def test_a_ratio_is_the_median_of_the_rounds(monkeypatch):
     script(BENCHMARK)
-    from benchmark_plain import ratios_of
-    from benchmark_setup import Timing
+    from benchmarking.cases import ratios_of
+    from benchmarking.setup import Timing
 
     one, other = Timing([2.0, 90.0, 3.0], 0, [1.0, 1.0, 1.0]), Timing([1.0, 30.0, 1.0], 0, [2.0, 4.0, 5.0])
     assert ratios_of(one, other, scale=10.0) == {"": 30.0, "_cpu": 2.5}

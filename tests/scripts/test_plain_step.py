@@ -1,10 +1,11 @@
 """The plain path that the benchmark compares with: the same function, the same training, and that nothing uses it."""
 
 import copy
+import importlib
 
 import pytest
 import torch
-from support import REPO, script
+from support import REPO
 
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models import MDT
@@ -17,15 +18,12 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def setup():
-    script("scripts/benchmark.py")
-    import benchmark_setup
-
-    return benchmark_setup
+    return importlib.import_module("benchmarking.setup")
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return script("scripts/plain_step.py")
+    return importlib.import_module("benchmarking.plain_step")
 
 
 def test_it_is_the_same_function(setup, plain):
@@ -91,11 +89,11 @@ def test_the_product_does_not_import_it():
 
 
 def test_its_autoencoder_does_not_have_our_layout_in_memory(setup, monkeypatch, tiny_vae):
-    import benchmark_plain
+    from benchmarking import cases
 
     ours, theirs = (load_first_stage(str(tiny_vae), "cpu") for _ in range(2))
-    monkeypatch.setattr(benchmark_plain, "make_first_stage", lambda settings, device: theirs)
-    training = benchmark_plain.plain_training(setup.Settings(**SETTINGS), torch.device("cpu"))
+    monkeypatch.setattr(cases, "make_first_stage", lambda settings, device: theirs)
+    training = cases.plain_training(setup.Settings(**SETTINGS), torch.device("cpu"))
     assert training.first_stage is theirs
     weights = [
         [parameter for parameter in stage.vae.parameters() if parameter.ndim == 4 and parameter[0, 0].numel() > 1]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from benchmark_setup import (
+from benchmarking.setup import (
     Settings,
     Timing,
     UndecodedLatents,
@@ -22,7 +22,7 @@ from benchmark_setup import (
     training_batch,
     view_of,
 )
-from plain_step import PlainMDT, PlainTraining
+from benchmarking.plain_step import PlainMDT, PlainTraining
 from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
