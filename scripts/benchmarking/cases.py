@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from benchmarking.plain_step import PlainMDT, PlainTraining
 from benchmarking.setup import (
     Settings,
     Timing,
@@ -22,7 +23,6 @@ from benchmarking.setup import (
     training_batch,
     view_of,
 )
-from benchmarking.plain_step import PlainMDT, PlainTraining
 from torch import Tensor
 
 from masked_diffusion.dist_util import Ranks
