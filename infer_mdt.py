@@ -10,6 +10,7 @@ python infer_mdt.py --image photo.png --mask mask.png --labels 207    # fill wha
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ PUBLISHED_V2: dict[str, Any] = {
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
 OWN_IMAGES = 20
 COLUMNS, MOST_COLUMNS = 3, 10
+OpenModel = Callable[..., Trained]  # called as open_trained
 SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
 SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
@@ -140,8 +142,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_script(lambda stack: prepare(args, explicit))
 
 
-def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
-    """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
+@dataclass(frozen=True)
+class Drawing:
+    """A checked request for pictures; call it to draw them. Arguments as of ``gallery.draw``."""
+
+    rows: list[Row]
+    frames: int
+    columns: int | None
+    class_names: Sequence[str]
+    out: Path
+
+    def __call__(self) -> None:
+        draw(self.rows, self.frames, self.columns, self.class_names, self.out)
+        sys.stdout.write(f"{self.out.absolute()}\n")
+
+
+def prepare(args: argparse.Namespace, explicit: set[str], open_model: OpenModel = open_trained) -> Drawing:
+    """Check everything that input can get wrong. open_model: reads the checkpoint. Raises ValueError or OSError."""
     path = Path(args.model_path).expanduser() if args.model_path else find_model(Path.cwd())
     say(f"model: {path}")
     presets = {V1_FILE: PUBLISHED, V2_FILE: PUBLISHED_V2}.get(path.name, OWN)
@@ -158,7 +175,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     dist_util.allow_tf32(True)
     usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
     request = request_of(args, explicit, **usual)
-    trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
+    trained = open_model(path, request, device, warn=lambda text: say(f"warning: {text}"))
     apply_family_defaults(SAMPLING, trained.config.model.model, args, explicit | presets.keys())
     for message in apply_objective_defaults(trained.config.objective, args, explicit):
         say(f"warning: {message}")
@@ -179,12 +196,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
     if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
         columns = trained.config.model.num_classes
-
-    def work() -> None:
-        draw(rows, frames, columns, trained.config.class_names, out)
-        sys.stdout.write(f"{out.absolute()}\n")
-
-    return work
+    return Drawing(rows, frames, columns, trained.config.class_names, out)
 
 
 def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> dict[str, str]:
