@@ -180,6 +180,11 @@ def zero_(module: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
+def linear_weights(module: nn.Module) -> int:
+    """Number of weights of a module's Linear layers, which is the multiply-adds of one token's or sample's pass."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
 def layer_norm(hidden_size: int) -> nn.LayerNorm:
     return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
 
@@ -203,6 +208,13 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if takes_skip else None
+
+    def cost(self, num_tokens: int) -> int:
+        """Multiply-adds of a sample's pass with so many tokens."""
+        linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.skip_linear]
+        per_token = sum(linear.weight.numel() for linear in linears if linear is not None)
+        attention = 2 * self.attn.proj.in_features * num_tokens**2
+        return num_tokens * per_token + attention + linear_weights(self.adaLN_modulation)
 
     def forward(self, x: Tensor, c: Tensor, rel_index: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         """x, skip: (N, L, D); c: (N, D). Returns (N, L, D)."""

@@ -4,7 +4,7 @@ Shapes: N samples, L tokens of width D, K kept tokens when some are away.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,10 @@ class Rejoin:
     def initialize(self, net: Net, trained: bool) -> None:
         """Draw the first values of these weights, as far as the network does not do so for all its layers."""
 
+    def cost(self, net: Net, num_tokens: int, away: bool) -> int:
+        """Multiply-adds of leading a sample's tokens back. away: whether any left."""
+        return 0
+
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
         """Lead the tokens back that were away.
 
@@ -111,6 +115,9 @@ class Interpolate(Rejoin):
         if trained:
             nn.init.normal_(net.mask_token, std=0.02)
 
+    def cost(self, net: Net, num_tokens: int, away: bool) -> int:
+        return cast(Block, net.sideblocks[0]).cost(num_tokens) if away else 0
+
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
         """Only the positions of tokens that were away take the side block's output; the others pass by it."""
         if draw.kept is None:
@@ -135,6 +142,9 @@ class Fuse(Rejoin):
 
     def initialize(self, net: Net, trained: bool) -> None:
         nn.init.normal_(net.route_token, std=0.02)
+
+    def cost(self, net: Net, num_tokens: int, away: bool) -> int:
+        return num_tokens * net.fuse.weight.numel()
 
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
         if draw.kept is not None:
