@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from masked_diffusion.processes.refusals import NotNowError, parent_process
 from masked_diffusion.processes.rendezvous import meet
 
 # A rank that does not join within this time is reported. Listing data and loading the first stage happen before.
@@ -118,16 +119,8 @@ def job_of(environ: Mapping[str, str], command: str) -> Job | None:
     if name is None:
         return None
     if name == "none":
-        name = f"{socket.gethostname()} {os.getppid()} {_started(os.getppid())}"
+        name = parent_process()
     return Job(f"torchrun {name}", command, attempt)
-
-
-def _started(process: int) -> str:
-    """When a process was started, as far as that can be told: its number may be another one's later."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -227,7 +220,9 @@ class Ranks:
                 box[1] = error
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         if box[1] is not None:
-            raise box[1]
+            if self.is_main:
+                raise box[1]
+            raise box[1] from RuntimeError("it is rank 0 that met it")  # so that rank 0 alone judges its causes
         return box[0]
 
     def from_main_patiently(self, compute: Callable[[], Any], doing: str) -> Any:
@@ -350,7 +345,7 @@ def _join(place: Place, device: torch.device, dist_url: str) -> None:
         store.set_timeout(COLLECTIVE_TIMEOUT)
     except (TimeoutError, RuntimeError) as error:  # torch's own kinds, and for file:// a bare one
         missing = f" ({error})" if isinstance(error, TimeoutError) else ""
-        raise ValueError(
+        raise NotNowError(
             f"rank {place.rank} of {place.world_size}: not all ranks met at {address} within "
             f"{int(JOIN_TIMEOUT.total_seconds())} s{missing}; check that every node was started, with the same address "
             "and port"

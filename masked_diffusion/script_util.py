@@ -16,6 +16,7 @@ from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.models import family_of
 from masked_diffusion.processes.loader_processes import LoaderError
+from masked_diffusion.processes.refusals import former_refusal, note_refusal
 from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.runs.trained import Request
@@ -262,10 +263,13 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
 
     prepare: checks the input and returns the work, registering on the stack what has to be closed. Only its ValueError
     and OSError become one line on stderr and status 2: an error on day three keeps its traceback. A LoaderError, which
-    says all there is to say, becomes a line and status 1.
+    says all there is to say, becomes a line and status 1. A command that torchrun starts again after it was refused is
+    refused with the same line, and nothing is prepared.
     """
     write_any_character(sys.stdout, sys.stderr)
     with lasting_streams():
+        if (said := former_refusal(os.environ)) is not None:
+            return usage_error(ValueError(said), dist_util.launched_rank(os.environ))
         try:
             return _run(prepare)
         except LoaderError as error:
@@ -280,6 +284,7 @@ def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) ->
         except (ValueError, OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and NO_HOME not in str(error):
                 raise
+            note_refusal(error, os.environ)
             status = usage_error(error, dist_util.launched_rank(os.environ))
             dist_util.abort_mpi(status)
             return status

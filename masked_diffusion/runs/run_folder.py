@@ -14,6 +14,7 @@ from typing import IO
 from masked_diffusion.dist_util import Job
 from masked_diffusion.files import move_aside, numbered, remove_unfinished, write_json
 from masked_diffusion.logger import output_folder
+from masked_diffusion.processes.refusals import NotNowError
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, contradiction, read_config
 
@@ -93,7 +94,7 @@ def held(folder: Path, work: str) -> Iterator[None]:
         while not _lock(file):
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise ValueError(
+                raise NotNowError(
                     f"OPENAI_LOGDIR {folder}: {file.read() or 'another process'} is {work} there; wait for its end or "
                     "stop it, or give another OPENAI_LOGDIR"
                 )

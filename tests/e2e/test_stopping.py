@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ from support import (
     TINY_DIGITS,
     assert_same_weights,
     begin,
+    call,
     command,
     environment,
     free_port,
@@ -238,6 +240,19 @@ def test_after_a_rank_is_killed_torchrun_goes_on_by_itself_from_the_last_checkpo
     [out] = lose_a_rank([process], tmp_path)
     assert process.returncode == 0 and "resuming from the checkpoint of step 10" in out, out
     assert_ends_as(tmp_path, undisturbed[0])
+
+
+def test_torchrun_starts_a_refused_command_again_and_it_is_refused_with_the_same_line_at_once(monkeypatch, tmp_path):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
+    lock = tmp_path / ".training.lock"
+    contents = {path: path.read_bytes() for path in tmp_path.rglob("*") if path != lock}
+    process = start(tmp_path, "--resume_checkpoint", "", processes=1, launcher_flags=["--max-restarts=1"])
+    out, _ = process.communicate(timeout=TIMEOUT)
+    said = [line for line in out.splitlines() if line.startswith("image_train.py: error: ")]
+    assert process.returncode != 0 and len(said) == 2 and said[0] == said[1] and "has checkpoints" in said[0], out
+    assert contents == {path: path.read_bytes() for path in tmp_path.rglob("*") if path != lock}
+    last = re.findall(r"\(pid: (\d+)\)", out)[-1]
+    assert f"process {last} " not in lock.read_text()  # the last attempt did not come as far as to the folder
 
 
 @pytest.mark.parametrize("undisturbed", [2], indirect=True)
