@@ -21,7 +21,6 @@ from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.trained import Request, Trained, open_trained
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.sampling.guides import open_away
@@ -30,8 +29,7 @@ from masked_diffusion.sampling.inpainting import image_channels, open_photo, sid
 from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
-    apply_family_defaults,
-    apply_objective_defaults,
+    apply_sampling_defaults,
     args_to_dict,
     checkpoint_flags,
     explicit_flags,
@@ -176,8 +174,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], open_model: OpenModel 
     usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
     request = request_of(args, explicit, **usual)
     trained = open_model(path, request, device, warn=lambda text: say(f"warning: {text}"))
-    apply_family_defaults(SAMPLING, trained.config.model.model, args, explicit | presets.keys())
-    for message in apply_objective_defaults(trained.config.objective, args, explicit):
+    for message in apply_sampling_defaults(trained.config, args, explicit | presets.keys()):
         say(f"warning: {message}")
     reasons = without_effect(args, swept, trained.config)
     if swept in reasons:

@@ -18,7 +18,8 @@ from masked_diffusion.models import family_of
 from masked_diffusion.processes.loader_processes import LoaderError
 from masked_diffusion.processes.refusals import former_refusal, note_refusal
 from masked_diffusion.processes.standard_streams import lasting_streams
-from masked_diffusion.runs.config import ModelConfig
+from masked_diffusion.runs.config import ModelConfig, RunConfig
+from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.trained import Request
 from masked_diffusion.settings import Flag, flags_of
 
@@ -60,14 +61,26 @@ CHECKPOINT_FLAGS = {
 }
 
 
-def apply_objective_defaults(config: ObjectiveConfig, args: argparse.Namespace, explicit: set[str]) -> list[str]:
-    """Set the sampler and the guided channels that an objective has where no flag says otherwise.
+def apply_sampling_defaults(config: RunConfig, args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    """Set what the model's objective, and above it its family, are sampled with where no flag says otherwise.
+
+    Returns warnings.
+    """
+    if "use_ddim" in explicit:
+        explicit = explicit | {"sampler"}
+    warnings = _apply_objective_defaults(config.objective, args, explicit)
+    apply_family_defaults(SAMPLING, config.model.model, args, explicit)
+    return warnings
+
+
+def _apply_objective_defaults(config: ObjectiveConfig, args: argparse.Namespace, explicit: set[str]) -> list[str]:
+    """Set the sampler and the guided channels of an objective.
 
     Returns warnings: the published slip of guiding three channels belongs to ``ddpm`` alone.
     """
     if config.objective == "ddpm":
         return []
-    if "sampler" not in explicit and "use_ddim" not in explicit:
+    if "sampler" not in explicit:
         args.sampler = config.default_sampler
     if "cfg_channels" not in explicit:
         args.cfg_channels = config.guided_channels

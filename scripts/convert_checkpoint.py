@@ -2,8 +2,8 @@
 
     python scripts/convert_checkpoint.py --model_path mdt_xl2_v1_ckpt.pt --out mdt_xl2/mdt_xl2_v1.safetensors
 
-Takes our files and the published ones of MDT, MDTv2 and DiT. The suffix of --out says what is written: .safetensors or
-.pt (the weights, with config.json beside them); a name without one is a folder for diffusers.
+Takes our files and the published ones of MDT, MDTv2, DiT and SiT. The suffix of --out says what is written:
+.safetensors or .pt (the weights, with config.json beside them); a name without one is a folder for diffusers.
 """
 
 import argparse
@@ -36,6 +36,9 @@ UNRECORDED = "; for files without config.json"
 BY_FLAGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "sigma_small", "decode_layer")
 FLAGS = {
     "model_path": Flag("", "checkpoint to read: ours or a published one, raw, EMA or a training file", "model"),
+    "model": Flag(
+        None, "such as SiT_XL_2, of weights that could be a DiT's or a SiT's alike" + UNRECORDED, "model", str
+    ),
     "out": Flag("", "what to write: a file ending in .safetensors or .pt, or a folder for diffusers", "saving"),
     "diffusers_class": Flag(
         "ours",

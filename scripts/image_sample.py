@@ -25,7 +25,6 @@ from masked_diffusion.models import family_policy
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs.config import ModelConfig, library_versions
-from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
 from masked_diffusion.runs.trained import Request, Trained, open_trained
 from masked_diffusion.sampling.guides import open_away
@@ -36,8 +35,7 @@ from masked_diffusion.script_util import (
     COMPATIBILITY,
     MACHINE_FLAGS,
     RECORDED,
-    apply_family_defaults,
-    apply_objective_defaults,
+    apply_sampling_defaults,
     explicit_flags,
     from_args,
     make_parser,
@@ -181,8 +179,7 @@ def choose_sampler(
     name, channels = trained.config.model.model, trained.config.model.in_channels
     if args.cfg_cond and "cfg_channels" in explicit and channels <= GUIDED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {channels}")
-    apply_family_defaults(SAMPLING, name, args, explicit)
-    for message in apply_objective_defaults(trained.config.objective, args, explicit):
+    for message in apply_sampling_defaults(trained.config, args, explicit):
         say(f"warning: {message}")
     sampler = from_args(SamplerConfig, args)
     if sampler.cfg_cond:

@@ -31,7 +31,7 @@ from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
-from masked_diffusion.models import family_policy, ignored_settings
+from masked_diffusion.models import check_objective, family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
@@ -118,6 +118,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
     tries it out. Raises ValueError or OSError."""
     # Settings
+    apply_family_defaults(TRAINING, args.model, args, explicit)
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
@@ -365,7 +366,8 @@ def load_initial_weights(
 ) -> None:
     """--init_from: weights of the same model, perhaps of other classes or another resolution. Raises ValueError."""
     state = checkpoint.read_weights(path)
-    shown = recognise(state, path)
+    former = read_config(path.parent)
+    shown = recognise(state, path).named(former.model.model if former else args.model)
     if shown.model != args.model:
         raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown.model}")
     if shown.in_channels != model.in_channels:
@@ -373,7 +375,6 @@ def load_initial_weights(
             f"--init_from {path}: its weights are of {what_has(shown.in_channels)}, the training is of "
             f"{what_has(model.in_channels)}; give weights and --data_dir (or --vae_path) of one kind"
         )
-    former = read_config(path.parent)
     state = fit_positions(state, model, path, args.interpolate_pos, report)
     state = fit_labels(state, model, path, former.class_names if former else [], names, report)
     checkpoint.load_weights(model, state, path, args.drop_extra)
@@ -440,11 +441,10 @@ def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bo
 
 
 def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
-    """Give the flags that were left out the values that the model's name stands for.
+    """Give the flags that were left out the values that the other ones stand for.
 
-    Raises ValueError for an unknown model, and where --shard and --use_zero contradict each other.
+    Raises ValueError where --shard and --use_zero contradict each other, and as :func:`resolve_objective`.
     """
-    apply_family_defaults(TRAINING, args.model, args, explicit)
     resolve_objective(args, explicit)
     if "use_zero" in explicit:
         asked = "zero" if args.use_zero else "none"
@@ -461,9 +461,11 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
 def resolve_objective(args: argparse.Namespace, explicit: set[str]) -> None:
     """Give the flags that were left out the values that the objective stands for.
 
-    Raises ValueError for an unknown objective, and for settings of ``ddpm`` with another one.
+    Raises ValueError for an unknown objective, one that the model does not predict, and for settings of ``ddpm`` with
+    another one.
     """
     config = ObjectiveConfig(objective=args.objective)
+    check_objective(args.model, args.objective)
     if args.objective == "ddpm":
         return
     for name in ("learn_sigma", "predict_xstart", "use_kl"):

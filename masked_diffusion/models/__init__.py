@@ -1,4 +1,5 @@
-"""Builders and registry of the models: MDT and MDTv2 (2303.14389), and the baseline they start from (DiT, 2212.09748).
+"""Builders and registry of the models: MDT and MDTv2 (2303.14389), and the baselines they start from (DiT, 2212.09748;
+SiT, 2401.08740).
 
 Read in this order: ``backbone.py`` (what all share, and DiT), ``tokens.py`` and ``routes.py`` (how tokens leave and
 come back), ``policies.py`` (what a training makes of that), ``mdt.py`` (what the versions of MDT add). Their common
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from masked_diffusion.models.backbone import DiT, LatentTransformer
+from masked_diffusion.models.backbone import DiT, LatentTransformer, SiT
 from masked_diffusion.models.mdt import MDT, MDTv2
 from masked_diffusion.models.policies import policy_for
 
@@ -24,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-FAMILIES: dict[str, type[LatentTransformer]] = {"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT}
+FAMILIES: dict[str, type[LatentTransformer]] = {"MDT": MDT, "MDTv2": MDTv2, "DiT": DiT, "SiT": SiT}
 MODELS: dict[str, Callable[..., LatentTransformer]] = {}
 
 
@@ -66,6 +67,19 @@ DiT_S_2 = _builder(DiT, "S", 2)
 DiT_S_4 = _builder(DiT, "S", 4)
 DiT_S_8 = _builder(DiT, "S", 8)
 DiT_Ti_2 = _builder(DiT, "Ti", 2)
+SiT_XL_2 = _builder(SiT, "XL", 2)
+SiT_XL_4 = _builder(SiT, "XL", 4)
+SiT_XL_8 = _builder(SiT, "XL", 8)
+SiT_L_2 = _builder(SiT, "L", 2)
+SiT_L_4 = _builder(SiT, "L", 4)
+SiT_L_8 = _builder(SiT, "L", 8)
+SiT_B_2 = _builder(SiT, "B", 2)
+SiT_B_4 = _builder(SiT, "B", 4)
+SiT_B_8 = _builder(SiT, "B", 8)
+SiT_S_2 = _builder(SiT, "S", 2)
+SiT_S_4 = _builder(SiT, "S", 4)
+SiT_S_8 = _builder(SiT, "S", 8)
+SiT_Ti_2 = _builder(SiT, "Ti", 2)
 
 
 def family_of(name: str) -> str:
@@ -78,6 +92,16 @@ def family_of(name: str) -> str:
 def family_policy(name: str) -> str:
     """The policy, a key of POLICIES, that the model called ``name`` is trained under where none is asked for."""
     return FAMILIES[family_of(name)].FAMILY_POLICY
+
+
+def check_objective(name: str, objective: str) -> None:
+    """Raise ValueError where the model called ``name`` predicts something else than an objective asks for."""
+    own = FAMILIES[family_of(name)].OBJECTIVE
+    if own not in (None, objective):
+        raise ValueError(
+            f"--objective {objective}: {name} is a network of --objective {own} alone; leave the flag out, or choose "
+            "another --model"
+        )
 
 
 def ignored_settings(name: str, policy: str | None) -> list[str]:

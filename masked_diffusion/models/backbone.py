@@ -1,4 +1,4 @@
-"""What all models share, and the baseline that the others start from (DiT, 2212.09748).
+"""What all models share, and the baselines that the others start from (DiT, 2212.09748; SiT, 2401.08740).
 
 Shapes: N samples, C latent channels, H x W latent, L tokens of width D.
 """
@@ -47,6 +47,8 @@ class LatentTransformer(nn.Module):
     DEFAULT_DECODE_LAYER = 2
     HAS_DECODER = False  # whether there are decoder blocks under every policy
     HAS_RELATIVE_BIAS = False
+    HAS_UNUSED_VARIANCE = False  # whether the output layer has a variance's channels that nothing uses
+    OBJECTIVE: str | None = None  # the only one that the output is a prediction of; None for any
     # Of a model without a decoder of its own, see routes.Net.
     decoder_start: int | None = None
     decode_layer: int = 0
@@ -85,7 +87,7 @@ class LatentTransformer(nn.Module):
         self.grid_size = input_size // patch_size
         self.num_tokens = self.grid_size**2
         self.in_channels = in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.out_channels = 2 * in_channels if learn_sigma or self.HAS_UNUSED_VARIANCE else in_channels
         self.patch_size = patch_size
         self.num_classes = num_classes
         bias_grid = self.grid_size if self.HAS_RELATIVE_BIAS else None
@@ -283,3 +285,32 @@ class DiT(LatentTransformer):
         if cfg_scale is None:
             return self(x, t, y)
         return self._guided(x, t, y, partial(constant_weight, cfg_scale=cfg_scale))
+
+
+class SiT(DiT):
+    """Scalable Interpolant Transformer (2401.08740): DiT's network as a velocity of rectified flow.
+
+    Published files have DiT's names and shapes. Their layers are given the share of data in [0, 1], and return the
+    velocity towards the data beside variance channels that nothing uses. This class turns both round, so that it is a
+    network of ``--objective flow``: t is 1000 times the share of noise, and the output is eps - x_0.
+    """
+
+    HAS_UNUSED_VARIANCE = True
+    OBJECTIVE = "flow"
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super().embed(x, 1 - t / 1000, y, label_noise)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        enable_mask: bool = False,
+        *,
+        label_noise: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """Predict eps - x_0, (N, C, H, W). t: (N,) in [0, 1000]. The rest is as of :class:`LatentTransformer`."""
+        output = super().forward(x, t, y, enable_mask, label_noise=label_noise, draw=draw)
+        return -output[:, : self.in_channels]

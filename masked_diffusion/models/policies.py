@@ -161,10 +161,10 @@ class Policy:
 
 POLICIES = {
     # Every block sees every token.
-    "none": Policy(families=("MDT", "MDTv2", "DiT")),
+    "none": Policy(families=("MDT", "MDTv2", "DiT", "SiT")),
     # A full and a masked view; the side-interpolater predicts the masked tokens (2303.14389).
     "mdt": Policy(
-        families=("MDT", "DiT"),
+        families=("MDT", "DiT", "SiT"),
         views=(FULL, MASKED),
         route=to_decoder,
         rejoin=INTERPOLATE,
@@ -183,7 +183,7 @@ POLICIES = {
     ),
     # MDT's masked view alone.
     "mdt_one_view": Policy(
-        families=("MDT", "DiT"),
+        families=("MDT", "DiT", "SiT"),
         views=(SPARSE,),
         route=to_decoder,
         rejoin=INTERPOLATE,
@@ -191,10 +191,10 @@ POLICIES = {
         has_decoder=True,
     ),
     # Tokens skip the blocks in the middle and come back as they left (2501.04765).
-    "tread": Policy(families=("MDT", "DiT"), views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
+    "tread": Policy(families=("MDT", "DiT", "SiT"), views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
     # One token of each cell goes through the blocks in the middle, and is fused with all from before them (2510.21986).
     "sprint": Policy(
-        families=("MDT", "DiT"),
+        families=("MDT", "DiT", "SiT"),
         views=(SPARSE,),
         route=inner(2, 2),
         rejoin=Fuse(),
@@ -203,7 +203,9 @@ POLICIES = {
         path_drop=0.1,
     ),
     # The first blocks mix all tokens, a quarter of which goes on alone (MicroDiT's deferred masking, 2407.15811).
-    "deferred": Policy(families=("MDT", "DiT"), views=(SPARSE,), route=after(2), rejoin=Never(), mask_ratio=0.75),
+    "deferred": Policy(
+        families=("MDT", "DiT", "SiT"), views=(SPARSE,), route=after(2), rejoin=Never(), mask_ratio=0.75
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.models import create_model, family_policy
+from masked_diffusion.models import check_objective, create_model, family_policy
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.randomness import FIRST_STREAM, STREAM
@@ -53,7 +53,7 @@ class ModelConfig:
     policy: str | None = setting(
         None,
         f"which tokens leave in training, and how they come back: {', '.join(POLICIES)}; None is the model's own: mdt, "
-        "mdtv2, or none for DiT",
+        "mdtv2, or none for DiT and SiT",
         "model",
         str,  # "none" is a policy
     )
@@ -150,6 +150,9 @@ class RunConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     stream: int = STREAM
     objective: ObjectiveConfig = ObjectiveConfig()
+
+    def __post_init__(self) -> None:
+        check_objective(self.model.model, self.objective.objective)
 
     def build_objective(self, num_steps: int | None = None) -> Objective:
         """The objective; num_steps: of a sampling, None for the training.

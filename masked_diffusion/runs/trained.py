@@ -12,7 +12,7 @@ from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import sha256_of
 from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.models import MDT, ignored_settings
+from masked_diffusion.models import FAMILIES, MDT, family_of, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -197,8 +197,12 @@ def config_of_weights(
 ) -> RunConfig:
     """The configuration of a file that has none beside it: its weights show the model, the request has the process.
 
+    Of two models whose weights have the same names and shapes, the request says which one it is.
     Raises ValueError for a request that the weights contradict.
     """
+    if shown.twin is not None:
+        check_twin(shown, request, path, warn)
+    shown = shown.named(request.model)
     model = ModelConfig(
         model=shown.model,
         image_size=shown.input_size * downsample,
@@ -227,5 +231,26 @@ def config_of_weights(
             warn(f"--decode_layer is taken to be {decode_layer}: neither the weights of an MDT nor a config.json say")
         model = dataclasses.replace(model, decode_layer=decode_layer)
     process = request.asked(["sigma_small", *FIXED_PROCESS_SETTINGS]) | {"learn_sigma": shown.learn_sigma}
-    objective = ObjectiveConfig(**request.asked(["objective"]))
+    settings = {"objective": FAMILIES[family_of(shown.model)].OBJECTIVE or "ddpm", **request.asked(["objective"])}
+    objective = ObjectiveConfig(**settings)
     return RunConfig(model=model, diffusion=DiffusionConfig(**process), first_stage=first_stage, objective=objective)
+
+
+def check_twin(shown: Recognised, request: Request, path: Path, warn: Callable[[str], None]) -> None:
+    """Warn where the request does not say which of two models the weights are of.
+
+    Raises ValueError, naming both, where it names a third one, or an objective of the other one alone.
+    """
+    twin = shown.twin
+    if request.model not in (None, shown.model, twin):
+        raise ValueError(
+            f"--model {request.model}: the weights in {path} are of {shown.model} or {twin}, which have the same "
+            "names; give one of them"
+        )
+    if request.model != twin and request.objective not in (None, "ddpm"):
+        raise ValueError(
+            f"--objective {request.objective}: the weights in {path} are taken for {shown.model}, which serves "
+            f"--objective ddpm; if they are of {twin}, which has the same names, give --model {twin}"
+        )
+    if request.model is None:
+        warn(f"{path} is taken for {shown.model}; if it is {twin}, which has the same names, give --model {twin}")

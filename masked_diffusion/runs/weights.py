@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ POSITIONS = ("pos_embed", "decoder_pos_embed")
 RELATIVE_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 RELATIVE_INDEX = "attn.rel_pos_bias.relative_position_index"
 OUTPUT_BIAS = "final_layer.linear.bias"
+# Family -> another one whose weights have the same names and shapes, of a network that means something else.
+TWINS = {"DiT": "SiT"}
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,25 @@ class Recognised:
     decode_layer: int | None
     policy: str | None = None
 
+    @property
+    def twin(self) -> str | None:
+        """Another model that the weights may be of, as well: nothing in them tells a SiT from a DiT."""
+        family, rest = self.model.split("_", 1)
+        name = f"{TWINS.get(family)}_{rest}"
+        return name if self.learn_sigma and name in MODELS else None
+
+    def named(self, model: str | None) -> "Recognised":
+        """These as the weights of ``model``, where that is their twin; else as they are."""
+        return self if model is None or model != self.twin else replace(self, model=model, learn_sigma=False)
+
 
 def recognise(state: dict[str, Tensor], source: object) -> Recognised:
-    """Name the model of a state dict. Raises ValueError, naming ``source``, for weights of no model of MODELS."""
+    """Name the model of a state dict; of two that it may be of, the one that is no :attr:`Recognised.twin`.
+
+    Raises ValueError, naming ``source``, for weights of no model of MODELS.
+    """
     if not {LABEL_TABLE, PATCH_EMBEDDING, "pos_embed", OUTPUT_BIAS} <= set(state):
-        raise ValueError(f"{source}: not a checkpoint of MDT, MDTv2 or DiT, it has no {LABEL_TABLE}")
+        raise ValueError(f"{source}: not a checkpoint of MDT, MDTv2, DiT or SiT, it has no {LABEL_TABLE}")
     _, in_channels, patch_size, _ = state[PATCH_EMBEDDING].shape
     _, num_tokens, hidden_size = state["pos_embed"].shape
     decode_layer = policy = None

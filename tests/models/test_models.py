@@ -6,7 +6,7 @@ import torch
 from golden_arrays import SEED, assert_golden, golden_json, golden_npz, named_array, set_golden_weights
 
 from masked_diffusion import create_diffusion, models
-from masked_diffusion.models import MDT, MODELS, DiT, MDTv2, create_model
+from masked_diffusion.models import MDT, MODELS, DiT, MDTv2, SiT, create_model
 from masked_diffusion.models.layers import TimestepEmbedder, sincos_position_table
 from masked_diffusion.models.tokens import Draw, KeptTokens
 
@@ -40,7 +40,7 @@ class Golden:
 
 
 goldens = cache(Golden)
-CONFIG = goldens("MDT").config
+CONFIG, CONFIG_OF_DIT = goldens("MDT").config, goldens("DiT").config
 
 
 @pytest.fixture(params=FAMILIES)
@@ -92,6 +92,30 @@ def test_the_published_xl_files_load_strictly(family, image_size):
     assert state["pos_embed"].shape == (1, num_tokens, 1152)
     if family == "DiT":
         assert sum(p.numel() for p in model.parameters()) == 675_129_632 + (num_tokens - 256) * 1152
+
+
+def test_the_published_file_of_sit_loads_strictly():
+    """SiT-XL-2-256x256.pt has DiT's names and shapes, the table of positions and the variance's channels among them."""
+    with torch.device("meta"):
+        model, published = (MODELS[f"{family}_XL_2"](input_size=32) for family in ("SiT", "DiT"))
+    state = {name: torch.empty_like(value) for name, value in published.state_dict().items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    assert list(model.state_dict()) == list(state) and state["final_layer.linear.weight"].shape == (32, 1152)
+    assert not model.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_a_sit_is_dits_network_whose_time_and_velocity_run_from_noise_to_data(learn_sigma):
+    """SiT, 2401.08740: x_t = t x_0 + (1 - t) eps, and the network predicts x_0 - eps in its first channels."""
+    dit = goldens("DiT").model()
+    sit = SiT(**{**CONFIG_OF_DIT, "learn_sigma": learn_sigma}).eval()
+    sit.load_state_dict(dit.state_dict())
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([0.0, 0.25, 0.6, 1.0]), torch.tensor([0, 1, 2, 3])
+    velocity = sit(x, 1000 * (1 - t), y)
+    torch.testing.assert_close(velocity, -dit(x, t, y)[:, :4], rtol=1e-5, atol=1e-6)
+    assert (velocity - sit(x, 1000 * t, y)).abs().max() > 1e-3
+    guided = sit.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y]), cfg_scale=1.5)
+    assert guided.shape == (8, 4, 8, 8)
 
 
 def test_forward_equals_the_golden(golden):
@@ -336,7 +360,7 @@ def test_every_builder_has_the_shape_its_name_says(name):
     assert type(model).__name__ == name.split("_")[0] and getattr(models, name) is MODELS[name]
     assert model.patch_size == patch_size
     assert model.num_tokens == (16 // patch_size) ** 2
-    assert model.out_channels == 4
+    assert model.out_channels == (8 if name.startswith("SiT") else 4)  # whose files have a variance, unused
 
 
 def test_the_smallest_model_runs_on_one_token_one_class_and_a_batch_of_one():

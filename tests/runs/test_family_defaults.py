@@ -43,6 +43,70 @@ def test_dit_is_guided_by_a_constant_scale_unless_flags_say_otherwise(monkeypatc
     assert "by its weights it is DiT_Ti_2 for 8 x 8" in err
 
 
+def test_a_file_of_sit_is_drawn_from_as_published_when_it_is_named(monkeypatch, tmp_path, capsys):
+    path = weights_of(tmp_path / "sit.pt", "SiT_Ti_2")
+    flags = ["--model_path", path, *SMALL, "--cfg_cond", "True"]
+    assert call(monkeypatch, SAMPLE, tmp_path / "named", *flags, "--model", "SiT_Ti_2") == 0
+    assert "taken for" not in capsys.readouterr().err
+    settings = json.loads((tmp_path / "named" / "manifest.json").read_text())["settings"]
+    assert (settings["model"], settings["objective"]["objective"]) == ("SiT_Ti_2", "flow")
+    assert (settings["sampler"], settings["guidance"]["schedule"]) == ("euler_maruyama", "constant")
+    assert (settings["guidance"]["cfg_scale"], settings["guidance"]["cfg_channels"]) == (1.5, 4)
+    for sampler in ("heun", "ddim"):
+        flag = ["--sampler", "heun"] if sampler == "heun" else ["--use_ddim", "True"]
+        assert call(monkeypatch, SAMPLE, tmp_path / sampler, *flags, "--model", "SiT_Ti_2", *flag) == 0
+        assert json.loads((tmp_path / sampler / "manifest.json").read_text())["settings"]["sampler"] == sampler
+    capsys.readouterr()
+    assert call(monkeypatch, SAMPLE, tmp_path / "unnamed", *flags) == 0
+    assert "is taken for DiT_Ti_2; if it is SiT_Ti_2, which has the same names, give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--model", "SiT_S_2"], "are of DiT_Ti_2 or SiT_Ti_2, which have the same names; give one of them"),
+        (["--objective", "flow"], "if they are of SiT_Ti_2, which has the same names, give --model SiT_Ti_2"),
+        (["--model", "SiT_Ti_2", "--objective", "ddpm"], "SiT_Ti_2 is a network of --objective flow alone; leave"),
+        (["--model", "SiT_Ti_2", "--sampler", "ddpm"], "--sampler ddpm: it does not serve --objective flow"),
+    ],
+)
+def test_what_a_file_of_dit_or_sit_cannot_be_is_refused_with_both_names(monkeypatch, tmp_path, capsys, flags, sentence):
+    path = weights_of(tmp_path / "sit.pt", "SiT_Ti_2")
+    assert call(monkeypatch, SAMPLE, tmp_path / "out", "--model_path", path, *SMALL, *flags) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_sit_is_trained_by_flow_and_from_published_weights_alone(monkeypatch, tmp_path, capsys):
+    kwargs = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+    torch.save(set_golden_weights(create_model("SiT_Ti_2", **kwargs)).state_dict(), tmp_path / "sit.pt")
+    flags = [
+        *TINY_DIGITS,
+        "--model",
+        "SiT_Ti_2",
+        "--policy",
+        "tread",
+        "--max_steps",
+        "1",
+        "--level_law",
+        "logit_normal",
+    ]
+    fine = [*flags, "--init_from", tmp_path / "sit.pt"]
+    assert call(monkeypatch, TRAIN, tmp_path / "fine", *fine, sinks="stdout") == 0
+    out = capsys.readouterr().out
+    assert "objective: flow" in out and "lr 0.0001" in out and "--level_law is ignored" not in out
+    config = json.loads((tmp_path / "fine" / "config.json").read_text())
+    assert config["objective"]["objective"] == "flow" and config["model"]["learn_sigma"] is False
+    assert call(monkeypatch, TRAIN, tmp_path / "no", *fine, "--objective", "ddpm") == 2
+    assert "--objective ddpm: SiT_Ti_2 is a network of --objective flow alone" in capsys.readouterr().err
+    # A training's own config.json tells the two apart.
+    dit = [*TINY_DIGITS, "--model", "DiT_Ti_2", "--init_from", tmp_path / "fine" / "model000001.pt"]
+    assert call(monkeypatch, TRAIN, tmp_path / "dit", *dit) == 2
+    assert "are of SiT_Ti_2" in capsys.readouterr().err
+    picture = tmp_path / "picture.png"
+    sit = ["--model_path", tmp_path / "fine" / "model000001.pt", "--num_sampling_steps", "2", "--out", picture]
+    assert call(monkeypatch, INFER, tmp_path, *sit) == 0 and picture.is_file()
+
+
 @pytest.mark.parametrize("name", ["MDT_Ti_2", "MDTv2_Ti_2"])
 def test_the_masked_models_are_guided_by_the_power_cosine_schedule(monkeypatch, tmp_path, name):
     path = weights_of(tmp_path / "mdt.pt", name)

@@ -244,7 +244,7 @@ def test_extra_weights_are_refused_unless_they_are_to_be_dropped_and_missing_one
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
-    with pytest.raises(ValueError, match="resnet.pt: not a checkpoint of MDT, MDTv2 or DiT"):
+    with pytest.raises(ValueError, match="resnet.pt: not a checkpoint of MDT, MDTv2, DiT or SiT"):
         open_with(tmp_path / "resnet.pt", **BY_FLAGS)
 
 

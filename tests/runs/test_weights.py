@@ -1,6 +1,7 @@
 """What weights show of their model, whatever is around them, and how they are made to fit another one."""
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from masked_diffusion.models import MODELS, create_model
 from masked_diffusion.runs.checkpoint import LABEL_TABLE, load_weights, read_weights
 from masked_diffusion.runs.weights import Recognised, fit_labels, fit_positions, freeze, recognise
 
-FAMILIES = ["MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2"]
+FAMILIES = ["MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2", "SiT_Ti_2"]
 
 
 def tiny(name="MDT_Ti_2", **kwargs):
@@ -19,13 +20,29 @@ def tiny(name="MDT_Ti_2", **kwargs):
     return set_golden_weights(create_model(name, **kwargs)).eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith("SiT")])
 def test_every_model_is_recognised_by_its_weights(name):
     kwargs = {"input_size": 32, "in_channels": 3, "num_classes": 12, "learn_sigma": False}
     with torch.device("meta"):
         state = create_model(name, decode_layer=2, **kwargs).state_dict()
     decode_layer = 2 if name.startswith("MDTv2") else None
     assert recognise(state, "file") == Recognised(name, decode_layer=decode_layer, **kwargs)
+
+
+@pytest.mark.parametrize("rest", ["_XL_2", "_S_8", "_Ti_2"])
+def test_the_weights_of_a_sit_are_a_dits_unless_they_are_named(rest):
+    with torch.device("meta"):
+        states = [create_model(f"{family}{rest}", num_classes=7).state_dict() for family in ("DiT", "SiT")]
+    shown = [recognise(state, "file") for state in states]
+    assert shown[0] == shown[1] and shown[1].model == f"DiT{rest}" and shown[1].twin == f"SiT{rest}"
+    named = shown[1].named(f"SiT{rest}")
+    assert named == dataclasses.replace(shown[1], model=f"SiT{rest}", learn_sigma=False) and named.twin is None
+    assert all(shown[1].named(other) == shown[1] for other in (None, f"DiT{rest}", "MDT_S_2"))
+
+
+def test_a_dit_without_a_variance_has_no_twin():
+    assert recognise(tiny("DiT_Ti_2", learn_sigma=False).state_dict(), "file").twin is None
+    assert recognise(tiny("MDT_Ti_2").state_dict(), "file").twin is None
 
 
 def test_the_published_files_are_recognised():

@@ -49,7 +49,8 @@ CONTRACT = {
         "guide_path": "", "guide_labels": "same", "guide_ratio": None,
     },
     "scripts/convert_checkpoint.py": {
-        "model_path": "", "out": "", "decode_layer": None, "diffusion_steps": 1000, "noise_schedule": "linear",
+        "model_path": "", "out": "", "model": None,
+        "decode_layer": None, "diffusion_steps": 1000, "noise_schedule": "linear",
         "predict_xstart": False, "sigma_small": False, "drop_extra": False, "vae_path": None, "diffusers_class": "ours",
     },
     "scripts/check_data.py": {
