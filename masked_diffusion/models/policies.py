@@ -217,7 +217,7 @@ def policy_for(name: str, family: str) -> Policy:
     if family not in policy.families:
         fitting = ", ".join(other for other, one in POLICIES.items() if family in one.families)
         raise ValueError(
-            f"--policy {name}: is for {' and '.join(f'{f}_*' for f in policy.families)} models, and this one is "
+            f"--policy {name}: is for {', '.join(f'{f}_*' for f in policy.families)} models, and this one is "
             f"{family}; choose one of {fitting}"
         )
     return policy

@@ -225,6 +225,7 @@ TABLE = [
         says="they are resized, and such a model has to be trained on",
     ),
     # docs/checkpoints.md
+    Row(r"--model SiT_XL_2", elsewhere="runs/test_family_defaults.py samples such a file"),
     Row(
         r"convert_checkpoint\.py .*--out mdt_xl2/",
         flags="--vae_path $TINY_VAE",

@@ -93,7 +93,7 @@ def test_without_a_ratio_a_policy_that_is_not_the_familys_takes_its_own():
             r"--policy mdtv2: is for MDTv2_\* models, and this one is MDT; choose one of none, mdt, ",
         ),
         ("DiT_Ti_2", "mdtv2", r"--policy mdtv2: is for MDTv2_\* models, and this one is DiT"),
-        ("MDTv2_Ti_2", "mdt", r"--policy mdt: is for MDT_\* and DiT_\* models, and this one is MDTv2"),
+        ("MDTv2_Ti_2", "mdt", r"--policy mdt: is for MDT_\*, DiT_\*, SiT_\* models, and this one is MDTv2"),
         ("MDT_Ti_2", "mtd", "--policy mtd: unknown; choose one of none, mdt, mdtv2"),
     ],
 )
