@@ -74,6 +74,22 @@ def move_aside(*paths: Path) -> list[Path]:
     return [path.rename(numbered(path, number)) for path in existing]
 
 
+def lock(file: IO[Any]) -> bool:
+    """Make an open file this process's until it is closed. Returns whether it is; where there are no locks, it is."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        # Not flock: loader processes would inherit it, and outlive a killed process with it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()

@@ -35,7 +35,7 @@ Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
 # Crops
 
 
-def _resize_short_side(image: Image.Image, length: int) -> np.ndarray:
+def resize_short_side(image: Image.Image, length: int) -> np.ndarray:
     """Short side to ``length``: halved with a box filter while twice as long, the rest bicubic. (H, W, 3) uint8."""
     image = image.convert("RGB")
     while min(image.size) >= 2 * length:
@@ -71,7 +71,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 
     Returns (image_size, image_size, 3) uint8.
     """
-    return _center_square(partial(_resize_short_side, pil_image), image_size)
+    return _center_square(partial(resize_short_side, pil_image), image_size)
 
 
 def random_crop_arr(
@@ -90,7 +90,7 @@ def random_crop_arr(
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
         raise ValueError(f"crop fractions {min_crop_frac} and {max_crop_frac}: need 0 < min <= max <= 1")
     rng = np.random.default_rng() if rng is None else rng
-    return _random_square(partial(_resize_short_side, pil_image), image_size, rng, min_crop_frac, max_crop_frac)
+    return _random_square(partial(resize_short_side, pil_image), image_size, rng, min_crop_frac, max_crop_frac)
 
 
 def draw_flip(rng: np.random.Generator | None, random_flip: bool) -> bool:
@@ -219,7 +219,7 @@ class SourceDataset(ImageDataset):
         if self.fast_decode:
             resized = partial(read_resized, self.source, index)
         else:
-            resized = partial(_resize_short_side, self.picture(index))
+            resized = partial(resize_short_side, self.picture(index))
         flip = draw_flip(rng, self.random_flip)
         if rng is not None and self.random_crop:
             pixels = _random_square(resized, self.image_size, rng)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,12 @@ class OtherJSONError(ValueError):
 
 @dataclass(frozen=True)
 class LabelTable:
-    """origin: what to call the file in messages. of_file: a file's name below the data folder -> its label or class."""
+    """origin: what to call the file in messages. of_file: a file's name below the data folder -> its label or class.
+    class_names: of labels 0, 1, ..., where the file has them."""
 
     origin: str
     of_file: dict[str, int | str]
+    class_names: Sequence[str] = ()
 
     def of(self, files: PathTable) -> Classes | None:
         """The classes of images. None where the file has no labels. Raises ValueError for images without a label."""
@@ -41,7 +43,9 @@ class LabelTable:
                 f"{self.origin}: no label for {len(missing)} of {len(found)} images, such as {files[missing[0]]}; add "
                 "them, or train without classes (--class_cond False)"
             )
-        return classes_of([label for label in found if label is not None], self.origin)
+        classes = classes_of([label for label in found if label is not None], self.origin)
+        numbered = all(isinstance(label, int) for label in found)
+        return named(classes, self.class_names) if numbered else classes
 
 
 def classes_of(labels: Iterable[int | str], origin: str) -> Classes:
@@ -59,6 +63,13 @@ def classes_of(labels: Iterable[int | str], origin: str) -> Classes:
     names = sort_class_names(str(label) for label in labels)
     label_of = {name: label for label, name in enumerate(names)}
     return Classes(names, np.array([label_of[str(label)] for label in labels], dtype=np.int64))
+
+
+def named(classes: Classes, names: Sequence[str]) -> Classes:
+    """Classes of numbers, called by these names in label order; as they are where one has no name, or two share one."""
+    if len(names) < len(classes.names) or len(set(names)) < len(names):
+        return classes
+    return Classes(list(names), classes.labels)
 
 
 def read_label_file(path: str) -> LabelTable:
@@ -87,13 +98,14 @@ def read_labels(content: bytes, origin: str) -> LabelTable:
     """Labels of edm2's form, ``{"labels": [[file, label], ...]}``, of JSON lines with ``file`` and ``label``, or of a
     CSV with a header that has these columns.
 
-    A label in JSON is an integer, a one-hot list, or a class's name; in a CSV it is a class's name. Raises ValueError,
+    A label in JSON is an integer, a one-hot list, or a class's name; in a CSV it is a class's name. edm2's form may
+    have ``"class_names": ["cat", ...]`` beside its labels, as ``scripts/make_dataset.py`` writes it. Raises ValueError,
     naming ``origin`` and what is expected; an OtherJSONError for JSON of another kind.
     """
     try:
         text = content.decode("utf-8-sig")
-        pairs = _from_json(text) if text.lstrip().startswith("{") else _from_csv(text)
-        return LabelTable(origin, {str(file): _label(label) for file, label in pairs})
+        pairs, class_names = _from_json(text) if text.lstrip().startswith("{") else (_from_csv(text), ())
+        return LabelTable(origin, {str(file): _label(label) for file, label in pairs}, class_names)
     except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         kind = OtherJSONError if _is_other_json(content) else ValueError
         raise kind(
@@ -102,17 +114,19 @@ def read_labels(content: bytes, origin: str) -> LabelTable:
         ) from error
 
 
-def _from_json(text: str) -> list[tuple[Any, Any]]:
+def _from_json(text: str) -> tuple[list[tuple[Any, Any]], Sequence[str]]:
     try:
         value = json.loads(text)
     except ValueError:  # several objects
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [(row["file"], row["label"]) for row in rows]
+        return [(row["file"], row["label"]) for row in rows], ()
     if "labels" not in value:
-        return [(value["file"], value["label"])]
+        return [(value["file"], value["label"])], ()
     if not _are_pairs(value["labels"]):
         raise NoLabelError("its labels are no pairs of a file and a label")
-    return [(file, label) for file, label in value["labels"] or ()]
+    names = value.get("class_names")
+    are_names = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return [(file, label) for file, label in value["labels"] or ()], names if are_names else ()
 
 
 def _are_pairs(labels: Any) -> bool:

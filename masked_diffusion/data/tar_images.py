@@ -23,12 +23,12 @@ import numpy as np
 
 from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
 from masked_diffusion.data.image_files import EXTENSIONS, PathTable, UnreadableImageError, is_remote, looked_in
-from masked_diffusion.data.label_files import classes_of
+from masked_diffusion.data.label_files import classes_of, named
 from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_paths
 from masked_diffusion.data.source import Classes, ImageSource
 from masked_diffusion.files import atomic_write, cache_folder
 
-FORMAT = 2  # of the kept lists
+FORMAT = 3  # of the kept lists
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
@@ -39,12 +39,14 @@ _OPEN = 64
 
 @dataclass
 class Shard:
-    """The images of one archive. offsets, sizes: of their content. labels: JSON of each, empty where there is none."""
+    """The images of one archive. offsets, sizes: of their content. labels: JSON of each, empty where there is none.
+    class_names: of labels that are numbers, where the archive says them."""
 
     names: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
+    class_names: dict[int, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)  # by extension
     notes: list[str] = field(default_factory=list)
 
@@ -53,8 +55,9 @@ class Tar(ImageSource):
     """The images of tar archives: one file, ``shard-{000..123}.tar``, a folder of them, or a text file that lists them.
 
     Labels are those of ``.cls``, ``.json`` (``label`` or ``cls``) or ``.txt`` members of an image's key, where every
-    image has one. Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for missing archives, and
-    for archives without images.
+    image has one. Classes that are numbers have the names in ``class_name`` of ``.json`` members, where each has one.
+    Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for missing archives, and for archives
+    without images.
     """
 
     def __init__(self, data_dir: str) -> None:
@@ -84,14 +87,15 @@ class Tar(ImageSource):
         self._offsets = np.array([o for shard in shards for o in shard.offsets], dtype=np.int64)[order]
         self._sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)[order]
         labels = [label for shard in shards for label in shard.labels]
-        self._labels = self._usable([labels[index] for index in order], notes)
+        class_names = {label: name for shard in shards for label, name in shard.class_names.items()}
+        self._labels = self._usable([labels[index] for index in order], class_names, notes)
         if same_names and self._labels is None:
             missing = labels.count("")
             self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
         self.notes = notes
         self._opened: dict[int, ArchiveFile] = {}
 
-    def _usable(self, labels: list[str], notes: list[str]) -> Classes | None:
+    def _usable(self, labels: list[str], class_names: dict[int, str], notes: list[str]) -> Classes | None:
         """The classes of the images where all have a label that others have, too; captions are no classes."""
         missing = labels.count("")
         if missing:
@@ -102,7 +106,10 @@ class Tar(ImageSource):
         if len(values) > 1 and isinstance(values[0], str) and len(set(labels)) == len(labels):
             notes.append("labels are not used: each image has another one, so they may be captions")
             return None
-        return classes_of(values, f"labels in --data_dir {self.data_dir}")
+        classes = classes_of(values, f"labels in --data_dir {self.data_dir}")
+        if not class_names or not set(np.unique(classes.labels).tolist()) <= class_names.keys():
+            return classes
+        return named(classes, [class_names.get(number, str(number)) for number in range(len(classes.names))])
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:
@@ -159,12 +166,12 @@ def shards_of(data_dir: str) -> list[str]:
                 return [data_dir]
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         listed = [line.strip() for line in lines if line.strip()]
-        return [name for line in listed for name in _expanded(str(path.parent / line))]
-    return _expanded(data_dir)
+        return [name for line in listed for name in expand_pattern(str(path.parent / line))]
+    return expand_pattern(data_dir)
 
 
-def _expanded(pattern: str) -> list[str]:
-    """``a-{08..10}.tar`` -> a-08.tar, a-09.tar, a-10.tar."""
+def expand_pattern(pattern: str) -> list[str]:
+    """The names of a pattern: ``a-{08..10}.tar`` -> a-08.tar, a-09.tar, a-10.tar."""
     parts = _RANGE.split(pattern)  # text, first, last, text, ...
     choices: list[Iterable[str]] = [[parts[0]]]
     for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
@@ -219,7 +226,12 @@ def read_shard(path: str) -> Shard:
 
 
 def _pack(shard: Shard, state: list[int]) -> bytes:
-    header = {"state": state, "skipped": shard.skipped, "notes": shard.notes}
+    header = {
+        "state": state,
+        "skipped": shard.skipped,
+        "notes": shard.notes,
+        "class_names": [*shard.class_names.items()],
+    }
     arrays = io.BytesIO()
     names, labels = (np.frombuffer(pack_paths(texts), np.uint8) for texts in (shard.names, shard.labels))
     np.savez(arrays, names=names, labels=labels, offsets=np.array(shard.offsets), sizes=np.array(shard.sizes))
@@ -230,7 +242,8 @@ def _unpack(record: dict[str, Any], packed: bytes) -> Shard:
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
         offsets, sizes = arrays["offsets"].tolist(), arrays["sizes"].tolist()
         names, labels = (unpack_paths(arrays[name].tobytes()) if offsets else [] for name in ("names", "labels"))
-    return Shard(names, offsets, sizes, labels, Counter(record["skipped"]), record["notes"])
+    class_names = {int(label): str(name) for label, name in record["class_names"]}
+    return Shard(names, offsets, sizes, labels, class_names, Counter(record["skipped"]), record["notes"])
 
 
 def list_shard(path: str) -> Shard:
@@ -250,7 +263,7 @@ def list_shard(path: str) -> Shard:
                 elif not member.isreg() or member.issparse():
                     left_out["members that are links or devices"] += not member.isdir()
                 elif not is_hidden(name):
-                    key, extension = _split(name)
+                    key, extension = split_key(name)
                     if extension in EXTENSIONS:
                         keys.append(key)
                         shard.names.append(name)
@@ -258,8 +271,11 @@ def list_shard(path: str) -> Shard:
                         shard.sizes.append(member.size)
                     elif extension in _LABEL_FILES and member.size <= _LONGEST_LABEL:
                         stream = archive.extractfile(member)
-                        if stream is not None and (label := _label(extension, stream.read())) is not None:
+                        content = b"" if stream is None else stream.read()
+                        if (label := _label(extension, content)) is not None:
                             label_of.setdefault(key, {})[extension] = label
+                        if extension == ".json":
+                            shard.class_names |= _class_name(content)
                     else:
                         shard.skipped[extension or "no extension"] += 1
             at = archive.offset
@@ -281,8 +297,8 @@ def _ends_at(path: str, offset: int) -> bool:
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """``a.b/c.seg.PNG`` -> ``a.b/c``, ``.seg.png``."""
+def split_key(name: str) -> tuple[str, str]:
+    """The key and the extension of a member, as webdataset has them: ``a.b/c.seg.PNG`` -> ``a.b/c``, ``.seg.png``."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     return f"{folder}{slash}{stem}", f"{dot}{extension}".lower()
@@ -301,3 +317,13 @@ def _label(extension: str, content: bytes) -> str | None:
         if value != "" and isinstance(value, str | int) and not isinstance(value, bool):
             return json.dumps(value)
     return None
+
+
+def _class_name(content: bytes) -> dict[int, str]:
+    """The number and the name of a class, where a ``.json`` member has both."""
+    with contextlib.suppress(ValueError, AttributeError):
+        record = json.loads(content)
+        number, name = record.get("label", record.get("cls")), record.get("class_name")
+        if isinstance(number, int) and not isinstance(number, bool) and isinstance(name, str) and name:
+            return {number: name}
+    return {}

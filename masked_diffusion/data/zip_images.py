@@ -21,9 +21,9 @@ from masked_diffusion.data.listing_cache import Listing
 from masked_diffusion.data.source import Classes, ImageSource
 
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
-_MEMBER, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
+_MEMBER, LOCAL_MARK = b"PK\x01\x02", b"PK\x03\x04"
 _MEMBER_HEAD = struct.Struct("<4s6H3L5H2L")
-_LOCAL_HEAD = struct.Struct("<4s5H3L2H")
+LOCAL_HEAD = struct.Struct("<4s5H3L2H")
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1  # of the flags
 _USUAL_EXTRA = 64  # bytes between a member's name and its content that are read along with it
@@ -92,7 +92,7 @@ class Zip(ImageSource):
         if is_remote(data_dir) or not Path(data_dir).is_file():
             return False
         with Path(data_dir).open("rb") as file:
-            return file.read(4) in (_LOCAL, _END)
+            return file.read(4) in (LOCAL_MARK, _END)
 
     def sizes(self) -> np.ndarray:
         return self._sizes
@@ -117,12 +117,12 @@ class Zip(ImageSource):
             raise bad("encrypted" if member.method < 0 else f"compression method {member.method}, read are 0 and 8")
         if max(member.size, member.packed) > MAX_IMAGE_BYTES:
             raise bad(f"{member.size} bytes are more than {MAX_IMAGE_BYTES}, perhaps a decompression bomb")
-        ahead = _LOCAL_HEAD.size + len(member.name.encode("utf-8", "surrogateescape")) + _USUAL_EXTRA
+        ahead = LOCAL_HEAD.size + len(member.name.encode("utf-8", "surrogateescape")) + _USUAL_EXTRA
         block = self._file.read(member.offset, ahead + member.packed)
-        if len(block) < _LOCAL_HEAD.size or not block.startswith(_LOCAL):
+        if len(block) < LOCAL_HEAD.size or not block.startswith(LOCAL_MARK):
             raise bad("there is no member where the archive's directory says")
-        *_, name_length, extra_length = _LOCAL_HEAD.unpack_from(block)
-        start = _LOCAL_HEAD.size + name_length + extra_length
+        *_, name_length, extra_length = LOCAL_HEAD.unpack_from(block)
+        start = LOCAL_HEAD.size + name_length + extra_length
         if len(block) < start + member.packed:
             block += self._file.read(member.offset + len(block), start + member.packed - len(block))
         packed = block[start : start + member.packed]

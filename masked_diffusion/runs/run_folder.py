@@ -9,10 +9,9 @@ import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import IO
 
 from masked_diffusion.dist_util import Job
-from masked_diffusion.files import move_aside, numbered, remove_unfinished, write_json
+from masked_diffusion.files import lock, move_aside, numbered, remove_unfinished, write_json
 from masked_diffusion.logger import output_folder
 from masked_diffusion.processes.refusals import NotNowError
 from masked_diffusion.runs import checkpoint
@@ -91,7 +90,7 @@ def held(folder: Path, work: str) -> Iterator[None]:
         file = (folder / f".{work}.lock").open("a+")
     with file:
         deadline = time.monotonic() + LOCK_SECONDS
-        while not _lock(file):
+        while not lock(file):
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise NotNowError(
@@ -103,22 +102,6 @@ def held(folder: Path, work: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} of {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _lock(file: IO[str]) -> bool:
-    """Whether the file is now this process's. Where there are no locks, it is."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        # Not flock: loader processes would inherit it, and outlive a killed process with it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def claim_folder(folder: Path, run_config: RunConfig) -> list[str]:

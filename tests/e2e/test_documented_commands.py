@@ -164,6 +164,11 @@ TABLE = [
         says="12 images, 3 classes (n01440764, ",
     ),
     Row(r"/landscapes --class_cond False", **trains("output_landscapes"), says="12 images, without classes"),
+    Row(r"make_dataset\.py /dataset/flowers flowers\.zip$", makes="flowers.zip", says="flowers.zip: "),
+    Row(
+        r"make_dataset\.py flowers\.zip .*\.tar",
+        elsewhere="scripts/test_make_dataset.py writes archives, and resizes images",
+    ),
     Row(
         r"encode_latents\.py",
         flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
@@ -520,6 +525,7 @@ def sources():
         "on_track",
         "make_card",
         "check_data",
+        "make_dataset",
         "visualize",
         "convert_checkpoint",
     )
