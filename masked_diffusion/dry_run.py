@@ -106,8 +106,8 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
         f"images per epoch: {num_images}, steps per epoch: {num_images / loop.global_batch:.1f} of {loop.global_batch}",
         f"seconds per step: {seconds:.4g} ({loop.global_batch / seconds:.1f} images/s)",
     ]
-    if (end := config.last_step) is None:
-        return [*lines, "no end: give --max_steps or --lr_anneal_steps to see how long a run takes"]
+    if (end := loop.budget.last_step) is None:
+        return [*lines, "no end: give --max_steps, --max_compute or --lr_anneal_steps to see how long a run takes"]
     left = max(0, end - loop.start_step)
     days = left * seconds / 86400
     epochs = left * loop.global_batch / num_images

@@ -28,6 +28,7 @@ from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.training.averages import SnapshotSaver, averages_of
 from masked_diffusion.training.bad_steps import BadSteps
+from masked_diffusion.training.budget import Budget
 from masked_diffusion.training.meter import Meter
 from masked_diffusion.training.optimizers import GuardedOptimizer
 from masked_diffusion.training.preview import Preview
@@ -95,6 +96,7 @@ class TrainLoop:
         self._goes_on_here = start.folder == folder
         # Alike on all ranks. The next start evaluates this step, so no other one may follow.
         self._stopped_evaluating = False
+        self.budget = Budget(config, self.skeleton, self.global_batch)
         self.emas = averages_of(config, self.model)
         self.position = position
         state = TrainingState(self.model, self.emas, self.optimizer, self.scaler, schedule_sampler)
@@ -107,14 +109,14 @@ class TrainLoop:
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
         self.meter = Meter([view.prefix + name for view in self.views for name in objective.loss_names], ranks)
-        self._last_log = (time.monotonic(), self.step)
         # The row of an evaluated step was written after its checkpoint.
         if start.step and (not self._evaluation_is_due() or self._lacks_evaluation()):
             load_meter(self.meter, start)
 
     def _load(self, state: TrainingState, start: checkpoint.Start) -> None:
-        former, now = state.load(start), self.config.lr_at(start.step)
-        if not self.config.lr_anneal_steps and former != now:
+        former, now = state.load(start), self.config.lr
+        self.budget.begin(start.step, checkpoint.read_state(start) or {})
+        if not self.config.lr_changes and former != now:
             self.logger.text(f"learning rate {now} from here on (the checkpoint had {former})")
 
     @property
@@ -129,7 +131,7 @@ class TrainLoop:
         Returns the exit status: 0, or ``preemption.STOPPED`` when there is more to do. Raises FloatingPointError after
         too many bad steps, RuntimeError for too many bad images, and what reading the data raised, all after saving.
         """
-        end, lacks_evaluation = self.config.last_step, self._lacks_evaluation()
+        end, lacks_evaluation = self.budget.last_step, self._lacks_evaluation()
         if end is not None and self.step >= end and not lacks_evaluation:
             self.logger.text(f"nothing to do: the run ends at step {end}, and step {self.step} is reached")
             return 0
@@ -234,7 +236,7 @@ class TrainLoop:
         draw = None
         if view.drops:  # as many tokens in all parts of a step and on all ranks, or they would wait for each other
             u = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
-            whole = self.config.is_finale(self.step)
+            whole = self.budget.is_finale
             draw = self.model.draw(draws["token_noise"], u, draws.get("path_noise"), whole)
         model_kwargs = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"], "draw": draw}
         noise, counts = draws[f"{view.prefix}noise"], self.model.policy.counts(draw)
@@ -258,12 +260,13 @@ class TrainLoop:
             nn.utils.clip_grads_with_norm_(gradients, self.config.grad_clip, norm)
         good = norm.isfinite()
         self.meter.add_update(norm, good)
-        self.optimizer.step(self.config.lr_at(self.step), good)
+        self.optimizer.step(self.budget.lr, good)
         self.scaler.update()
         self.optimizer.zero_grad()
         for ema in self.emas:
             ema.update(self.model, good, self.step + 1)
         self.step += 1
+        self.budget.advance()
         self.position += self.global_batch
         return good
 
@@ -278,14 +281,12 @@ class TrainLoop:
         self._tell_bad_images()
         row = self.meter.flush()
         row["param_norm"] = total_norm(p.detach() for p in self.model.parameters()).item()
-        now, (then, step_then) = time.monotonic(), self._last_log
-        rate = (self.step - step_then) / max(now - then, 1e-9)
-        self._last_log = (now, self.step)
-        row |= {"lr": self.config.lr_at(self.step - 1), "images_per_second": rate * self.global_batch}
+        rate = self.budget.lap()
+        row |= {"lr": self.optimizer.lr, "images_per_second": rate, **self.budget.columns()}
         row["bad_images"] = len(self.bad_images.found)
         if self.evaluation is not None:  # the same columns in all rows
             row |= scores or self.evaluation.no_scores
-        bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{rate * self.global_batch:.1f}")
+        bar.set_postfix(loss=f"{row['loss']:.4f}", images_per_s=f"{rate:.1f}")
         self.logger.row({"step": self.step, "samples": self.position, **row})
 
     def _tell_bad_images(self) -> None:
@@ -320,7 +321,7 @@ class TrainLoop:
             self.logger.text(f"no score of step {self.step}: {error}")
             return {}
         finally:
-            self._last_log = (self._last_log[0] + time.monotonic() - began, self._last_log[1])  # trained images count
+            self.budget.pause(time.monotonic() - began)
         best = ""
         if self.saver.on_disk(self.step) and self.ranks.is_main:
             best = self.evaluation.note_best(self.step, scores)
@@ -332,7 +333,7 @@ class TrainLoop:
     def save(self) -> None:
         """Begin to write a checkpoint, and draw a preview, on rank 0. All ranks have to call it, for their shards."""
         self._tell_bad_images()  # a run that goes on from here does not come across them again
-        self.saver.save(self.step, self.position, self.meter.state_dict())
+        self.saver.save(self.step, self.position, self.meter.state_dict(), self.budget.state_dict())
         if self.config.preview_samples:
             # Of shards, all ranks gather the average: what fails there on one of them has to end all.
             with self.emas[0].averaged_model(self.skeleton) as averaged:

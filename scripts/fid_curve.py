@@ -1,4 +1,4 @@
-"""Plot scores and losses of one or several runs against steps, images and compute.
+"""Plot scores and losses of one or several runs against steps, images, compute and seconds.
 
 python scripts/fid_curve.py output_mdt_s2 output_mdt_b2 --out fid_curve.svg
 """
@@ -22,7 +22,9 @@ PANEL_SIZE = (4.5, 3.0)  # inches
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Plot scores and losses of runs against steps, images and compute.")
+    parser = argparse.ArgumentParser(
+        description="Plot scores and losses of runs against steps, images, compute and seconds."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of trainings")
     parser.add_argument("--out", type=Path, default=Path("fid_curve.png"), help="picture, .png or .svg (%(default)s)")
     return parser
@@ -57,7 +59,12 @@ def scales(run: RunLog) -> dict[str, np.ndarray]:
     """What a run is plotted against: title -> (rows,). A multiply-add counts as one, as in the papers."""
     config, images = run.config(), run.columns["samples"]
     gflops = training_gflops(config.model.build(), config.model.latent_shape)
-    return {"steps": run.steps, "images": images, "training compute, TFLOPs": images * gflops / 1000}
+    return {
+        "steps": run.steps,
+        "images": images,
+        "training compute, TFLOPs": run.tflops(gflops),
+        "seconds": run.elapsed(),
+    }
 
 
 def draw(new_figure: Callable[..., Any], runs: list[RunLog], axes: list[dict[str, np.ndarray]]) -> Any:

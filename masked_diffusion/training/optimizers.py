@@ -35,6 +35,7 @@ class GuardedOptimizer:
     ) -> None:
         optimizer_class, settings = OPTIMIZERS[opt]
         settings = {**settings, "lr": lr, "weight_decay": weight_decay}
+        self.lr = lr  # of the last update
         self._opt = opt
         self._ranks = ranks
         self.torch_optimizer: torch.optim.Optimizer
@@ -48,6 +49,7 @@ class GuardedOptimizer:
 
         AdamW needs no wait of the host for ``good``; Adan does, because it counts its steps on the host.
         """
+        self.lr = lr
         for group in self.torch_optimizer.param_groups:
             group["lr"] = lr
         if self._opt == "adamw":
@@ -82,7 +84,7 @@ class GuardedOptimizer:
         for moments in state["state"].values():
             if (_ONLY_ADAN_KEEPS in moments) != (self._opt == "adan"):
                 raise ValueError(f"it holds {', '.join(sorted(moments))}, which is not what --opt {self._opt} keeps")
-        former_lr = state["param_groups"][0]["lr"]
+        self.lr = former_lr = state["param_groups"][0]["lr"]
         for group, own in zip(state["param_groups"], self.torch_optimizer.param_groups, strict=True):
             group |= {name: value for name, value in own.items() if name != "params"}
         parameters = [parameter for group in self.torch_optimizer.param_groups for parameter in group["params"]]

@@ -58,11 +58,21 @@ class RunLog:
         chosen = values[(self.steps[rows] > since) & (self.steps[rows] <= step)]
         return float(chosen.mean()) if len(chosen) else math.nan
 
-    def seconds(self) -> float:
-        """Seconds spent in training, without evaluations."""
+    def elapsed(self) -> np.ndarray:
+        """Seconds spent in training up to each row (rows,), without evaluations."""
         images = np.diff(self.columns["samples"], prepend=0.0)
         rates = self.columns["images_per_second"]
-        return float((images[rates > 0] / rates[rates > 0]).sum())
+        return np.divide(images, rates, out=np.zeros_like(images), where=rates > 0).cumsum()
+
+    def seconds(self) -> float:
+        """Seconds spent in training, without evaluations."""
+        return float(self.elapsed()[-1])
+
+    def tflops(self, per_image: float) -> np.ndarray:
+        """Compute up to each row (rows,), a multiply-add counting as one. per_image: GFLOPs, for rows that do not say,
+        those of 0.1.0."""
+        reckoned = self.columns["samples"] * per_image / 1000
+        return np.where(np.isnan(logged := self.columns.get("tflops", reckoned)), reckoned, logged)
 
 
 def read_run_log(folder: Path) -> RunLog:

@@ -96,10 +96,10 @@ class Saver:
         self._folder = folder
         self._writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
 
-    def save(self, step: int, position: int, meter: dict[str, Any]) -> None:
+    def save(self, step: int, position: int, meter: dict[str, Any], spent: dict[str, Any]) -> None:
         """Begin to write a checkpoint on rank 0. All ranks have to call it, for their shards.
 
-        meter: the state of the meter, for the next row of the log.
+        meter: the state of the meter, for the next row of the log. spent: ``compute`` and ``seconds`` so far.
         """
         self.finish()  # one at a time: a snapshot takes as much memory as the training's state
         numbers = {
@@ -108,6 +108,7 @@ class Saver:
             "global_batch": self._config.batch_size * self._ranks.world_size,
             "stream": self._run_config.stream,
             "meter": meter,
+            **spent,
         }
         files = self._state.files(step, self._config.weights_format, numbers)
         files = checkpoint.snapshot(files, whole, keep=self._ranks.is_main)

@@ -12,13 +12,17 @@ from masked_diffusion.settings import setting
 from masked_diffusion.training.optimizers import OPTIMIZERS
 from masked_diffusion.training.sharding import SHARDINGS
 
+TERA = 10**12
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of the training loop, named as the flags. batch_size: per process. microbatch: at most so many images
     in one pass; -1 for the whole batch. max_steps, lr_anneal_steps: 0 for no end, no annealing. grad_clip: largest norm
-    of the whole model's gradient, 0 for any. ema_rate: rates of averages, ``none`` for none. ema_power: lengths of
-    averages, empty for none. finale: last share of the run in which no token leaves."""
+    of the whole model's gradient, 0 for any. max_compute: TFLOPs, a multiply-add counting as one; 0 for no end.
+    lr_warmup: steps. lr_decay: last share of the run in which lr falls linearly to 0. ema_rate: rates of averages,
+    ``none`` for none. ema_power: lengths of averages, empty for none. finale: last share of the run in which no token
+    leaves."""
 
     opt: str = setting("adamw", "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default", "training")
     lr: float = setting(3e-4, "learning rate; DiT has 1e-4 by default", "training")
@@ -34,9 +38,22 @@ class TrainConfig:
     )
     lr_anneal_steps: int = setting(0, "end the run here, with lr falling linearly to 0; 0 = constant lr", "training")
     max_steps: int = setting(0, "end the run here; 0 = never", "training")
+    max_compute: float = setting(
+        0.0,
+        "end the run when its training has taken so many TFLOPs, a multiply-add counting as one, in place of "
+        "--max_steps; 0 = never",
+        "training",
+    )
+    lr_warmup: int = setting(0, "steps in which lr rises linearly from 0 at the start", "training")
+    lr_decay: float = setting(
+        0.0,
+        "last share of the run in which lr falls linearly to 0, such as 0.2; needs --max_steps or --max_compute",
+        "training",
+    )
     finale: float = setting(
         0.0,
-        "last share of the run in which no token leaves, such as 0.1; needs --max_steps or --lr_anneal_steps",
+        "last share of the run in which no token leaves, such as 0.1; needs --max_steps, --max_compute or "
+        "--lr_anneal_steps",
         "training",
     )
     batch_size: int = setting(1, "images per process and step", "training")
@@ -91,6 +108,8 @@ class TrainConfig:
             "grad_clip",
             "lr_anneal_steps",
             "max_steps",
+            "max_compute",
+            "lr_warmup",
             "preview_samples",
             "keep_checkpoints",
             "keep_every",
@@ -103,10 +122,7 @@ class TrainConfig:
         for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
-        if not 0 <= self.finale <= 1:
-            raise ValueError(f"--finale {self.finale}: must be in [0, 1], a share of the run")
-        if self.finale and self.last_step is None:
-            raise ValueError(f"--finale {self.finale}: the run has no end; give --max_steps or --lr_anneal_steps")
+        self._check_end()
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
         if self.keep_every and not self.keep_checkpoints:
@@ -135,6 +151,26 @@ class TrainConfig:
                     f"--ema_power {self.ema_power}: expected numbers in (0, {LONGEST_STD}], separated by commas"
                 ) from None
 
+    def _check_end(self) -> None:
+        """Raise ValueError for ends that exclude each other, and shares of a run that has none."""
+        if not 0 <= self.finale <= 1:
+            raise ValueError(f"--finale {self.finale}: must be in [0, 1], a share of the run")
+        if self.finale and not self.has_end:
+            raise ValueError(
+                f"--finale {self.finale}: the run has no end; give --max_steps, --max_compute or --lr_anneal_steps"
+            )
+        if self.max_compute and self.last_step is not None:
+            raise ValueError(
+                f"--max_compute {self.max_compute}: the end is given in steps, too; leave out --max_steps and "
+                "--lr_anneal_steps"
+            )
+        if not 0 <= self.lr_decay <= 1:
+            raise ValueError(f"--lr_decay {self.lr_decay}: must be in [0, 1], a share of the run")
+        if self.lr_decay and (self.lr_anneal_steps or not self.has_end):
+            raise ValueError(
+                f"--lr_decay {self.lr_decay}: give the end with --max_steps or --max_compute, and no --lr_anneal_steps"
+            )
+
     @property
     def ema_rates(self) -> list[str]:
         """The rates as they were written, which is how files are named after them."""
@@ -154,13 +190,18 @@ class TrainConfig:
 
     @property
     def last_step(self) -> int | None:
-        """Where the run ends, None for never."""
+        """Where the run ends, None for never, or where compute decides."""
         ends = [end for end in (self.lr_anneal_steps, self.max_steps) if end]
         return min(ends) if ends else None
 
-    def is_finale(self, step: int) -> bool:
-        """Whether no token leaves in the update after ``step`` completed ones."""
-        return self.last_step is not None and step >= self.last_step * (1 - self.finale)
+    @property
+    def max_multiply_adds(self) -> int:
+        """``max_compute`` as a whole number."""
+        return round(self.max_compute * TERA)
+
+    @property
+    def has_end(self) -> bool:
+        return bool(self.max_compute) or self.last_step is not None
 
     def on_ranks(self, world_size: int, former: dict[str, Any] | None) -> "TrainConfig":
         """These settings with the global batch of the run that is resumed, when only the number of processes changed.
@@ -180,11 +221,21 @@ class TrainConfig:
         microbatch = self.batch_size if self.microbatch < 0 and batch_size > self.batch_size else self.microbatch
         return dataclasses.replace(self, batch_size=batch_size, microbatch=microbatch)
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of the update after ``step`` completed ones."""
-        if not self.lr_anneal_steps:
-            return self.lr
-        return self.lr * (1 - step / self.lr_anneal_steps)
+    @property
+    def lr_changes(self) -> bool:
+        """Whether the learning rate is another one in the course of the run."""
+        return bool(self.lr_anneal_steps or self.lr_warmup or self.lr_decay)
+
+    def lr_at(self, step: int, done: float) -> float:
+        """Learning rate of the update after ``step`` completed ones, when this share of the run is done."""
+        lr = self.lr
+        if self.lr_anneal_steps:
+            lr *= 1 - step / self.lr_anneal_steps
+        if self.lr_warmup:
+            lr *= min(1.0, (step + 1) / self.lr_warmup)
+        if self.lr_decay:
+            lr *= min(1.0, (1 - done) / self.lr_decay)
+        return lr
 
 
 def training_record(config: TrainConfig, **further: Any) -> dict[str, Any]:

@@ -47,6 +47,14 @@ def test_losses_are_means_over_the_steps_before_and_scores_of_the_step(tmp_path)
     assert run.global_batch == 4 and run.seconds() == 12
 
 
+def test_rows_that_do_not_say_their_compute_are_reckoned_and_seconds_add_up(tmp_path):
+    rates = {"images_per_second": [4.0, 2.0, 1.0]}
+    run = read_run_log(write_log(tmp_path / "new", step=[1, 2, 3], tflops=[None, 7, 9], **rates))
+    assert run.tflops(per_image=500).tolist() == [2, 7, 9] and run.elapsed().tolist() == [1, 3, 7]
+    run = read_run_log(write_log(tmp_path / "old", step=[1, 2, 3]))
+    assert run.tflops(per_image=500).tolist() == [2, 4, 6]
+
+
 def test_a_band_is_four_relative_deviations_of_all_steps_around_the_mean(tmp_path):
     losses = np.array([[1.0, 2.0], [1.1, 2.0], [0.9, 2.6]])
     runs = [read_run_log(write_log(tmp_path / str(i), step=[1, 2], loss=loss)) for i, loss in enumerate(losses)]
@@ -121,13 +129,14 @@ def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp
     runs = [trained(0), trained(1)]
     for suffix in ("svg", "png"):
         assert call(monkeypatch, CURVE, tmp_path, *runs, "--out", tmp_path / f"curve.{suffix}") == 0
-    assert Image.open(tmp_path / "curve.png").size == (1350, 600)  # loss and masked loss, three scales
+    assert Image.open(tmp_path / "curve.png").size == (1800, 600)  # loss and masked loss, four scales
     axes = [script(CURVE).scales(read_run_log(run)) for run in runs]
     from matplotlib.figure import Figure
 
     figure = script(CURVE).draw(Figure, [read_run_log(run) for run in runs], axes)
-    assert [panel.get_xlabel() for panel in figure.axes[:3]] == ["steps", "images", "training compute, TFLOPs"]
-    assert [panel.get_ylabel() for panel in figure.axes[::3]] == ["loss, all tokens", "loss, masked"]
+    scales = ["steps", "images", "training compute, TFLOPs", "seconds"]
+    assert [panel.get_xlabel() for panel in figure.axes[:4]] == scales
+    assert [panel.get_ylabel() for panel in figure.axes[::4]] == ["loss, all tokens", "loss, masked"]
     [first, second] = figure.axes[1].lines
     assert first.get_xdata().tolist() == [4, 8, 12, 16, 20, 24] and second.get_label() == "seed1"
 
@@ -140,11 +149,11 @@ def test_curves_show_scores_where_there_are_some(trained, monkeypatch, tmp_path)
     write_log(scored, step=[1, 2, 3], eval_fid=[None, 9, 7], eval_is=[None, 2, 3], loss=[3, 2, 1])
     runs = [read_run_log(run) for run in (scored, plain)]
     figure = script(CURVE).draw(Figure, runs, [script(CURVE).scales(run) for run in runs])
-    names = [panel.get_ylabel() for panel in figure.axes[::3]]
+    names = [panel.get_ylabel() for panel in figure.axes[::4]]
     assert names == ["FID", "Inception Score", "loss, all tokens", "loss, masked"]
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[9, 7], []]
     assert figure.axes[1].lines[0].get_xdata().tolist() == [8, 12]
-    assert len(figure.axes[6].lines[1].get_ydata()) == 6
+    assert len(figure.axes[8].lines[1].get_ydata()) == 6
 
 
 @pytest.mark.parametrize(
