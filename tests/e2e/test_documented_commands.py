@@ -175,6 +175,12 @@ TABLE = [
         makes="latents_imagenet256/latents.json",
         without="latents_imagenet256",
     ),
+    Row(
+        r"train_autoencoder\.py",
+        flags=f"--image_size {SIDE} --steps 2 --num_workers 0 --device cpu",
+        makes="autoencoder_flowers64/config.json",
+        says="autoencoder_flowers64",
+    ),
     Row(r"--data_dir latents_imagenet256", **trains("output_latents"), says="12 images, 3 classes (n01440764, "),
     # docs/training.md
     Row(
@@ -520,6 +526,7 @@ def sources():
         "image_train",
         "image_sample",
         "encode_latents",
+        "train_autoencoder",
         "read_digits",
         "fid_curve",
         "on_track",

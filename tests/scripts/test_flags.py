@@ -39,6 +39,11 @@ CONTRACT = {
         "shard_size": 1024,
         "batch_size": 16, "num_workers": -1, "tf32": False, "device": "auto",
     },
+    "scripts/train_autoencoder.py": {
+        "data_dir": "", "out": "", "image_size": 32, "random_flip": True, "downsample": 2, "latent_channels": 4,
+        "channels": 16, "crop": 32, "steps": 4000, "batch_size": 16, "lr": 5e-3, "kl_weight": 1e-3, "seed": 0,
+        "num_workers": -1, "device": "auto",
+    },
     "scripts/image_sample.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "objective": "ddpm",
         "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,
