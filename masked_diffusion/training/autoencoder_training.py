@@ -88,7 +88,9 @@ class AutoencoderConfig:
 
 def learning_rate(config: AutoencoderConfig, step: int) -> float:
     """The rate of update ``step``, counted from 0: up in a line, then down to 0 along a cosine."""
-    return config.lr * min(1.0, (step + 1) / (WARM_UP * config.steps)) * (1 + math.cos(math.pi * step / config.steps)) / 2
+    return (
+        config.lr * min(1.0, (step + 1) / (WARM_UP * config.steps)) * (1 + math.cos(math.pi * step / config.steps)) / 2
+    )
 
 
 def random_squares(images: Tensor, side: int, seed: int, step: int) -> Tensor:

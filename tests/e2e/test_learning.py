@@ -200,8 +200,8 @@ def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
 def check_filled_digits(path):
     """Held-back digits of which two columns are known become the digit after them, in both modes."""
     reader = script("scripts/read_digits.py")
-    classifier = reader.train_classifier(*reader.digits("digits"))
-    pixels, labels = (tensor[:50] for tensor in reader.digits("digits-test"))
+    classifier = reader.train_classifier("digits")
+    pixels, labels = (tensor[:50] for tensor in reader.embedded_images("digits-test"))
     trained = open_trained(path, Request(), "cpu", warn=pytest.fail)
     make = ImageSampler(
         trained.model,
