@@ -26,7 +26,8 @@ from masked_diffusion.data.label_files import read_label_file
 from masked_diffusion.data.listing_cache import some
 from masked_diffusion.data.source import ImageSource
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
-from masked_diffusion.processes.loader_processes import iterate, never
+from masked_diffusion.processes.loader_processes import iterate
+from masked_diffusion.processes.waiting import never
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
 
 Batch = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -397,8 +398,8 @@ def load_data(
 
     batch_size: per rank. deterministic: every epoch in the order of the files. position: images consumed by all ranks
     so far. draws: shapes of the random numbers to deliver with each image. dataset: an open data set, which then
-    stands for data_dir and the settings of :func:`open_dataset`. asked_to_stop: asked now and then while a batch of the
-    loader processes is waited for.
+    stands for data_dir and the settings of :func:`open_dataset`. asked_to_stop: asked now and then while a batch is
+    waited for.
 
     Yields (images, extra): images (N, C, image_size, image_size) float32 contiguous in [-1, 1]; extra holds ``y``,
     ``epoch``, ``index`` and ``used``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. ``used``
@@ -426,7 +427,8 @@ def load_data(
     order = DataOrder(len(dataset), seed, deterministic)
     batch_sampler = RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size)
     begin = partial(iterate, _Examples(dataset, seed, draws), num_workers, asked_to_stop)
-    return _batches(partial(begin, batch_sampler=batch_sampler, pin_memory=pin_memory))
+    settings = {"batch_sampler": batch_sampler, "pin_memory": pin_memory}
+    return _batches(partial(begin, name_of=lambda item: dataset.name_of(item[1]), **settings))
 
 
 def _batches(begin: Callable[[], Generator[dict[str, Any], None, None]]) -> Generator[Batch, None, None]:

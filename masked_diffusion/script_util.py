@@ -15,9 +15,9 @@ from masked_diffusion import dist_util
 from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.models import family_of
-from masked_diffusion.processes.loader_processes import LoaderError
 from masked_diffusion.processes.refusals import former_refusal, note_refusal
 from masked_diffusion.processes.standard_streams import lasting_streams
+from masked_diffusion.processes.waiting import LoaderError
 from masked_diffusion.runs.config import ModelConfig, RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
 from masked_diffusion.runs.trained import Request

@@ -21,8 +21,8 @@ from masked_diffusion.logger import Logger
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.models.policies import View
-from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
+from masked_diffusion.processes.waiting import StoppedWaitingError
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig

@@ -110,7 +110,8 @@ def check_latents(dataset: LatentDataset, num_workers: int, out: Path | None) ->
     """Read all latents and report. Returns the exit status."""
     shards = _Shards(dataset)
     bad: dict[str, str] = {}
-    files = iterate(shards, num_workers, silence_seconds=SECONDS_FOR_A_FILE, batch_size=None)
+    seconds = SECONDS_FOR_A_FILE
+    files = iterate(shards, num_workers, silence_seconds=seconds, name_of="file {} of it".format, batch_size=None)
     for problems in tqdm(files, total=len(shards), unit="file"):
         bad |= problems
     return tell([str(dataset), *report_bad(bad, len(dataset), AFTER_LATENTS)], bad, out)
@@ -120,7 +121,9 @@ def check(dataset: SourceDataset, num_workers: int, out: Path | None) -> int:
     """Read all images and report. Returns the exit status."""
     good, bad = [], {}
     with tqdm(total=len(dataset), unit="image") as bar:
-        for findings in iterate(_Findings(dataset), num_workers, batch_size=16, collate_fn=list):
+        for findings in iterate(
+            _Findings(dataset), num_workers, name_of=dataset.name_of, batch_size=16, collate_fn=list
+        ):
             for index, size, reason in findings:
                 if reason:
                     bad[dataset.name_of(index)] = reason

@@ -35,6 +35,7 @@ from masked_diffusion.models import check_objective, family_policy, ignored_sett
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes.preemption import StopSignals
+from masked_diffusion.processes.reading_thread import read_watched
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -497,7 +498,8 @@ def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device:
     count = total = squares = 0.0
     side = dataset.image_size // first_stage.downsample
     for index in range(min(len(dataset), SIGMA_DATA_IMAGES)):
-        image = torch.from_numpy(dataset.load(index))[None].to(device)
+        pixels = read_watched(partial(dataset.load, index), dataset.name_of(index))
+        image = torch.from_numpy(pixels)[None].to(device)
         drawn = numpy_generator("sigma_data", index).standard_normal((1, first_stage.latent_channels, side, side))
         z = first_stage.encode(image, torch.from_numpy(drawn).float().to(device)).double()
         count, total, squares = count + z.numel(), total + z.sum().item(), squares + (z**2).sum().item()

@@ -7,6 +7,7 @@ import contextlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.files import atomic_write, move_aside
+from masked_diffusion.processes.reading_thread import read_watched
 
 LIST_NAME = "bad_files.txt"
 SHOWN = 10  # in one message; the list has them all
@@ -72,7 +74,8 @@ class BadImages:
         """Load the images that a run will start with, so that a folder of bad ones stops it before the work starts.
 
         items: of the stream, such as its first batch; repeated images are loaded once.
-        Raises ValueError, naming one of them, when half of them or more than the allowed number cannot be read.
+        Raises ValueError, naming one of them, when half of them or more than the allowed number cannot be read,
+        LoaderError, naming the file, when the storage hangs.
         """
         indices = list(dict.fromkeys(index for _, index in items))
         errors = {index: error for index in indices if (error := self._error(index)) is not None}
@@ -161,7 +164,7 @@ class BadImages:
 
     def _error(self, index: int) -> UnreadableImageError | None:
         try:
-            self.dataset.load(index)
+            read_watched(partial(self.dataset.load, index), self.dataset.name_of(index))
         except UnreadableImageError as error:
             return error
         return None

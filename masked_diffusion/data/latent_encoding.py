@@ -55,6 +55,7 @@ def encode_shards(
         num_workers,
         batch_sampler=[batch for shard in missing for batch in of_shard[shard]],
         pin_memory=device.type == "cuda",
+        name_of=dataset.name_of,
     )
 
     def encode_shard(shard: int, tell: Callable[[int], object]) -> None:

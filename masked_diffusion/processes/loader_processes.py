@@ -9,7 +9,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Listener
@@ -20,14 +19,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from masked_diffusion.processes import waiting
 from masked_diffusion.processes.preemption import ignore_signals
+from masked_diffusion.processes.reading_thread import iterate_here
+from masked_diffusion.processes.waiting import LoaderError, Patience, StoppedWaitingError, never, progress
 
-# How often a wait for a batch looks for a signal and for signs of life.
-POLL_SECONDS = 1.0
-# Without a batch, and without an item begun, read on or finished in any process, for so long, nothing more is to come.
-SILENCE_SECONDS = 45.0
-# Nor does it where an item is read on for so long.
-SLOW_ITEM_SECONDS = 600.0
 SHARED_MEMORY = "/dev/shm"
 # Less than this is suspected when nothing comes: a few batches of images and noise.
 LITTLE_MEMORY = 64 << 20
@@ -38,57 +34,38 @@ _OPEN: "weakref.WeakSet[Generator[Any, None, None]]" = weakref.WeakSet()
 _END = object()
 
 
-class LoaderError(RuntimeError):
-    """Loader processes do not deliver. The message is one sentence with the cause and what to do."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"the loader processes cannot deliver: {cause}; or load without them, with --num_workers 0")
-
-
-class StoppedWaitingError(RuntimeError):
-    """The wait for a batch ended because the run is asked to stop."""
-
-
-def never() -> bool:
-    """Nobody asks to stop."""
-    return False
-
-
 def iterate(
     dataset: Dataset[Any],
     num_workers: int,
     asked_to_stop: Callable[[], bool] = never,
     silence_seconds: float | None = None,
+    name_of: Callable[[Any], str] = "item {}".format,
     **settings: Any,
 ) -> Generator[Any, None, None]:
-    """Batches of a data set, loaded by ``num_workers`` processes, or by this one for 0.
+    """Batches of a data set, loaded by ``num_workers`` processes, or by a thread of this one for 0.
 
     settings: of :class:`torch.utils.data.DataLoader`. asked_to_stop: asked every ``POLL_SECONDS`` of a wait.
-    silence_seconds: how long an item may take without being read on; None for ``SILENCE_SECONDS``.
+    silence_seconds: how long an item may take without being read on; None for ``SILENCE_SECONDS``. name_of: an item's
+    file, for the message of a thread that waits for it.
     The processes end when this fails, is closed or collected, at exit, and when this process is killed.
-    Raises LoaderError when the processes cannot deliver, StoppedWaitingError when asked to stop during a wait, and
-    what loading an item raises.
+    Raises LoaderError when the data do not come, StoppedWaitingError when asked to stop during a wait, and what loading
+    an item raises.
     """
     # The loader seeds its processes: from its own generator, not from the global one.
     settings["generator"] = torch.Generator()
     if not num_workers:
-        batches = _iterate_here(dataset, settings)
+        batches = iterate_here(dataset, name_of, asked_to_stop, silence_seconds, settings)
     else:
-        silence = SILENCE_SECONDS if silence_seconds is None else silence_seconds
-        batches = _iterate(dataset, num_workers, asked_to_stop, silence, settings)
+        batches = _iterate(dataset, num_workers, asked_to_stop, silence_seconds, settings)
     _OPEN.add(batches)
     return batches
-
-
-def _iterate_here(dataset: Dataset[Any], settings: dict[str, Any]) -> Generator[Any, None, None]:
-    yield from DataLoader(dataset, **settings)
 
 
 def _iterate(
     dataset: Dataset[Any],
     num_workers: int,
     asked_to_stop: Callable[[], bool],
-    silence_seconds: float,
+    silence_seconds: float | None,
     settings: dict[str, Any],
 ) -> Generator[Any, None, None]:
     iterator: Any = None
@@ -96,12 +73,12 @@ def _iterate(
     try:
         with _blaming():
             if cause := _blocked_transport():
-                raise LoaderError(cause)
+                raise _cannot_deliver(cause)
             watched = _Watched(dataset, num_workers)
             end_with_parent = threading.current_thread() is threading.main_thread()
             begin = _begin_with_parent if end_with_parent else ignore_signals
             loader = DataLoader(
-                watched, num_workers=num_workers, worker_init_fn=begin, timeout=POLL_SECONDS, **settings
+                watched, num_workers=num_workers, worker_init_fn=begin, timeout=waiting.POLL_SECONDS, **settings
             )
             with _kept_child_handler(), _all_or_none_started():
                 iterator = iter(loader)
@@ -119,12 +96,10 @@ def _iterate(
                 worker.kill()  # they ignore the signal that this sends them before
 
 
-def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool], silence_seconds: float) -> Any:
+def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool], silence_seconds: float | None) -> Any:
     """The next batch, or ``_END``."""
-    signs, silent_for = watched.signs_of_life(iterator._workers), 0.0
-    items, without_item_for = watched.items(), 0.0
+    patience = Patience(lambda: watched.signs_of_life(iterator._workers), watched.items, silence_seconds)
     while True:
-        began = time.monotonic()
         try:
             with _blaming(iterator):
                 return next(iterator, _END)
@@ -132,15 +107,8 @@ def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool],
             pass
         if asked_to_stop():
             raise StoppedWaitingError("asked to stop while waiting for a batch")
-        # While this process was suspended, so were the loaders, as a rule: that time does not count.
-        waited = min(time.monotonic() - began, 2 * POLL_SECONDS)
-        silent_for, without_item_for = silent_for + waited, without_item_for + waited
-        if (now_signs := watched.signs_of_life(iterator._workers)) != signs:
-            signs, silent_for = now_signs, 0.0
-        if (now_items := watched.items()) != items:
-            items, without_item_for = now_items, 0.0
-        if silent_for > silence_seconds or without_item_for > max(SLOW_ITEM_SECONDS, silence_seconds):
-            raise LoaderError(_suspected_cause(f"nothing came from them for {without_item_for:.0f} s"))
+        if patience.is_over():
+            raise _cannot_deliver(_suspected_cause(f"nothing came from them for {patience.without_item_for:.0f} s"))
 
 
 class _Watched(Dataset[Any]):
@@ -169,22 +137,11 @@ class _Watched(Dataset[Any]):
 
     def signs_of_life(self, workers: list[Any]) -> list[object]:
         """What changes as long as processes begin, read on or finish items."""
-        return [self.items(), *(_progress(worker.pid) for worker in self.reading(workers))]
+        return [self.items(), *(progress(Path(f"/proc/{worker.pid}")) for worker in self.reading(workers))]
 
     def reading(self, workers: list[Any]) -> list[Any]:
         """Those processes that have begun an item and not finished it."""
         return [worker for worker, count in zip(workers, self._counts, strict=False) if count % 2]
-
-
-def _progress(process: int) -> list[int]:
-    """The whole seconds that a process has computed, its reads from mapped files and the bytes of its other reads, as
-    far as the system says. A slow item moves them. One that hangs does not, although it may wake up now and then."""
-    numbers = []
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        numbers = [(int(fields[11]) + int(fields[12])) // os.sysconf("SC_CLK_TCK"), int(fields[9])]
-        numbers.append(int(Path(f"/proc/{process}/io").read_text().split()[1]))
-    return numbers
 
 
 class _NotYetError(Exception):
@@ -225,6 +182,10 @@ def _all_or_none_started() -> Iterator[None]:
 # -- causes ------------------------------------------------------------------------------------------------------------
 
 
+def _cannot_deliver(cause: str) -> LoaderError:
+    return LoaderError(f"the loader processes cannot deliver: {cause}; or load without them, with --num_workers 0")
+
+
 @contextlib.contextmanager
 def _blaming(iterator: Any = None) -> Iterator[None]:
     """Errors of the loader itself become a LoaderError or _NotYetError; what an item raised passes."""
@@ -239,7 +200,7 @@ def _blaming(iterator: Any = None) -> Iterator[None]:
         cause = _known_cause(text, [worker.exitcode for worker in iterator._workers] if iterator is not None else [])
         if cause is None and text.startswith("Caught "):
             raise
-        raise LoaderError(
+        raise _cannot_deliver(
             cause or _suspected_cause(f"{type(error).__name__} {' '.join(text.split())}".strip())
         ) from error
 

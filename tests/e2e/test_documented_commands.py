@@ -575,7 +575,16 @@ pixels are none | perhaps a decompression bomb | times the other | pixels in flo
 def test_every_message_for_users_is_on_the_page():
     quotes = quoted_messages()
     hidden = [text for line in NOT_FOR_USERS.strip().splitlines() for text in line.split(" | ")]
-    kinds = ("ValueError", "FileNotFoundError", "PermissionError", "OSError", "ImportError", "ArgumentTypeError")
+    kinds = (
+        "ValueError",
+        "NotNowError",
+        "LoaderError",
+        "FileNotFoundError",
+        "PermissionError",
+        "OSError",
+        "ImportError",
+        "ArgumentTypeError",
+    )
     missing, used = [], set()
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -7,13 +7,15 @@ import signal
 import tempfile
 import time
 from multiprocessing import process
+from pathlib import Path
 
 import pytest
 import torch
 from support import TINY_DIGITS, call
 
-from masked_diffusion.processes import loader_processes
-from masked_diffusion.processes.loader_processes import LoaderError, StoppedWaitingError, iterate
+from masked_diffusion.processes import loader_processes, waiting
+from masked_diffusion.processes.loader_processes import iterate
+from masked_diffusion.processes.waiting import LoaderError, StoppedWaitingError, progress
 
 
 class Items:
@@ -37,8 +39,8 @@ def hang():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(loader_processes, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(loader_processes, "SILENCE_SECONDS", 1.5)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(waiting, "SILENCE_SECONDS", 1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +70,16 @@ def test_a_disk_that_hangs_ends_the_wait_with_what_to_do():
     assert str(raised.value).endswith("--num_workers 0") and "\n" not in str(raised.value)
 
 
-def test_slow_items_are_waited_for():
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_slow_items_are_waited_for(num_workers):
     class Slow(Items):
         def __getitem__(self, index):
             time.sleep(0.6)
             return super().__getitem__(index)
 
-    assert firsts(iterate(Slow(), 1, batch_sampler=[[0, 1, 2, 3, 4]])) == [[0, 1, 2, 3, 4]]  # 3 s without a batch
+    assert firsts(iterate(Slow(), num_workers, batch_sampler=[[0, 1, 2, 3, 4]])) == [
+        [0, 1, 2, 3, 4]
+    ]  # 3 s without a batch
 
 
 def read_on(seconds):
@@ -89,7 +94,7 @@ def read_on(seconds):
 def test_an_item_that_is_read_on_is_waited_for_but_not_for_ever(monkeypatch):
     trouble = Items(trouble=0, cause=lambda: read_on(3))
     assert firsts(iterate(trouble, 1, batch_sampler=[[0]])) == [[0]]
-    monkeypatch.setattr(loader_processes, "SLOW_ITEM_SECONDS", 2.0)
+    monkeypatch.setattr(waiting, "SLOW_ITEM_SECONDS", 2.0)
     began = time.monotonic()
     with pytest.raises(LoaderError, match="nothing came from them for"):
         next(iterate(Items(trouble=0, cause=lambda: read_on(1000)), 1, batch_sampler=[[0]]))
@@ -98,9 +103,9 @@ def test_an_item_that_is_read_on_is_waited_for_but_not_for_ever(monkeypatch):
 
 def test_reading_and_computing_are_progress_and_sleeping_is_not():
     def after(work):
-        before = loader_processes._progress(os.getpid())
+        before = progress(Path("/proc/self"))
         work()
-        return [b > a for a, b in zip(before, loader_processes._progress(os.getpid()), strict=True)]
+        return [b > a for a, b in zip(before, progress(Path("/proc/self")), strict=True)]
 
     def compute():
         until = time.process_time() + 1.1
@@ -111,12 +116,12 @@ def test_reading_and_computing_are_progress_and_sleeping_is_not():
     sleeping = multiprocessing.get_context("fork").Process(target=hang)
     sleeping.start()
     time.sleep(0.5)
-    before = loader_processes._progress(sleeping.pid)
+    before = progress(Path(f"/proc/{sleeping.pid}"))
     time.sleep(0.5)
-    assert loader_processes._progress(sleeping.pid) == before and len(before) == 3
+    assert progress(Path(f"/proc/{sleeping.pid}")) == before and len(before) == 3
     sleeping.kill()
     sleeping.join()
-    assert loader_processes._progress(sleeping.pid) == []
+    assert progress(Path(f"/proc/{sleeping.pid}")) == []
 
 
 def test_the_time_of_a_suspended_run_does_not_count():
