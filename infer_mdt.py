@@ -17,16 +17,18 @@ from typing import Any
 import torch
 
 from masked_diffusion import dist_util
+from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.data.class_names import ClassNames
-from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.trained import Request, Trained, open_trained
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.sampling.guides import open_away
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
+from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
 from masked_diffusion.sampling.pictures import check_picture_path
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     apply_sampling_defaults,

@@ -1,12 +1,26 @@
-"""Masked Diffusion Transformer (MDT, 2303.14389): the public front door."""
+"""Masked Diffusion Transformer (MDT, 2303.14389): the public front door.
+
+``import masked_diffusion`` takes no time: torch and the modules come with their first use.
+"""
 
 import dataclasses
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from masked_diffusion.diffusion.process import DiffusionConfig
-from masked_diffusion.respace import SpacedDiffusion
+
+if TYPE_CHECKING:
+    from masked_diffusion.respace import SpacedDiffusion
 
 __all__ = ["create_diffusion", "diffusion_defaults", "model_and_diffusion_defaults"]
+# Attributes that came with ``import masked_diffusion`` in 0.1.0.
+_MODULES = ("gaussian_diffusion", "respace")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"masked_diffusion.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def create_diffusion(
@@ -19,7 +33,7 @@ def create_diffusion(
     rescale_learned_sigmas: bool = DiffusionConfig.rescale_learned_sigmas,
     diffusion_steps: int = DiffusionConfig.diffusion_steps,
     min_snr_gamma: float | None = DiffusionConfig.min_snr_gamma,
-) -> SpacedDiffusion:
+) -> "SpacedDiffusion":
     """Build a diffusion process.
 
     timestep_respacing: see :func:`masked_diffusion.respace.space_timesteps`; None or "" for all steps.

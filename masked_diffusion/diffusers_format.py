@@ -35,7 +35,7 @@ from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.runs.config import DiffusionConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import SamplerConfig
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):

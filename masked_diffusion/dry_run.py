@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from masked_diffusion.choices import SHARDINGS
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import blocks_of
 from masked_diffusion.models.policies import View
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.optimizers import MOMENTS
-from masked_diffusion.training.sharding import SHARDINGS
 
 GIGA = 1e9
 

@@ -7,11 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
 PIXEL_SPACE = "none"
-# Of the autoencoders under DEFAULT_VAE, known without loading one.
-DEFAULT_DOWNSAMPLE = 8
-DEFAULT_SCALE = {"scaling_factor": 0.18215, "shift_factor": 0.0}
 
 
 class FirstStage(Protocol):

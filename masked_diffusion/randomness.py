@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from masked_diffusion.choices import FIRST_STREAM, STREAM
+
 
 def key_bytes(*key: int | str) -> bytes:
     """SHA-256 of a key of integers and strings; the same in every process and on every machine."""
@@ -69,8 +71,6 @@ def _philox_normals(*key: int | str) -> Normals:
 
 # What the noise of generated images is drawn from, by the version that config.json, manifests and checkpoints record.
 STREAMS: dict[int, Callable[..., Normals]] = {1: _mersenne_normals, 2: _philox_normals}
-FIRST_STREAM = 1  # of what was begun before versions were recorded
-STREAM = 2
 
 
 def recorded_stream(state: Mapping[str, Any], source: Path) -> int:

@@ -11,16 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, TextIO, TypeVar, get_args
 
-from masked_diffusion import dist_util
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.choices import family_of
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
-from masked_diffusion.models import family_of
+from masked_diffusion.processes.launchers import (
+    Place,
+    abort_mpi,
+    find_place,
+    launched_rank,
+    local_world_size,
+    under_mpi,
+)
 from masked_diffusion.processes.refusals import former_refusal, note_refusal
 from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.processes.waiting import LoaderError
 from masked_diffusion.runs.config import ModelConfig, RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
-from masked_diffusion.runs.trained import Request
+from masked_diffusion.runs.request import Request
 from masked_diffusion.settings import Flag, flags_of
 
 USAGE_ERROR = 2
@@ -256,9 +263,9 @@ def from_args(cls: type[Settings], args: argparse.Namespace) -> Settings:
     return cls(**args_to_dict(args, names))
 
 
-def place_from_args(args: argparse.Namespace) -> dist_util.Place:
+def place_from_args(args: argparse.Namespace) -> Place:
     """This process's place, from the launcher flags and the environment."""
-    return dist_util.find_place(os.environ, args.rank, args.world_size, args.local_rank)
+    return find_place(os.environ, args.rank, args.world_size, args.local_rank)
 
 
 def choose_num_workers(asked: int) -> int:
@@ -268,7 +275,7 @@ def choose_num_workers(asked: int) -> int:
     if asked >= 0:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // dist_util.local_world_size(os.environ) - 1))
+    return max(0, min(8, cores // local_world_size(os.environ) - 1))
 
 
 def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:
@@ -282,11 +289,11 @@ def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None
     write_any_character(sys.stdout, sys.stderr)
     with lasting_streams():
         if (said := former_refusal(os.environ)) is not None:
-            return usage_error(ValueError(said), dist_util.launched_rank(os.environ))
+            return usage_error(ValueError(said), launched_rank(os.environ))
         try:
             return _run(prepare)
         except LoaderError as error:
-            report_error(error, dist_util.launched_rank(os.environ))
+            report_error(error, launched_rank(os.environ))
             return 1
 
 
@@ -298,15 +305,15 @@ def _run(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) ->
             if isinstance(error, RuntimeError) and NO_HOME not in str(error):
                 raise
             note_refusal(error, os.environ)
-            status = usage_error(error, dist_util.launched_rank(os.environ))
-            dist_util.abort_mpi(status)
+            status = usage_error(error, launched_rank(os.environ))
+            abort_mpi(status)
             return status
         try:
             return work() or 0
         except BaseException:
-            if dist_util.under_mpi():
+            if under_mpi():
                 traceback.print_exc()  # aborting leaves no time for it
-                dist_util.abort_mpi(1)
+                abort_mpi(1)
             raise
 
 

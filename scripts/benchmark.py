@@ -52,9 +52,11 @@ from torch.profiler import profile
 from masked_diffusion import dist_util
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.image_datasets import load_data
+from masked_diffusion.processes.launchers import find_place
 from masked_diffusion.randomness import STREAM, SampleNoise, training_draws
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.sample_set import SampleSet, generate
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
@@ -365,7 +367,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
         check_plain(settings)
     if "encode" in cases:
         with_autoencoder(settings)
-    place = dist_util.find_place(os.environ)
+    place = find_place(os.environ)
     device = dist_util.choose_device(args.device, place.local_rank)
     outputs = [sys.stdout]
     if args.out:

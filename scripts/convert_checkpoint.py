@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from masked_diffusion.choices import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, family_of
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import atomic_write, write_json
-from masked_diffusion.first_stage import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, load_first_stage
-from masked_diffusion.models import family_of
+from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, ModelConfig, RunConfig, read_config
-from masked_diffusion.runs.trained import Request, check_contradictions, check_first_stage, config_of_weights
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import check_contradictions, check_first_stage, config_of_weights
 from masked_diffusion.runs.weights import recognise
 from masked_diffusion.script_util import (
     explicit_flags,

@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util
+from masked_diffusion.choices import DEFAULT_VAE
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
 from masked_diffusion.data.latent_encoding import encode_shards
 from masked_diffusion.data.sources import absolute
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import DEFAULT_VAE, Autoencoder, load_first_stage
+from masked_diffusion.first_stage import Autoencoder, load_first_stage
 from masked_diffusion.image_datasets import SourceDataset, open_dataset
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.script_util import (

@@ -17,19 +17,20 @@ import numpy as np
 import torch
 
 from masked_diffusion import dist_util
-from masked_diffusion.diffusion.guidance import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, family_policy, foreign_settings
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.models import family_policy
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs.config import ModelConfig, library_versions
+from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
-from masked_diffusion.runs.trained import Request, Trained, open_trained
+from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.guides import open_away
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
+from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     CHECKPOINT_FLAGS,
     COMPATIBILITY,

@@ -19,21 +19,22 @@ from typing import Any
 import torch
 
 from masked_diffusion import dist_util, dry_run
+from masked_diffusion.choices import DEFAULT_VAE, check_objective, family_policy, ignored_settings
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.image_files import LATER_EXTENSIONS
 from masked_diffusion.data.listing_cache import some
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import DEFAULT_VAE, CachedPosterior, FirstStage, load_first_stage
+from masked_diffusion.first_stage import CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
-from masked_diffusion.models import check_objective, family_policy, ignored_settings
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
+from masked_diffusion.processes import launchers
 from masked_diffusion.processes.preemption import StopSignals
 from masked_diffusion.processes.reading_thread import read_watched
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, recorded_stream
@@ -47,8 +48,8 @@ from masked_diffusion.runs.config import (
     read_config,
 )
 from masked_diffusion.runs.family_defaults import TRAINING
+from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
-from masked_diffusion.runs.trained import Request
 from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     COMPATIBILITY,
@@ -63,8 +64,9 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.settings import Flag, flags_of
 from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.training.eval_config import EvalConfig
 from masked_diffusion.training.train_config import TrainConfig, training_record
-from masked_diffusion.training.training_eval import EvalConfig, Evaluation
+from masked_diffusion.training.training_eval import Evaluation
 
 WITH_INIT = ", with --init_from"
 FLAGS = {
@@ -234,12 +236,12 @@ class Output:
     """The output folder of a training, which no other one writes to. A dry run leaves no trace there."""
 
     def __init__(self, args: argparse.Namespace, explicit: set[str], ranks: Ranks, stack: contextlib.ExitStack) -> None:
-        if dist_util.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
+        if launchers.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
             raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
         self._dry_run = args.dry_run
         self._ranks = ranks
         self._stack = stack
-        self._job = dist_util.job_of(os.environ, command_of(args, explicit))
+        self._job = launchers.job_of(os.environ, command_of(args, explicit))
         self.folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
         if ranks.from_main(self.folder.is_dir):  # a new one is made when all is checked
             ranks.from_main(self._hold)

@@ -21,8 +21,9 @@ from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.gallery import masked_inputs, reconstruction, relative_bias
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.pictures import check_picture_path, save_picture
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     checkpoint_flags,

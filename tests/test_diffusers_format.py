@@ -32,12 +32,13 @@ from masked_diffusion.diffusers_format import (
     use_dit_frequencies,
 )
 from masked_diffusion.diffusion.guidance import Guidance, NullLabel, power_cosine_weight
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 NAMES = ["cat", "dog", "otter"]
 

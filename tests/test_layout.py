@@ -11,7 +11,7 @@ PACKAGE = Path(masked_diffusion.__file__).parent
 
 # From the bottom to the top, as in docs/architecture.md. A public module belongs to a room, whatever its path.
 ROOMS = [
-    {"files", "settings", "randomness", "first_stage"},
+    {"choices", "files", "settings", "randomness", "first_stage"},
     {"processes", "dist_util", "logger"},
     {"diffusion", "gaussian_diffusion", "respace", "resample"},
     {"models"},

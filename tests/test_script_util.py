@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masked_diffusion import dist_util, script_util
+from masked_diffusion import script_util
+from masked_diffusion.processes import launchers
 from masked_diffusion.script_util import (
     add_dict_to_argparser,
     add_launcher_flags,
@@ -36,7 +37,7 @@ def parser():
 @pytest.fixture(autouse=True)
 def _a_program_without_a_launcher(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/image_train.py"])
-    for variables in dist_util._LAUNCHERS.values():
+    for variables in launchers._LAUNCHERS.values():
         for name in variables:
             monkeypatch.delenv(name, raising=False)
 
@@ -148,15 +149,15 @@ def test_the_local_rank_is_accepted_in_both_spellings(parser, argv):
 def test_launcher_flags_win_over_the_environment(parser, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert place_from_args(parser.parse_args([])) == dist_util.Place(1, 4, 1)
+    assert place_from_args(parser.parse_args([])) == launchers.Place(1, 4, 1)
     line = "--rank 2 --world_size 3 --local_rank 0 --dist_url tcp://host:1 --dist_on_itp"
     args = parser.parse_args(shlex.split(line))
-    assert place_from_args(args) == dist_util.Place(2, 3, 0)
+    assert place_from_args(args) == launchers.Place(2, 3, 0)
     assert args.dist_url == "tcp://host:1"
 
 
 def test_a_bare_process_is_alone(parser):
-    assert place_from_args(parser.parse_args([])) == dist_util.Place()
+    assert place_from_args(parser.parse_args([])) == launchers.Place()
     assert parser.parse_args([]).dist_url == "env://"
 
 

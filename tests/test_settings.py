@@ -9,11 +9,11 @@ from support import script
 from masked_diffusion import create_diffusion, diffusion_defaults, model_and_diffusion_defaults
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.runs.config import ModelConfig
-from masked_diffusion.sampling.image_sampler import SamplerConfig
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import GROUPS, MOST_USED, make_parser
 from masked_diffusion.settings import Flag, flags_of, setting
+from masked_diffusion.training.eval_config import EvalConfig
 from masked_diffusion.training.train_config import TrainConfig
-from masked_diffusion.training.training_eval import EvalConfig
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 

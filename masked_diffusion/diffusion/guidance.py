@@ -1,21 +1,20 @@
 """Guidance: weights over time, what a prediction is led away from, and the wrapper that makes a denoiser of a model.
 
-Guidance wraps the model; samplers know nothing of it. This module imports nothing of ours, so that the models'
+Guidance wraps the model; samplers know nothing of it. This module knows no model, so that the models'
 ``forward_with_cfg`` and :class:`Guidance` can share its arithmetic.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Denoiser = Callable[..., Tensor]
+from masked_diffusion.choices import GUIDED_CHANNELS
 
-# The published numbers guide three of the four latent channels (inherited from DiT, where it was a slip).
-GUIDED_CHANNELS = 3
+Denoiser = Callable[..., Tensor]
 
 
 def power_cosine_weight(t: Tensor, cfg_scale: float, diffusion_steps: int = 1000, scale_pow: float = 4.0) -> Tensor:
@@ -62,64 +61,15 @@ def beta_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, beta: Sequenc
     return (1 + (cfg_scale - 1) * density(t.double() / diffusion_steps) / height).float()
 
 
-# Flags that only guidance heeds.
-GUIDANCE_FLAGS = (
-    "guide_path",
-    "guide_labels",
-    "guide_ratio",
-    "guide_from",
-    "guidance",
-    "cfg_scale",
-    "scale_pow",
-    "cfg_interval",
-    "cfg_channels",
-    "cfg_skip_tol",
-)
-
-
-class WeightSchedule(NamedTuple):
-    """How the guidance weight depends on time.
-
-    weight: ``weight(t, cfg_scale, diffusion_steps, **settings)``, (N,) original timesteps -> (N,) float32. settings:
-    those that no other schedule has.
-    """
-
-    weight: Callable[..., Tensor]
-    settings: tuple[str, ...] = ()
-
-
-SCHEDULES = {
-    "power_cosine": WeightSchedule(power_cosine_weight, ("scale_pow",)),
-    "constant": WeightSchedule(constant_weight),
-    "interval": WeightSchedule(interval_weight, ("cfg_interval",)),
-    "linear": WeightSchedule(linear_weight),
-    "beta": WeightSchedule(beta_weight),
+# How the weight depends on time: ``weight(t, cfg_scale, diffusion_steps, **settings)``, (N,) original timesteps -> (N,)
+# float32. settings: those that choices.SCHEDULES has beside the same name.
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "power_cosine": power_cosine_weight,
+    "constant": constant_weight,
+    "interval": interval_weight,
+    "linear": linear_weight,
+    "beta": beta_weight,
 }
-
-
-def find_schedule(guidance: str) -> tuple[WeightSchedule, dict[str, Any]]:
-    """The schedule of this name, and the settings that the name itself holds, such as those of ``beta:2,4``.
-
-    Raises ValueError for another name, listing the names.
-    """
-    name, colon, rest = guidance.partition(":")
-    if name not in SCHEDULES or (colon and name != "beta"):
-        raise ValueError(f"--guidance {guidance}: unknown; choose one of {', '.join(SCHEDULES)}")
-    if name != "beta":
-        return SCHEDULES[name], {}
-    try:
-        a, b = (float(part) for part in rest.split(","))
-    except ValueError:
-        a = b = math.nan
-    if not (1 <= a < math.inf and 1 <= b < math.inf):
-        raise ValueError(f"--guidance {guidance}: expected beta:A,B with numbers of 1 or more, such as beta:2,4")
-    return SCHEDULES[name], {"beta": (a, b)}
-
-
-def foreign_settings(guidance: str) -> dict[str, str]:
-    """Settings of the other schedules, which have no effect on this one, and whose they are."""
-    others = {name: schedule for name, schedule in SCHEDULES.items() if name != guidance.partition(":")[0]}
-    return {setting: name for name, schedule in others.items() for setting in schedule.settings}
 
 
 def combine(

@@ -1,10 +1,12 @@
 """The settings of a diffusion process, and the process of them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from masked_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
-from masked_diffusion.respace import SpacedDiffusion, space_timesteps
 from masked_diffusion.settings import setting
+
+if TYPE_CHECKING:
+    from masked_diffusion.respace import SpacedDiffusion
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class DiffusionConfig:
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(f"--min_snr_gamma {self.min_snr_gamma}: must be positive, or None for no weighting")
 
-    def build(self) -> SpacedDiffusion:
+    def build(self) -> "SpacedDiffusion":
         """The process. Raises ValueError for an unknown schedule or an impossible respacing."""
+        from masked_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
+        from masked_diffusion.respace import SpacedDiffusion, space_timesteps
+
         if self.use_kl:
             loss_type = LossType.RESCALED_KL
         elif self.rescale_learned_sigmas:

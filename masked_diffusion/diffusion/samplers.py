@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masked_diffusion.choices import DISCRETE_OBJECTIVES
+
 
 class Prediction(NamedTuple):
     """What a step needs of the model at x_t, each of x_t's shape (N, C, H, W).
@@ -296,11 +298,8 @@ class Sampler(NamedTuple):
     last_level: float | None = None
 
 
-STEPS = ("ddpm", "x0", "v")  # objectives of discrete steps
-
-
 def _on_steps(start: Callable[[Schedule], StepFunction]) -> dict[str, Callable[[Any], StepFunction]]:
-    return dict.fromkeys(STEPS, start)
+    return dict.fromkeys(DISCRETE_OBJECTIVES, start)
 
 
 def _on_paths(step: Callable[..., Step], *objectives: str) -> dict[str, Callable[[Any], StepFunction]]:
@@ -318,13 +317,6 @@ SAMPLERS = {
     "euler": Sampler(_on_paths(euler_step, "flow", "edm")),
     "euler_maruyama": Sampler(_on_paths(euler_maruyama_step, "flow"), last_level=0.04),
 }
-
-
-def check_serves(sampler: str, objective: str, flag: str = "--sampler") -> None:
-    """Raise ValueError, listing those that do, where a sampler of SAMPLERS does not serve an objective."""
-    if objective not in SAMPLERS[sampler].starts:
-        fitting = ", ".join(name for name, entry in SAMPLERS.items() if objective in entry.starts)
-        raise ValueError(f"{flag} {sampler}: it does not serve --objective {objective}; choose one of {fitting}")
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from masked_diffusion.choices import family_of
 from masked_diffusion.models.backbone import DiT, LatentTransformer, SiT
 from masked_diffusion.models.mdt import MDT, MDTv2
-from masked_diffusion.models.policies import policy_for
 
 Model = TypeVar("Model", bound=LatentTransformer)
 
@@ -80,41 +80,6 @@ SiT_S_2 = _builder(SiT, "S", 2)
 SiT_S_4 = _builder(SiT, "S", 4)
 SiT_S_8 = _builder(SiT, "S", 8)
 SiT_Ti_2 = _builder(SiT, "Ti", 2)
-
-
-def family_of(name: str) -> str:
-    """``MDTv2_S_2`` -> ``MDTv2``, a key of FAMILIES. Raises ValueError, listing the names, for an unknown one."""
-    if name not in MODELS:
-        raise ValueError(f"--model {name}: unknown; choose one of {', '.join(MODELS)}")
-    return name.split("_")[0]
-
-
-def family_policy(name: str) -> str:
-    """The policy, a key of POLICIES, that the model called ``name`` is trained under where none is asked for."""
-    return FAMILIES[family_of(name)].FAMILY_POLICY
-
-
-def check_objective(name: str, objective: str) -> None:
-    """Raise ValueError where the model called ``name`` predicts something else than an objective asks for."""
-    own = FAMILIES[family_of(name)].OBJECTIVE
-    if own not in (None, objective):
-        raise ValueError(
-            f"--objective {objective}: {name} is a network of --objective {own} alone; leave the flag out, or choose "
-            "another --model"
-        )
-
-
-def ignored_settings(name: str, policy: str | None) -> list[str]:
-    """Which of mask_ratio, decode_layer, route and choose the model called ``name`` has no use for under a policy.
-
-    policy: None is the model's own.
-    Raises ValueError for an unknown model or policy, or a policy that is not for this model.
-    """
-    family = family_of(name)
-    chosen = policy_for(policy or family_policy(name), family)
-    used = {"mask_ratio": chosen.drops, "decode_layer": chosen.has_decoder or FAMILIES[family].HAS_DECODER}
-    used |= {"route": chosen.takes_route, "choose": chosen.drops}
-    return [setting for setting, is_used in used.items() if not is_used]
 
 
 def create_model(name: str, **kwargs: Any) -> LatentTransformer:

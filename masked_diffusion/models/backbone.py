@@ -11,6 +11,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from masked_diffusion.choices import FAMILIES
 from masked_diffusion.diffusion.guidance import combine, constant_weight
 from masked_diffusion.models.layers import (
     Block,
@@ -43,12 +44,12 @@ class LatentTransformer(nn.Module):
     family, decode_layer is outside 1 ... depth - 1, or mask_ratio is outside [0, 1) or keeps no token.
     """
 
-    FAMILY_POLICY = "none"
+    FAMILY_POLICY = FAMILIES["DiT"].policy
     DEFAULT_DECODE_LAYER = 2
-    HAS_DECODER = False  # whether there are decoder blocks under every policy
+    HAS_DECODER = FAMILIES["DiT"].has_decoder  # whether there are decoder blocks under every policy
     HAS_RELATIVE_BIAS = False
     HAS_UNUSED_VARIANCE = False  # whether the output layer has a variance's channels that nothing uses
-    OBJECTIVE: str | None = None  # the only one that the output is a prediction of; None for any
+    OBJECTIVE = FAMILIES["DiT"].objective  # the only one that the output is a prediction of; None for any
     # Of a model without a decoder of its own, see routes.Net.
     decoder_start: int | None = None
     decode_layer: int = 0
@@ -296,7 +297,7 @@ class SiT(DiT):
     """
 
     HAS_UNUSED_VARIANCE = True
-    OBJECTIVE = "flow"
+    OBJECTIVE = FAMILIES["SiT"].objective
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         return super().embed(x, 1 - t / 1000, y, label_noise)

@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor
 
+from masked_diffusion.choices import FAMILIES
 from masked_diffusion.diffusion.guidance import power_cosine_weight
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import Block
@@ -19,8 +20,8 @@ class MDT(LatentTransformer):
     means 2.
     """
 
-    FAMILY_POLICY = "mdt"
-    HAS_DECODER = True
+    FAMILY_POLICY = FAMILIES["MDT"].policy
+    HAS_DECODER = FAMILIES["MDT"].has_decoder
     HAS_RELATIVE_BIAS = True
 
     def _add_blocks(self, depth: int) -> None:
@@ -60,7 +61,7 @@ class MDTv2(MDT):
     Raises ValueError also when depth - decode_layer is odd, so that the halves would differ.
     """
 
-    FAMILY_POLICY = "mdtv2"
+    FAMILY_POLICY = FAMILIES["MDTv2"].policy
     DEFAULT_DECODE_LAYER = 4
     decoder_sees_all = True
 

@@ -1,6 +1,7 @@
 """Policies: which views of an image a training makes, which tokens leave in them, and how these come back.
 
-A policy is an entry of POLICIES. The network has its route and the weights of its rejoin; the training makes its views.
+A policy is an entry of POLICIES, and its traits stand in choices.py. The network has its route and the weights of its
+rejoin; the training makes its views.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from masked_diffusion.choices import check_policy
 from masked_diffusion.gaussian_diffusion import Reduction, mean_flat
 from masked_diffusion.models.routes import Fuse, Interpolate, Never, Rejoin, Route
 from masked_diffusion.models.tokens import Draw, KeptTokens, num_kept_tokens
@@ -67,14 +69,13 @@ def cell_side(grid_size: int, num_keep: int) -> int | None:
 class Policy:
     """A way to train on a part of the tokens.
 
-    families: of the models that can be trained under it. views: of a step, in their order. route: (depth, decode_layer)
+    views: of a step, in their order. route: (depth, decode_layer)
     -> Route. ratio_spread: how much more than the mask ratio may leave; how much is drawn for each step, uniformly.
     has_decoder: whether the decoder blocks are where tokens are back, so that no other route can be asked for. choose:
     ``uniform``, or ``cells``: as many tokens of each cell of neighbours. path_drop: probability that a sample's way
     through the route counts for nothing, where the rejoin heeds it.
     """
 
-    families: tuple[str, ...]
     views: tuple[View, ...] = (FULL,)
     route: Callable[[int, int], Route] = no_route
     rejoin: Rejoin = Rejoin()
@@ -161,10 +162,9 @@ class Policy:
 
 POLICIES = {
     # Every block sees every token.
-    "none": Policy(families=("MDT", "MDTv2", "DiT", "SiT")),
+    "none": Policy(),
     # A full and a masked view; the side-interpolater predicts the masked tokens (2303.14389).
     "mdt": Policy(
-        families=("MDT", "DiT", "SiT"),
         views=(FULL, MASKED),
         route=to_decoder,
         rejoin=INTERPOLATE,
@@ -173,7 +173,6 @@ POLICIES = {
     ),
     # The same along version 2's skips, with a ratio drawn for each step.
     "mdtv2": Policy(
-        families=("MDTv2",),
         views=(FULL, MASKED),
         route=to_decoder,
         rejoin=INTERPOLATE,
@@ -183,7 +182,6 @@ POLICIES = {
     ),
     # MDT's masked view alone.
     "mdt_one_view": Policy(
-        families=("MDT", "DiT", "SiT"),
         views=(SPARSE,),
         route=to_decoder,
         rejoin=INTERPOLATE,
@@ -191,10 +189,9 @@ POLICIES = {
         has_decoder=True,
     ),
     # Tokens skip the blocks in the middle and come back as they left (2501.04765).
-    "tread": Policy(families=("MDT", "DiT", "SiT"), views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
+    "tread": Policy(views=(SPARSE,), route=inner(2, 3), mask_ratio=0.5),
     # One token of each cell goes through the blocks in the middle, and is fused with all from before them (2510.21986).
     "sprint": Policy(
-        families=("MDT", "DiT", "SiT"),
         views=(SPARSE,),
         route=inner(2, 2),
         rejoin=Fuse(),
@@ -203,21 +200,11 @@ POLICIES = {
         path_drop=0.1,
     ),
     # The first blocks mix all tokens, a quarter of which goes on alone (MicroDiT's deferred masking, 2407.15811).
-    "deferred": Policy(
-        families=("MDT", "DiT", "SiT"), views=(SPARSE,), route=after(2), rejoin=Never(), mask_ratio=0.75
-    ),
+    "deferred": Policy(views=(SPARSE,), route=after(2), rejoin=Never(), mask_ratio=0.75),
 }
 
 
 def policy_for(name: str, family: str) -> Policy:
     """The policy called ``name``. Raises ValueError for an unknown one, and for one that does not fit the family."""
-    if name not in POLICIES:
-        raise ValueError(f"--policy {name}: unknown; choose one of {', '.join(POLICIES)}")
-    policy = POLICIES[name]
-    if family not in policy.families:
-        fitting = ", ".join(other for other, one in POLICIES.items() if family in one.families)
-        raise ValueError(
-            f"--policy {name}: is for {', '.join(f'{f}_*' for f in policy.families)} models, and this one is "
-            f"{family}; choose one of {fitting}"
-        )
-    return policy
+    check_policy(name, family)
+    return POLICIES[name]

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masked_diffusion.choices import WEIGHTS_FORMATS
 from masked_diffusion.files import atomic_write, sha256_of, write_json
 
 BEST_NAME = "best.json"
 JOB_NAME = ".job.json"
-WEIGHTS_FORMATS = ("pt", "safetensors")
 MODEL_FILE = re.compile(r"model(\d{6,})\.(?:pt|safetensors)")
 EMA_FILE = re.compile(r"ema_(.+)_(\d{6,})\.(?:pt|safetensors)")
 MANIFEST_FILE = re.compile(r"checkpoint(\d{6,})\.json")

@@ -5,16 +5,17 @@ import json
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from masked_diffusion.diffusion.objectives import OBJECTIVES, Objective, ObjectiveConfig
+from masked_diffusion.choices import FIRST_STREAM, POLICIES, STREAM, check_objective, family_policy
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion
-from masked_diffusion.models import check_objective, create_model, family_policy
-from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.models.policies import POLICIES
-from masked_diffusion.randomness import FIRST_STREAM, STREAM
 from masked_diffusion.settings import flag, setting
+
+if TYPE_CHECKING:
+    from masked_diffusion.diffusion.objectives import Objective
+    from masked_diffusion.gaussian_diffusion import GaussianDiffusion
+    from masked_diffusion.models.backbone import LatentTransformer
 
 CONFIG_NAME = "config.json"
 # Settings that the weights or the meaning of their output depend on.
@@ -81,8 +82,10 @@ class ModelConfig:
         if self.num_classes < 1:
             raise ValueError(f"--num_classes {self.num_classes}: must be at least 1")
 
-    def build(self) -> LatentTransformer:
+    def build(self) -> "LatentTransformer":
         """A fresh model. Raises ValueError for an unknown name or a mask, decoder or patch that does not fit."""
+        from masked_diffusion.models import create_model
+
         try:
             return create_model(
                 self.model,
@@ -111,6 +114,8 @@ class ModelConfig:
 
         So what 0.1.0, which had no policies, recorded of a model is what is recorded of it now.
         """
+        from masked_diffusion.models.policies import POLICIES
+
         policy = POLICIES[self.policy_name]
         usual: dict[str, Any] = {"policy": family_policy(self.model), "route": None}
         usual |= {"choose": policy.choose, "path_drop": policy.path_drop}
@@ -154,16 +159,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_objective(self.model.model, self.objective.objective)
 
-    def build_objective(self, num_steps: int | None = None) -> Objective:
+    def build_objective(self, num_steps: int | None = None) -> "Objective":
         """The objective; num_steps: of a sampling, None for the training.
 
         Raises ValueError for a process that cannot be built or has fewer steps.
         """
+        from masked_diffusion.diffusion.objectives import OBJECTIVES
+
         process = self.diffusion
         if num_steps is not None:
             process = dataclasses.replace(process, timestep_respacing=str(num_steps))
 
-        def build(**changes: Any) -> GaussianDiffusion:
+        def build(**changes: Any) -> "GaussianDiffusion":
             return dataclasses.replace(process, **changes).build()
 
         return OBJECTIVES[self.objective.objective](self.objective, build, num_steps)

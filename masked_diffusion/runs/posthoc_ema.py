@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from masked_diffusion.choices import check_std
 from masked_diffusion.files import atomic_write, write_json
 from masked_diffusion.runs.checkpoint import read_file
 
 FOLDER_NAME = "ema_snapshots"
 BASE_NAME, INDEX_NAME = "base.pt", "index.json"
-LONGEST_STD = 0.28  # that of equal weights is sqrt(1 / 12)
 
 
 def gamma_of(std: float) -> float:
@@ -31,8 +31,7 @@ def gamma_of(std: float) -> float:
 
     Raises ValueError outside (0, 0.28].
     """
-    if not 0 < std <= LONGEST_STD:
-        raise ValueError(f"--std {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
+    check_std(std)
     t = std**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 

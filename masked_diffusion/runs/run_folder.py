@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from masked_diffusion.dist_util import Job
 from masked_diffusion.files import lock, move_aside, numbered, remove_unfinished, write_json
 from masked_diffusion.logger import output_folder
+from masked_diffusion.processes.launchers import Job
 from masked_diffusion.processes.refusals import NotNowError
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, contradiction, read_config

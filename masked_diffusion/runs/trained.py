@@ -1,18 +1,19 @@
 """A trained model from a file: its weights, the configuration they need, and the first stage they were trained with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.choices import DEFAULT_VAE, FAMILIES, family_of, ignored_settings
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import sha256_of
-from masked_diffusion.first_stage import DEFAULT_VAE, FirstStage, load_first_stage
-from masked_diffusion.models import FAMILIES, MDT, family_of, ignored_settings
+from masked_diffusion.first_stage import FirstStage, load_first_stage
+from masked_diffusion.models import MDT
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
@@ -22,8 +23,8 @@ from masked_diffusion.runs.config import (
     RunConfig,
     read_config,
 )
+from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.weights import Recognised, fit_positions, recognise
-from masked_diffusion.settings import setting
 
 HUB_DEFAULTS = [DEFAULT_VAE.format(decoder) for decoder in ("ema", "mse")]
 
@@ -48,52 +49,6 @@ class Trained:
             "ema_rate": ema[1] if ema else None,
             "step": int(ema[2]) if ema else int(raw[1]) if raw else None,
         }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a checkpoint; named as the flags. None: whatever is recorded or shown by its weights.
-
-    class_cond: False, to have no use for its classes. vae_decoder: ``ema`` or ``mse``, where the first stage is the
-    hub's default. interpolate_pos: take another ``image_size``. drop_extra: leave out weights that the model does not
-    have. usual_decoder, usual_decode_layer: taken where nothing says otherwise; they contradict nothing.
-    """
-
-    model: str | None = None
-    image_size: int | None = None
-    num_classes: int | None = None
-    decode_layer: int | None = None
-    learn_sigma: bool | None = None
-    predict_xstart: bool | None = None
-    diffusion_steps: int | None = None
-    noise_schedule: str | None = None
-    objective: str | None = None
-    sigma_small: bool | None = None
-    class_cond: bool | None = None
-    vae_path: str | None = setting(
-        None,
-        "hub name or folder of a diffusers AutoencoderKL; default: the one the model was trained with",
-        "model",
-        str,
-    )
-    vae_decoder: str | None = setting(None, "ema or mse, where the first stage is the hub's default", "model", str)
-    interpolate_pos: bool = setting(
-        False, "take weights of another resolution: resize their position and relative tables", "model"
-    )
-    drop_extra: bool = setting(
-        False, "leave out weights that the model does not have, instead of refusing the file", "model"
-    )
-    usual_decoder: str = "ema"
-    usual_decode_layer: int | None = None
-
-    def asked(self, names: Iterable[str]) -> dict[str, Any]:
-        """Those of the settings that are asked for."""
-        values = {name: getattr(self, name, None) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @property
-    def hub_vae(self) -> str:
-        return DEFAULT_VAE.format(self.vae_decoder or self.usual_decoder)
 
 
 def open_trained(path: Path, request: Request, device: torch.device | str, warn: Callable[[str], None]) -> Trained:
@@ -231,7 +186,7 @@ def config_of_weights(
             warn(f"--decode_layer is taken to be {decode_layer}: neither the weights of an MDT nor a config.json say")
         model = dataclasses.replace(model, decode_layer=decode_layer)
     process = request.asked(["sigma_small", *FIXED_PROCESS_SETTINGS]) | {"learn_sigma": shown.learn_sigma}
-    settings = {"objective": FAMILIES[family_of(shown.model)].OBJECTIVE or "ddpm", **request.asked(["objective"])}
+    settings = {"objective": FAMILIES[family_of(shown.model)].objective or "ddpm", **request.asked(["objective"])}
     objective = ObjectiveConfig(**settings)
     return RunConfig(model=model, diffusion=DiffusionConfig(**process), first_stage=first_stage, objective=objective)
 

@@ -11,7 +11,8 @@ from masked_diffusion.diffusion.guidance import Away, Denoiser, MaskedView, Othe
 from masked_diffusion.models.tokens import num_kept_tokens
 from masked_diffusion.randomness import SampleNoise
 from masked_diffusion.runs.config import FIXED_PROCESS_SETTINGS
-from masked_diffusion.runs.trained import Request, Trained, open_trained
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.image_sampler import NewAway, SamplerConfig
 
 

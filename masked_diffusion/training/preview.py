@@ -8,8 +8,9 @@ from torch import Tensor
 
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
+from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.pictures import grid, save_picture
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.training.train_config import TrainConfig
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from masked_diffusion.logger import lines_of, parse_csv_rows
 from masked_diffusion.runs.config import RunConfig, read_config
-from masked_diffusion.training.training_eval import METRICS
+from masked_diffusion.training.eval_config import METRICS
 
 LOG_NAME = "progress.csv"
 LOSSES = [f"{view}loss{quartile}" for view in ("", "m_") for quartile in ("", "_q0", "_q1", "_q2", "_q3")]

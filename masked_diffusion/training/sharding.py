@@ -23,7 +23,6 @@ from masked_diffusion.models.block_modes import blocks_of
 
 # zero: each rank keeps the optimizer's moments of its share of the parameters (ZeRO stage 1, 1910.02054). fsdp: each
 # keeps its shard of every parameter, gradient, moment and average (stage 3).
-SHARDINGS = ("none", "zero", "fsdp")
 
 
 class Shared(NamedTuple):

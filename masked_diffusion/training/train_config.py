@@ -2,15 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from masked_diffusion.runs import checkpoint
-from masked_diffusion.runs.posthoc_ema import LONGEST_STD, gamma_of
+from masked_diffusion.choices import LONGEST_STD, OPTIMIZERS, SHARDINGS, WEIGHTS_FORMATS, check_std
 from masked_diffusion.settings import setting
-from masked_diffusion.training.optimizers import OPTIMIZERS
-from masked_diffusion.training.sharding import SHARDINGS
+
+if TYPE_CHECKING:
+    import torch
 
 TERA = 10**12
 
@@ -131,8 +129,8 @@ class TrainConfig:
             raise ValueError(f"--microbatch {self.microbatch}: must be at least 1, or -1 for the whole batch")
         if self.use_fp16 and self.use_bf16:
             raise ValueError("--use_fp16 and --use_bf16: choose one")
-        if self.weights_format not in checkpoint.WEIGHTS_FORMATS:
-            known = ", ".join(checkpoint.WEIGHTS_FORMATS)
+        if self.weights_format not in WEIGHTS_FORMATS:
+            known = ", ".join(WEIGHTS_FORMATS)
             raise ValueError(f"--weights_format {self.weights_format}: unknown; choose one of {known}")
         for rate in self.ema_rates:
             try:
@@ -145,7 +143,7 @@ class TrainConfig:
             raise ValueError(f"--ema_rate {self.ema_rate}: without --ema_power there would be no average")
         for std in self.ema_powers:
             try:
-                gamma_of(float(std))
+                check_std(float(std))
             except ValueError:
                 raise ValueError(
                     f"--ema_power {self.ema_power}: expected numbers in (0, {LONGEST_STD}], separated by commas"
@@ -184,8 +182,10 @@ class TrainConfig:
         return list(dict.fromkeys(std.strip() for std in self.ema_power.split(",") if std.strip()))
 
     @property
-    def half(self) -> torch.dtype | None:
+    def half(self) -> "torch.dtype | None":
         """What autocast computes in, None for full precision."""
+        import torch
+
         return torch.float16 if self.use_fp16 else torch.bfloat16 if self.use_bf16 else None
 
     @property

@@ -25,9 +25,10 @@ from benchmarking.setup import (
 )
 from torch import Tensor
 
+from masked_diffusion.choices import family_of
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage
-from masked_diffusion.models import FAMILIES, MDT, family_of
+from masked_diffusion.models import FAMILIES, MDT
 from masked_diffusion.models.policies import FULL, MASKED
 from masked_diffusion.sampling.image_sampler import ImageSampler
 

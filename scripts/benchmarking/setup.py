@@ -29,7 +29,7 @@ from masked_diffusion.models.policies import View
 from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, training_draws
 from masked_diffusion.runs.checkpoint import Start
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import SamplerConfig
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.train_util import Batch, TrainLoop
 from masked_diffusion.training.sharding import no_sync
 from masked_diffusion.training.train_config import TrainConfig

@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 
-from masked_diffusion import create_diffusion
+from masked_diffusion import choices, create_diffusion
 from masked_diffusion.diffusion.objectives import DDPM, OBJECTIVES, ObjectiveConfig
-from masked_diffusion.diffusion.samplers import SAMPLERS, Sampler, check_serves, last, loop
+from masked_diffusion.diffusion.samplers import SAMPLERS, last, loop
 from masked_diffusion.gaussian_diffusion import mean_flat
 
 
@@ -73,12 +73,12 @@ def test_every_sampler_says_which_objectives_it_serves():
 
 
 def test_a_sampler_that_does_not_serve_an_objective_is_refused_with_those_that_do(monkeypatch):
-    monkeypatch.setitem(SAMPLERS, "other", Sampler({"something": print}))
-    monkeypatch.setitem(SAMPLERS, "third", Sampler({"something": print, "ddpm": print}))
+    monkeypatch.setitem(choices.SAMPLERS, "other", ("something",))
+    monkeypatch.setitem(choices.SAMPLERS, "third", ("something", "ddpm"))
     sentence = "--eval_sampler ddpm: it does not serve --objective something; choose one of other, third"
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        check_serves("ddpm", "something", "--eval_sampler")
-    check_serves("third", "ddpm")
+        choices.check_serves("ddpm", "something", "--eval_sampler")
+    choices.check_serves("third", "ddpm")
 
 
 # -- all objectives, where the answers are known -----------------------------------------------------------------------

@@ -13,9 +13,11 @@ from golden_arrays import GOLDENS
 from PIL import Image
 from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
 
-from masked_diffusion.runs.trained import Request, open_trained
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.inpainting import Inpainting, SideInterpolation, open_photo, side_interpolation
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 CURVE = GOLDENS / "loss_curve.json"

@@ -13,7 +13,7 @@ import torch
 from inception_2015 import write_inception_2015
 from support import TIMEOUT, TINY_DIGITS, begin, command, environment, rows, run, weights
 
-from masked_diffusion.training.training_eval import METRICS
+from masked_diffusion.training.eval_config import METRICS
 
 pytestmark = pytest.mark.e2e
 

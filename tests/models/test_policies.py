@@ -8,8 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import REPO
 
-from masked_diffusion.models import FAMILIES, create_model, ignored_settings
-from masked_diffusion.models.policies import FULL, MASKED, POLICIES, SPARSE
+from masked_diffusion import choices
+from masked_diffusion.choices import ignored_settings
+from masked_diffusion.models import FAMILIES, create_model
+from masked_diffusion.models.policies import FULL, MASKED, SPARSE
 from masked_diffusion.models.tokens import Draw, KeptTokens
 
 SIZE = {"input_size": 8, "in_channels": 1, "num_classes": 5}
@@ -359,7 +361,7 @@ def test_one_view_of_mdt_is_its_masked_view():
 
 def test_every_family_has_a_policy_of_its_own_that_fits():
     for name, family in FAMILIES.items():
-        assert name in POLICIES[family.FAMILY_POLICY].families
+        assert name in choices.POLICIES[family.FAMILY_POLICY].families
 
 
 VARIANTS = {"MDT", "MDTv2", "DiT"}

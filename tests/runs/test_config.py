@@ -5,8 +5,8 @@ import re
 import pytest
 from golden_arrays import golden_json
 
+from masked_diffusion.choices import STREAM
 from masked_diffusion.files import write_json
-from masked_diffusion.randomness import STREAM
 from masked_diffusion.runs.config import (
     DiffusionConfig,
     ModelConfig,

@@ -11,7 +11,8 @@ from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.runs import trained
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.runs.trained import Request, open_trained
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.script_util import request_of
 
 MODEL = ModelConfig(

@@ -10,8 +10,10 @@ from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import Guidance, MaskedView, OtherModel, beta_weight, constant_weight
 from masked_diffusion.models.tokens import Draw, KeptTokens
-from masked_diffusion.runs.trained import Request, open_trained
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 SAMPLE = "scripts/image_sample.py"
 CHECKPOINT = "ema_0.3_000002.pt"

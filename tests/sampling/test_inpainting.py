@@ -6,13 +6,13 @@ import torch
 from golden_arrays import set_golden_weights
 from PIL import Image
 
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.samplers import SAMPLERS
 from masked_diffusion.first_stage import PixelSpace, load_first_stage
 from masked_diffusion.models.tokens import Draw, KeptTokens
 from masked_diffusion.randomness import SampleNoise
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.inpainting import (
     Inpainting,
     Photo,
@@ -22,6 +22,7 @@ from masked_diffusion.sampling.inpainting import (
     open_photo,
     side_interpolation,
 )
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 CONFIG = RunConfig(
     model=ModelConfig("MDT_Ti_2", image_size=8, downsample=1, in_channels=3, num_classes=4, mask_ratio=0.3),

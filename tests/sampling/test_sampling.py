@@ -22,8 +22,9 @@ from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.processes import resumable_parts
 from masked_diffusion.processes.resumable_parts import make_parts
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig, labels_for
+from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, generate
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 NUM_CLASSES = 7
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import TINY_DIGITS, call
 
-from masked_diffusion.randomness import STREAM
+from masked_diffusion.choices import STREAM
 from masked_diffusion.sampling import sample_set
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"

@@ -4,10 +4,11 @@ import pytest
 import torch
 from support import on_two_ranks
 
+from masked_diffusion.choices import SHARDINGS
 from masked_diffusion.dist_util import Place, Ranks, joined_ranks
 from masked_diffusion.models import create_model
 from masked_diffusion.training.optimizers import EMA, GuardedOptimizer
-from masked_diffusion.training.sharding import SHARDINGS, no_sync, shard_like, share, total_norm, whole
+from masked_diffusion.training.sharding import no_sync, shard_like, share, total_norm, whole
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from support import REPO, TIMES, TINY_DIGITS, assert_same_weights, call, rows, s
 
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.runs import checkpoint
-from masked_diffusion.training.training_eval import METRICS, lone_environment
+from masked_diffusion.training.eval_config import METRICS
+from masked_diffusion.training.training_eval import lone_environment
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 STAND_IN = REPO / "tests" / "stand_in_evaluator.py"
