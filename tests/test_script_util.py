@@ -37,7 +37,7 @@ def parser():
 @pytest.fixture(autouse=True)
 def _a_program_without_a_launcher(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/image_train.py"])
-    for variables in launchers._LAUNCHERS.values():
+    for variables in launchers.LAUNCHERS.values():
         for name in variables:
             monkeypatch.delenv(name, raising=False)
 

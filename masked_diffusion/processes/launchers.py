@@ -20,7 +20,7 @@ class Place:
 # Launchers in the order in which they are asked: name, (rank, world size, local rank) variables. A launcher counts
 # when rank and size are set: torchrun inside a SLURM step wins over the step. Of MPICH all three are asked for, because
 # srun, too, sets the first two for MPI programs.
-_LAUNCHERS = {
+LAUNCHERS = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -36,7 +36,7 @@ def find_place(
     Raises ValueError for a rank outside the world, or a rank without a world size.
     """
     found: dict[str, int] = {}
-    for launcher, variables in _LAUNCHERS.items():
+    for launcher, variables in LAUNCHERS.items():
         if set(variables if launcher == "MPICH" else variables[:2]) <= set(environ):
             names = ("rank", "world_size", "local_rank")
             found = {name: int(environ[v]) for name, v in zip(names, variables, strict=True) if v in environ}
