@@ -181,10 +181,10 @@ LATENT_DTYPES = ("fp32", "fp16", "bf16")
 LONGEST_STD = 0.28  # of a power-function average; that of equal weights is sqrt(1 / 12)
 
 
-def check_std(std: float, flag: str = "--std") -> None:
+def check_std(std: float) -> None:
     """Raise ValueError for a relative length that no power-function average has."""
     if not 0 < std <= LONGEST_STD:
-        raise ValueError(f"{flag} {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
+        raise ValueError(f"--std {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
 
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
