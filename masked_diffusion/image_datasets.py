@@ -24,8 +24,9 @@ from masked_diffusion.data.fast_decode import read_resized
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.label_files import read_label_file
 from masked_diffusion.data.listing_cache import some
-from masked_diffusion.data.source import ImageSource
+from masked_diffusion.data.source import ImageSource, SourceOptions
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
+from masked_diffusion.data.table_images import Table
 from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.waiting import never
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
@@ -302,6 +303,9 @@ def open_dataset(
     random_crop: bool = DataConfig.random_crop,
     random_flip: bool = DataConfig.random_flip,
     fast_decode: bool = DataConfig.fast_decode,
+    image_column: str = DataConfig.image_column,
+    label_column: str = DataConfig.label_column,
+    max_image_bytes: int = DataConfig.max_image_bytes,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
@@ -312,7 +316,16 @@ def open_dataset(
         warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
     if labels_file and not class_cond:
         warnings.warn(f"--labels_file {labels_file} is ignored with --class_cond False", stacklevel=2)
-    source = open_source(data_dir)
+    source = open_source(data_dir, SourceOptions(image_column, label_column, max_image_bytes))
+    if not isinstance(source, Table):
+        for name, column in (("image_column", image_column), ("label_column", label_column)):
+            if column:
+                warnings.warn(f"--{name} {column} is ignored: --data_dir {data_dir} has no columns", stacklevel=2)
+    if label_column and (labels_file or class_from != "auto" or not class_cond):
+        reason = (
+            "--class_cond False" if not class_cond else "--labels_file" if labels_file else f"--class_from {class_from}"
+        )
+        warnings.warn(f"--label_column {label_column} is ignored with {reason}", stacklevel=2)
     if labels_file and isinstance(source, Builtin | LatentFolder):
         raise ValueError(f"--labels_file {labels_file}: {data_dir} has labels of its own; leave it out")
     if fast_decode and isinstance(source, Builtin | LatentFolder):

@@ -14,20 +14,19 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from masked_diffusion.data.bad_images import list_entry, write_list
-from masked_diffusion.data.data_config import DataConfig
+from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import move_aside
 from masked_diffusion.image_datasets import LatentDataset, SourceDataset, center_crop_arr, open_dataset
 from masked_diffusion.processes.loader_processes import iterate
-from masked_diffusion.script_util import MACHINE_FLAGS, choose_num_workers, make_parser, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, args_to_dict, choose_num_workers, make_parser, run_script
 from masked_diffusion.settings import Flag, flags_of
 
 FLAGS = {
     "data_dir": Flag("", "images of any form that a training reads, or latents (scripts/encode_latents.py)", "data"),
     "image_size": Flag(256, "side of the square images in pixels, as in the training", "data"),
+    **{name: flags_of(DataConfig)[name] for name in READING[2:]},
     "class_cond": flags_of(DataConfig)["class_cond"]._replace(help="look for classes, too"),
-    "class_from": flags_of(DataConfig)["class_from"],
-    "labels_file": flags_of(DataConfig)["labels_file"],
     "num_workers": MACHINE_FLAGS["num_workers"],
     "out": Flag("", "also write the bad files, with a tab and the reason, to this file", "saving"),
 }
@@ -90,9 +89,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     dataset = open_dataset(
         args.data_dir,
         image_size=args.image_size,
-        class_cond=args.class_cond,
-        class_from=args.class_from,
-        labels_file=args.labels_file,
+        **args_to_dict(args, READING[1:]),
         random_flip=False,  # latents need not have mirror images
     )
     if not isinstance(dataset, SourceDataset | LatentDataset):

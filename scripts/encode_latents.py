@@ -17,7 +17,7 @@ from pathlib import Path
 
 from masked_diffusion import dist_util
 from masked_diffusion.choices import DEFAULT_VAE
-from masked_diffusion.data.data_config import DataConfig
+from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
 from masked_diffusion.data.latent_encoding import encode_shards
@@ -28,6 +28,7 @@ from masked_diffusion.image_datasets import SourceDataset, open_dataset
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
+    args_to_dict,
     choose_num_workers,
     make_parser,
     place_from_args,
@@ -41,9 +42,8 @@ FLAGS = {
     "out": Flag("", "folder for the latents, which scripts/image_train.py takes as --data_dir", "saving"),
     "image_size": flags_of(ModelConfig)["image_size"],
     "vae_path": Flag(DEFAULT_VAE.format("mse"), "hub name or folder of a diffusers AutoencoderKL", "model"),
+    **{name: DATA_FLAGS[name] for name in READING[2:]},
     "class_cond": DATA_FLAGS["class_cond"]._replace(help="keep class labels"),
-    "class_from": DATA_FLAGS["class_from"],
-    "labels_file": DATA_FLAGS["labels_file"],
     "random_flip": DATA_FLAGS["random_flip"]._replace(
         help="encode the mirror images, too; a training with --random_flip True needs them"
     ),
@@ -81,9 +81,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
     dataset = open_dataset(
         args.data_dir,
         image_size=args.image_size,
-        class_cond=args.class_cond,
-        class_from=args.class_from,
-        labels_file=args.labels_file,
+        **args_to_dict(args, READING[1:]),
     )
     if not isinstance(dataset, SourceDataset):
         raise ValueError(f"--data_dir {args.data_dir}: give a folder of images; this is not one to encode")
@@ -142,6 +140,7 @@ def describe(
         class_names=dataset.class_names if args.class_cond else None,
         data_dir=absolute(source.data_dir),
         source_sha256=index.sha256(),
+        columns={name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)},
     )
     return record, index
 

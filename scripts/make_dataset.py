@@ -15,11 +15,11 @@ from contextlib import ExitStack
 
 from masked_diffusion.data.bad_images import list_entry
 from masked_diffusion.data.conversion import Conversion, Plan
-from masked_diffusion.data.data_config import DataConfig
+from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.image_writers import target_of
-from masked_diffusion.image_datasets import SourceDataset, open_images
-from masked_diffusion.script_util import MACHINE_FLAGS, choose_num_workers, make_parser, run_script
+from masked_diffusion.image_datasets import DigitsDataset, SourceDataset, open_dataset
+from masked_diffusion.script_util import MACHINE_FLAGS, args_to_dict, choose_num_workers, make_parser, run_script
 from masked_diffusion.settings import Flag, flags_of
 
 DATA_FLAGS = flags_of(DataConfig)
@@ -28,9 +28,8 @@ FLAGS = {
         None, "crop and resize to this side, and save as PNG; None keeps each file as it is", "data", int | None
     ),
     "crop": Flag(True, "cut the square in the middle; False, with --image_size, resizes the short side alone", "data"),
+    **{name: DATA_FLAGS[name] for name in READING[2:]},
     "class_cond": DATA_FLAGS["class_cond"]._replace(help="write class labels"),
-    "class_from": DATA_FLAGS["class_from"],
-    "labels_file": DATA_FLAGS["labels_file"],
     "num_workers": MACHINE_FLAGS["num_workers"],
 }
 
@@ -58,20 +57,16 @@ def prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
         raise ValueError(f"DEST {args.dest}: give a local path for the data set")
     target = target_of(args.dest)
     num_workers = choose_num_workers(args.num_workers)
-    if args.labels_file and not args.class_cond:
-        warnings.warn(f"--labels_file {args.labels_file} is ignored with --class_cond False", stacklevel=2)
     if not args.crop and args.image_size is None:
         warnings.warn("--crop False is ignored without --image_size", stacklevel=2)
     try:
-        dataset = SourceDataset(
-            open_images(args.source),
-            image_size=args.image_size or 1,
-            class_cond=args.class_cond,
-            class_from=args.class_from,
-            labels_file=args.labels_file,
-        )
+        dataset = open_dataset(args.source, image_size=args.image_size or 1, **args_to_dict(args, READING[1:]))
+        if isinstance(dataset, DigitsDataset):  # as image files, which they become
+            dataset = SourceDataset(args.source, image_size=dataset.image_size, class_cond=args.class_cond)
     except (ValueError, OSError) as error:
         raise type(error)(str(error).replace("--data_dir", "SOURCE")) from error
+    if not isinstance(dataset, SourceDataset):
+        raise ValueError(f"SOURCE {args.source}: holds latents; give the images they were made of")
     conversion = Conversion(dataset, target, plan, stack)
     sys.stderr.write("".join(f"{line}\n" for line in (f"data: {dataset}", *conversion.notes)))
     return lambda: work(conversion, num_workers)

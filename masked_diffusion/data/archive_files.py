@@ -6,9 +6,6 @@ from typing import Any
 
 from masked_diffusion.data.image_files import patiently
 
-# More bytes than an image of MAX_PIXELS has in any of the formats that are read: what claims more is a bomb.
-MAX_IMAGE_BYTES = 2**30
-
 
 class ArchiveFile:
     """A local file read at offsets. Each process opens it when it first reads; threads may share it."""

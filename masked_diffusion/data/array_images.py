@@ -11,7 +11,7 @@ from PIL import Image
 
 from masked_diffusion.data.image_files import PathTable, is_remote
 from masked_diffusion.data.label_files import classes_of
-from masked_diffusion.data.source import Classes, ImageSource
+from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 # Bytes of a compressed array, which is unpacked into memory at the start, and again in each loader process.
@@ -26,7 +26,7 @@ class Arrays(ImageSource):
     Raises ValueError, naming --data_dir and the remedy, for anything else.
     """
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
         if (size := _bytes_to_unpack(data_dir)) > MAX_UNPACKED_BYTES:
             raise ValueError(

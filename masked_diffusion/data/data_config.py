@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
+from masked_diffusion.data.source import SourceOptions
 from masked_diffusion.settings import setting
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(SourceOptions):
     """Which images, and what is done to them, see :func:`masked_diffusion.image_datasets.open_dataset`."""
 
     data_dir: str = setting(
@@ -20,3 +21,7 @@ class DataConfig:
     fast_decode: bool = setting(
         False, "decode and resize images by faster code; pixels differ slightly from the published crops'", "data"
     )
+
+
+# The fields that say where images and their classes are, for scripts that do with them something else than training.
+READING = ("data_dir", "class_cond", "class_from", "labels_file", *SourceOptions.__dataclass_fields__)

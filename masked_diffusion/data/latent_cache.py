@@ -54,7 +54,8 @@ class CacheRecord:
     vae_path, vae_sha256, scaling_factor, shift_factor: the autoencoder, its name and the hash of its weights.
     image_size, preprocessing: how an image became its input. latent_shape: [C, h, w]. dtype: a key of DTYPES.
     mirrored: whether mirror images were encoded, too. shard_size: images per file. class_names: in label order, None
-    without classes. data_dir, source_sha256: the images, and the hash of their paths, sizes and labels.
+    without classes. data_dir, source_sha256: the images, and the hash of their paths, sizes and labels. columns: those
+    of a table that the user named, by the names of the flags.
     """
 
     vae_path: str
@@ -72,6 +73,7 @@ class CacheRecord:
     source_sha256: str
     preprocessing: str = "center_crop_arr"
     format: int = 1
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def moments_shape(self) -> list[int]:

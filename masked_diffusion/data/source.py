@@ -1,6 +1,7 @@
 """Interface of a source of data: names, sizes, labels, and the bytes of an image. ``sources.py`` lists the sources."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +9,24 @@ import numpy as np
 from PIL import Image
 
 from masked_diffusion.data.image_files import PathTable, as_shown, join, read_with
+from masked_diffusion.settings import setting
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is read. Each kind looks at what concerns it."""
+
+    image_column: str = setting("", "column of the images in parquet and arrow files; empty finds it", "data")
+    label_column: str = setting("", "column of the labels in parquet and arrow files; empty looks for label", "data")
+    # 1 GiB is more than an image of MAX_PIXELS has in any of the formats that are read: what claims more is a bomb.
+    max_image_bytes: int = setting(2**30, "images of more bytes in archives and tables count as bad", "data")
+
+    def __post_init__(self) -> None:
+        if self.max_image_bytes < 1:
+            raise ValueError(f"--max_image_bytes {self.max_image_bytes}: must be at least 1")
+
+
+USUAL = SourceOptions()
 
 
 class Classes(NamedTuple):
@@ -31,7 +50,7 @@ class Source:
     notes: Sequence[str] = ()
     made_up_folders: str = ""
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         """Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for what cannot be used."""
         raise NotImplementedError
 

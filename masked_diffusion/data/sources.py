@@ -4,6 +4,7 @@ A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, fli
 ``image_datasets.py``'s.
 """
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from masked_diffusion.data.array_images import Arrays
+from masked_diffusion.data.arrow_images import Arrow
 from masked_diffusion.data.image_files import (
     LABELS_NAME,
     PathTable,
@@ -27,7 +29,7 @@ from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.parquet_images import Parquet
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
-from masked_diffusion.data.source import Classes, ImageSource, Source
+from masked_diffusion.data.source import USUAL, Classes, ImageSource, Source, SourceOptions
 from masked_diffusion.data.tar_images import Tar
 from masked_diffusion.data.zip_images import Zip
 
@@ -43,7 +45,7 @@ class Builtin(ImageSource):
 
     PARTS = {"builtin:digits": False, "builtin:digits-test": True}
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         if data_dir not in self.PARTS:
             raise ValueError(
                 f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
@@ -85,7 +87,7 @@ class Shapes(ImageSource):
 
     PARTS = {"builtin:shapes": (0, 10_000), "builtin:shapes-test": (1, 2_000)}  # seed and number of pictures
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         if data_dir not in self.PARTS:
             raise ValueError(
                 f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
@@ -120,7 +122,7 @@ BUILTIN_NAMES = (*Builtin.PARTS, *Shapes.PARTS)
 class LatentFolder(Source):
     """Latents that ``scripts/encode_latents.py`` made, read through ``cache``. Raises what ``LatentCache`` does."""
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
         self.cache = LatentCache(data_dir)
         self.names = self.cache.names
@@ -147,7 +149,7 @@ class LatentFolder(Source):
         if is_remote(self.cache.record.data_dir):
             return
         try:
-            images = open_images(self.cache.record.data_dir)
+            images = open_images(self.cache.record.data_dir, dataclasses.replace(USUAL, **self.cache.record.columns))
             sizes = images.sizes()
         except (OSError, ValueError):  # gone, or such as an empty folder where a disk is not mounted
             return
@@ -157,7 +159,7 @@ class LatentFolder(Source):
 class Folder(ImageSource):
     """Image files of a local or remote folder and the folders below it. Raises what ``list_folder`` does."""
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         listing = list_folder(data_dir)
         self.data_dir = data_dir
         self.names = PathTable(listing.files)
@@ -188,11 +190,12 @@ SOURCES: tuple[type[Source], ...] = (
     Zip,
     Tar,
     Parquet,
+    Arrow,
     Folder,
 )  # the first that claims a path opens it
 
 
-def open_source(data_dir: str) -> Source:
+def open_source(data_dir: str, options: SourceOptions = USUAL) -> Source:
     """The source that ``--data_dir`` names. ``~`` is expanded.
 
     Raises FileNotFoundError or ValueError, one sentence naming --data_dir and the remedy, when there is none.
@@ -201,12 +204,12 @@ def open_source(data_dir: str) -> Source:
         raise ValueError("--data_dir: give the folder that holds the images, or builtin:digits")
     # Path.expanduser fails without a word about the folder when it knows no such user.
     data_dir = data_dir if is_remote(data_dir) else os.path.expanduser(data_dir)  # noqa: PTH111
-    return next(source for source in SOURCES if source.claims(data_dir))(data_dir)
+    return next(source for source in SOURCES if source.claims(data_dir))(data_dir, options)
 
 
-def open_images(data_dir: str) -> ImageSource:
+def open_images(data_dir: str, options: SourceOptions = USUAL) -> ImageSource:
     """The source of images that ``--data_dir`` names. Raises what :func:`open_source` does, ValueError for latents."""
-    source = open_source(data_dir)
+    source = open_source(data_dir, options)
     if isinstance(source, LatentFolder):
         raise ValueError(
             f"--data_dir {data_dir}: holds latents; give the images they were made of ({source.cache.record.data_dir})"

@@ -17,22 +17,23 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
+from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each
 from masked_diffusion.data.image_files import EXTENSIONS, PathTable, UnreadableImageError, is_remote, looked_in
 from masked_diffusion.data.label_files import classes_of, named
 from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_paths
-from masked_diffusion.data.source import Classes, ImageSource
+from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 from masked_diffusion.files import atomic_write, cache_folder
 
-FORMAT = 3  # of the kept lists
+FORMAT = 4  # of the kept lists
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
 _LONGEST_LABEL = 1 << 20  # bytes of such a file
+_ZEROS_AT_ONCE = 1 << 20
 # Archives that a process holds open: some systems allow 256 files.
 _OPEN = 64
 
@@ -60,8 +61,9 @@ class Tar(ImageSource):
     without images.
     """
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
+        self._largest = options.max_image_bytes
         self._paths = shards_of(data_dir)
         for path in self._paths:
             if not Path(path).is_file():
@@ -137,8 +139,8 @@ class Tar(ImageSource):
 
     def read(self, index: int) -> bytes:
         size = int(self._sizes[index])
-        if size > MAX_IMAGE_BYTES:
-            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {MAX_IMAGE_BYTES}")
+        if size > self._largest:
+            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self._largest}")
         number, offset = int(self._shards[index]), int(self._offsets[index])
         content = self._file(number).read(offset, size)
         if len(content) < size:
@@ -247,54 +249,94 @@ def _unpack(record: dict[str, Any], packed: bytes) -> Shard:
 
 
 def list_shard(path: str) -> Shard:
-    """List the images of an archive and their labels. What is damaged or does not belong there is noted."""
-    shard, keys = Shard(), list[str]()
-    label_of: dict[str, dict[str, str]] = {}
-    left_out: Counter[str] = Counter()
-    at = 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep an object for each
-                at = archive.offset
-                name = member.name.removeprefix("./")
-                if is_outside(name):
-                    left_out["members with names that point out of it"] += 1
-                elif not member.isreg() or member.issparse():
-                    left_out["members that are links or devices"] += not member.isdir()
-                elif not is_hidden(name):
-                    key, extension = split_key(name)
-                    if extension in EXTENSIONS:
-                        keys.append(key)
-                        shard.names.append(name)
-                        shard.offsets.append(member.offset_data)
-                        shard.sizes.append(member.size)
-                    elif extension in _LABEL_FILES and member.size <= _LONGEST_LABEL:
-                        stream = archive.extractfile(member)
-                        content = b"" if stream is None else stream.read()
-                        if (label := _label(extension, content)) is not None:
-                            label_of.setdefault(key, {})[extension] = label
-                        if extension == ".json":
-                            shard.class_names |= _class_name(content)
-                    else:
-                        shard.skipped[extension or "no extension"] += 1
-            at = archive.offset
-            if not _ends_at(path, at):  # next() gives None for a damaged header, too
-                raise tarfile.ReadError("no header and no end of an archive is there")
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        shard.notes.append(f"{path} is cut off or damaged before byte {at} ({error}): what follows is not read")
-    for key in keys:
-        labels = label_of.get(key, {})
-        shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
-    shard.notes += [f"left out of {path}: {number} {what}" for what, number in left_out.items() if number]
-    return shard
+    """List the images of an archive and their labels; also of archives that were joined end to end into one file.
 
-
-def _ends_at(path: str, offset: int) -> bool:
-    """Whether a tar archive says that it ends there: with a block of zeros."""
+    What is damaged or does not belong there is noted.
+    """
+    listing = _ShardListing(path)
     with Path(path).open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        start: int | None = 0
+        while start is not None:
+            start = listing.take_archive(file, start)
+    return listing.finish()
+
+
+class _ShardListing:
+    """The members of an archive, taken one by one."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.shard = path, Shard()
+        self.keys: list[str] = []
+        self.label_of: dict[str, dict[str, str]] = {}
+        self.left_out: Counter[str] = Counter()
+
+    def take_archive(self, file: IO[bytes], start: int) -> int | None:
+        """Take the members from an offset to the end of the archive there. Returns where another one begins."""
+        at = start
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # it would keep an object for each
+                    at = archive.offset
+                    self._take(archive, member)
+                at = archive.offset
+            if not _is_end(file, at):  # next() gives None for a damaged header, too
+                raise tarfile.ReadError("no header and no end of an archive is there")
+            return _behind_zeros(file, at)
+        except (tarfile.TarError, EOFError, ValueError) as error:
+            self.shard.notes.append(
+                f"{self.path} is cut off or damaged before byte {at} ({error}): what follows is not read"
+            )
+            return None
+
+    def _take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        name = member.name.removeprefix("./")
+        if is_outside(name):
+            self.left_out["members with names that point out of it"] += 1
+        elif not member.isreg() or member.issparse():
+            self.left_out["members that are links or devices"] += not member.isdir()
+        elif not is_hidden(name):
+            key, extension = split_key(name)
+            if extension in EXTENSIONS:
+                self.keys.append(key)
+                self.shard.names.append(name)
+                self.shard.offsets.append(member.offset_data)
+                self.shard.sizes.append(member.size)
+            elif extension in _LABEL_FILES and member.size <= _LONGEST_LABEL:
+                stream = archive.extractfile(member)
+                content = b"" if stream is None else stream.read()
+                if (label := _label(extension, content)) is not None:
+                    self.label_of.setdefault(key, {})[extension] = label
+                if extension == ".json":
+                    self.shard.class_names |= _class_name(content)
+            else:
+                self.shard.skipped[extension or "no extension"] += 1
+
+    def finish(self) -> Shard:
+        for key in self.keys:
+            labels = self.label_of.get(key, {})
+            self.shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
+        left_out = [f"left out of {self.path}: {number} {what}" for what, number in self.left_out.items() if number]
+        self.shard.notes += left_out
+        return self.shard
+
+
+def _is_end(file: IO[bytes], offset: int) -> bool:
+    """Whether a tar archive says that it ends there: with a block of zeros."""
+    file.seek(offset)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _behind_zeros(file: IO[bytes], offset: int) -> int | None:
+    """Where the first block from an offset on is that is not of zeros; None where the file ends before."""
+    file.seek(offset)
+    while block := file.read(_ZEROS_AT_ONCE):
+        if rest := block.lstrip(b"\0"):
+            found = offset + len(block) - len(rest)
+            return found - found % tarfile.BLOCKSIZE
+        offset += len(block)
+    return None
 
 
 def split_key(name: str) -> tuple[str, str]:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import MAX_IMAGE_BYTES, ArchiveFile, is_hidden, is_outside, last_of_each
+from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each
 from masked_diffusion.data.image_files import LABELS_NAME, PathTable, UnreadableImageError, is_remote, take_file
 from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.listing_cache import Listing
-from masked_diffusion.data.source import Classes, ImageSource
+from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _MEMBER, LOCAL_MARK = b"PK\x01\x02", b"PK\x03\x04"
@@ -26,6 +26,7 @@ _MEMBER_HEAD = struct.Struct("<4s6H3L5H2L")
 LOCAL_HEAD = struct.Struct("<4s5H3L2H")
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1  # of the flags
+_LARGEST_LABELS = 2**30  # bytes of a dataset.json: ten million labels have about half of it
 _USUAL_EXTRA = 64  # bytes between a member's name and its content that are read along with it
 
 
@@ -49,8 +50,9 @@ class Zip(ImageSource):
     Raises ValueError, naming --data_dir and the remedy, for an archive whose directory is damaged or without images.
     """
 
-    def __init__(self, data_dir: str) -> None:
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
+        self._largest = options.max_image_bytes
         self._file = ArchiveFile(data_dir)
         listing, rows, labels = Listing(), array("q"), None
         outside: list[str] = []
@@ -85,7 +87,7 @@ class Zip(ImageSource):
             self.notes.append(f"left out: {links} members that are links")
         if len(order) < len(listing.files):
             self.notes.append(f"left out: {len(listing.files) - len(order)} members of which later ones have the name")
-        self._labels = None if labels is None else self._content(labels)
+        self._labels = None if labels is None else self._content(labels, _LARGEST_LABELS)
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:
@@ -105,9 +107,11 @@ class Zip(ImageSource):
     def read(self, index: int) -> bytes:
         fields = (self._offsets, self._packed, self._sizes, self._crcs, self._methods)
         offset, packed, size, crc, method = (int(field[index]) for field in fields)
-        return self._content(_Member(self.names[index], offset, packed, size, crc, method, is_link=False))
+        return self._content(
+            _Member(self.names[index], offset, packed, size, crc, method, is_link=False), self._largest
+        )
 
-    def _content(self, member: _Member) -> bytes:
+    def _content(self, member: _Member, largest: int) -> bytes:
         """A member unpacked. Raises UnreadableImageError for one that cannot be, OSError when the storage fails."""
 
         def bad(reason: str) -> UnreadableImageError:
@@ -115,8 +119,8 @@ class Zip(ImageSource):
 
         if member.method not in (_STORED, _DEFLATED):
             raise bad("encrypted" if member.method < 0 else f"compression method {member.method}, read are 0 and 8")
-        if max(member.size, member.packed) > MAX_IMAGE_BYTES:
-            raise bad(f"{member.size} bytes are more than {MAX_IMAGE_BYTES}, perhaps a decompression bomb")
+        if max(member.size, member.packed) > largest:
+            raise bad(f"{member.size} bytes are more than {largest}, perhaps a decompression bomb")
         ahead = LOCAL_HEAD.size + len(member.name.encode("utf-8", "surrogateescape")) + _USUAL_EXTRA
         block = self._file.read(member.offset, ahead + member.packed)
         if len(block) < LOCAL_HEAD.size or not block.startswith(LOCAL_MARK):

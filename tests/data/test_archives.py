@@ -19,9 +19,10 @@ from PIL import Image
 from pyarrow import parquet
 from support import script
 
-from masked_diffusion.data import array_images, parquet_images, tar_images, zip_images
+from masked_diffusion.data import array_images, image_files, parquet_images, tar_images
 from masked_diffusion.data.image_files import UnreadableImageError
-from masked_diffusion.data.sources import Arrays, Folder, Parquet, Tar, Zip, open_source
+from masked_diffusion.data.source import SourceOptions
+from masked_diffusion.data.sources import Arrays, Arrow, Folder, Parquet, Tar, Zip, open_source
 from masked_diffusion.image_datasets import load_data, open_dataset
 
 COUNT, SIDE = 30, 16
@@ -116,7 +117,36 @@ def make_parquet(root, place="train-00000-of-00002.parquet", label_column="label
     return root
 
 
+def make_saved(root, images=IMAGES):
+    """A folder as datasets.save_to_disk writes a DatasetDict: splits, each with files of Arrow streams."""
+    make_parquet(root, images=images)
+    (root / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        (root / split).mkdir()
+        names = []
+        for path in sorted(root.glob(f"{split}-*.parquet")):
+            names.append(f"data-{len(names):05d}-of-00002.arrow")
+            table = parquet.read_table(path)
+            with pyarrow.ipc.new_stream(root / split / names[-1], table.schema) as stream:
+                stream.write_table(table, max_chunksize=4)
+            path.unlink()
+        state = {"_data_files": [{"filename": name} for name in names], "_format_type": None, "_split": None}
+        (root / split / "state.json").write_text(json.dumps(state))
+        (root / split / "dataset_info.json").write_text("{}")
+    return root
+
+
+def make_joined(root):
+    """Three tar archives in one file, each with its end, as cat joins them."""
+    make_tar(root, 3)
+    parts = sorted(root.glob("*.tar"))
+    (root / "joined").write_bytes(b"".join(path.read_bytes() for path in parts))
+    return root / "joined"
+
+
 FORMS = {
+    "joined tars": make_joined,
+    "saved": make_saved,
     "parquet": make_parquet,
     "tar": lambda root: make_tar(root, place="s-08.tar"),
     "tars": lambda root: make_tar(root, 3, place="s-{08..10}.tar"),
@@ -204,9 +234,13 @@ def test_five_hundred_images_give_the_same_batches_in_each_form_on_any_processes
 @pytest.mark.parametrize("form", FORMS)
 def test_sources_travel_to_workers_and_know_their_images(paths, form):
     source = open_source(paths[form])
-    assert type(source) is {"folder": Folder, "npz": Arrays, "compressed npz": Arrays, "parquet": Parquet}.get(
-        form, Tar if "tar" in form else Zip
-    )
+    assert type(source) is {
+        "folder": Folder,
+        "npz": Arrays,
+        "compressed npz": Arrays,
+        "parquet": Parquet,
+        "saved": Arrow,
+    }.get(form, Tar if "tar" in form else Zip)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.names == source.names and len(pickle.dumps(source)) < 20_000
     assert np.array_equal(np.asarray(copy.picture(3)), np.asarray(source.picture(3)))
@@ -368,6 +402,21 @@ def test_classes_of_file_names_and_folders_of_their_own_are_taken_from_archives_
     assert open_dataset(str(tmp_path), image_size=8).class_names == ["cat", "dog"]
 
 
+def test_labels_may_lie_in_a_bucket(tmp_path, paths, monkeypatch):
+    (tmp_path / "labels.csv").write_text(CSV)
+
+    class Bucket:
+        @staticmethod
+        def BlobFile(path, mode):  # noqa: N802
+            return Path(path.replace("gs://bucket", str(tmp_path))).open(mode)
+
+    monkeypatch.setattr(image_files, "_blobfile", lambda path: Bucket)
+    dataset = open_dataset(paths["zip"], image_size=8, labels_file="gs://bucket/labels.csv")
+    assert dataset.class_names == ["kind, 0", "kind, 1", "kind, 2"] and dataset.labels.tolist() == LABELS
+    with pytest.raises(FileNotFoundError, match="--labels_file gs://bucket/none.csv: "):
+        open_dataset(paths["zip"], image_size=8, labels_file="gs://bucket/none.csv")
+
+
 # What may be wrong with an archive
 
 
@@ -422,11 +471,10 @@ def test_a_cut_off_archive_is_refused(tmp_path, paths, keep):
         open_source(str(tmp_path / "a.zip"))
 
 
-def test_bombs_are_refused_whether_they_say_their_size_or_not(tmp_path, monkeypatch):
+def test_bombs_are_refused_whether_they_say_their_size_or_not(tmp_path):
     path = write_zip(tmp_path / "a.zip", {"a.png": bytes(10**6), "b.png": png(0)}, zipfile.ZIP_DEFLATED)
-    monkeypatch.setattr(zip_images, "MAX_IMAGE_BYTES", 10**5)
-    with pytest.raises(UnreadableImageError, match="perhaps a decompression bomb"):
-        open_source(str(path)).read(0)
+    with pytest.raises(UnreadableImageError, match="1000000 bytes are more than 100000, perhaps a decompression bomb"):
+        open_source(str(path), SourceOptions(max_image_bytes=10**5)).read(0)
     content = path.read_bytes().replace(struct.pack("<L", 10**6), struct.pack("<L", 100))
     path.write_bytes(content)
     with pytest.raises(UnreadableImageError, match="size or checksum"):
@@ -627,7 +675,17 @@ def test_an_archive_with_a_damaged_header_names_itself_and_the_place_also_from_t
 
 
 def test_a_whole_archive_has_no_note(paths):
-    assert not open_source(paths["tar"]).notes
+    for form in ("tar", "joined tars"):
+        assert not open_source(paths[form]).notes
+
+
+def test_what_follows_an_archive_and_is_none_is_said(tmp_path):
+    first = tar_of([("0.png", png(0))])
+    (tmp_path / "a.tar").write_bytes(first + bytes(1 << 20) + tar_of([("1.png", png(1))]) + b"text" * 128)
+    source = open_source(str(tmp_path / "a.tar"))
+    assert [source.read(index) for index in range(2)] == [png(0), png(1)]
+    [note] = source.notes
+    assert f"damaged before byte {2 * len(first) + (1 << 20)} (" in note
 
 
 def test_members_that_point_out_of_an_archive_or_are_links_are_left_out(tmp_path):
@@ -666,7 +724,139 @@ def test_tars_among_images_do_not_make_a_folder_one_of_archives(tmp_path):
     assert isinstance(open_source(str(tmp_path)), Folder)
 
 
-# Parquet files
+# Tables: parquet files, and what datasets.save_to_disk writes
+
+
+TWO_OF_EACH = {
+    "thumb": [png(8), png(9)],
+    "image": [png(0), png(1)],
+    "label": [0, 1],
+    "kind": pyarrow.array([1, 0], pyarrow.uint8()),
+    "word": ["dog", "cat"],
+    "part": [0.5, 1.5],
+    "gap": ["a", None],
+}
+
+
+def write_saved(folder, columns):
+    """What datasets.save_to_disk leaves of a Dataset, as of its version 5."""
+    folder.mkdir()
+    table = columns if isinstance(columns, pyarrow.Table) else pyarrow.table(columns)
+    with pyarrow.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0", "_format_columns": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text('{"citation": "", "features": {}}')
+    return str(folder)
+
+
+@pytest.fixture(params=["parquet", "saved"])
+def two_of_each(request, tmp_path):
+    if request.param == "saved":
+        return write_saved(tmp_path / "saved", TWO_OF_EACH)
+    return write_table(tmp_path / "a.parquet", **TWO_OF_EACH)
+
+
+def test_columns_are_found_or_named(two_of_each):
+    found = open_dataset(two_of_each, image_size=8)
+    assert found.source.read(1) == png(1) and found.labels.tolist() == [0, 1]
+    for column, labels, names in (("kind", [1, 0], ["0", "1"]), ("word", [1, 0], ["cat", "dog"])):
+        named = open_dataset(two_of_each, image_size=8, image_column="thumb", label_column=column)
+        assert named.source.read(1) == png(9) and named.labels.tolist() == labels and named.class_names == names
+
+
+@pytest.mark.parametrize(
+    "columns, sentence",
+    [
+        (["word"], "--image_column word: no column of .* those that may have images are thumb, image$"),
+        (["none"], "--image_column none: no column"),
+        (
+            ["", "none"],
+            "--label_column none: .* has no such column; there are thumb, image, label, kind, word, part, gap",
+        ),
+        (["", "part"], "--label_column part: holds double in .*; labels are integers or names of classes"),
+        (["", "gap"], "--label_column gap: 1 of 2 rows of .* have no label; fill it, or train without"),
+    ],
+)
+def test_columns_that_are_none_are_refused(two_of_each, columns, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        open_source(two_of_each, SourceOptions(*columns))
+
+
+def test_columns_are_flags_and_said_where_they_mean_nothing(two_of_each, paths, tmp_path, capsys):
+    check = script("scripts/check_data.py").main
+    flags = ["--image_size", "8", "--num_workers", "0"]
+    named = [*flags, "--image_column", "thumb", "--label_column", "word", "--max_image_bytes", str(len(png(9)))]
+    assert check(["--data_dir", two_of_each, *named]) == (0 if len(png(8)) <= len(png(9)) else 1)
+    assert "2 images, 2 classes (cat, dog)" in capsys.readouterr().out
+    assert check(["--data_dir", two_of_each, *flags, "--max_image_bytes", "100"]) == 1
+    assert "bytes are more than 100" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="--label_column word is ignored: --data_dir .* has no columns"):
+        assert check(["--data_dir", paths["zip"], *flags, "--label_column", "word", "--max_image_bytes", "9"]) == 1
+    assert f"{COUNT} of {COUNT} cannot be read" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="--label_column word is ignored with --class_from folder"):
+        check(["--data_dir", two_of_each, *flags, "--label_column", "word", "--class_from", "folder"])
+    with pytest.raises(ValueError, match="--max_image_bytes 0: must be at least 1"):
+        SourceOptions(max_image_bytes=0)
+
+
+def test_latents_of_a_named_column_are_checked_against_it(two_of_each, tiny_vae, tmp_path):
+    encode = script("scripts/encode_latents.py").main
+    flags = [
+        "--vae_path",
+        tiny_vae,
+        "--image_size",
+        16,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--label_column",
+        "word",
+    ]
+    assert encode([str(flag) for flag in ("--data_dir", two_of_each, "--out", tmp_path / "out", *flags)]) == 0
+    latents = open_dataset(str(tmp_path / "out"), image_size=16)
+    assert latents.class_names == ["cat", "dog"] and latents.cache.record.columns == {"label_column": "word"}
+    latents.check_source()
+
+
+@pytest.mark.parametrize(
+    "state, sentence",
+    [
+        ("{", "not, or not wholly, what datasets.save_to_disk writes"),
+        ("[]", "not, or not wholly, what datasets.save_to_disk writes"),
+        ('{"_data_files": [{"filename": "../../x.arrow"}]}', "it names ../../x.arrow, which is outside"),
+        ('{"_data_files": [], "_indices_data_files": [{}]}', "save it again after flatten_indices"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', "its arrow files are damaged"),
+    ],
+)
+def test_a_saved_data_set_that_is_not_whole_is_refused(tmp_path, state, sentence):
+    path = Path(write_saved(tmp_path / "a", TWO_OF_EACH))
+    (path / "state.json").write_text(state)
+    with pytest.raises(ValueError, match=f"--data_dir {path}: .*{sentence}"):
+        open_source(str(path))
+
+
+def test_a_cut_off_arrow_file_is_refused(tmp_path):
+    path = Path(write_saved(tmp_path / "a", TWO_OF_EACH))
+    [file] = path.glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="its arrow files are damaged, or not alike"):
+        open_source(str(path))
+
+
+def test_pickles_in_tables_are_not_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    marks = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Harm())}
+    fields = [pyarrow.field("image", pyarrow.binary(), metadata=marks), pyarrow.field("label", pyarrow.int64())]
+    table = pyarrow.Table.from_arrays([pyarrow.array([png(0)]), pyarrow.array([0])], schema=pyarrow.schema(fields))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    open_source(str(tmp_path / "a.parquet")).read(0)
+    open_source(write_saved(tmp_path / "saved", table)).read(0)
+    assert not (tmp_path / "harm").exists()
 
 
 def test_one_split_is_read_and_the_others_are_said(paths):
@@ -776,7 +966,7 @@ def test_tables_without_images_are_refused(tmp_path, columns, sentence):
 def test_a_cut_off_parquet_file_is_refused(tmp_path):
     path = Path(write_table(tmp_path / "a.parquet", image=[png(0)]))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="a parquet file is damaged"):
+    with pytest.raises(ValueError, match="its parquet files are damaged"):
         open_source(str(path))
 
 

@@ -40,7 +40,7 @@ def test_the_builtin_digits_are_files_of_their_pixels():
 class Squares(ImageSource):
     """Four grey squares with labels of their own."""
 
-    def __init__(self, data_dir):
+    def __init__(self, data_dir, options):
         self.data_dir = data_dir
         self.names = PathTable(f"{index}.png" for index in range(4))
 
@@ -73,7 +73,7 @@ def test_latents_are_no_source_of_images(colour_folder, monkeypatch):
 
     latents = LatentFolder.__new__(LatentFolder)
     latents.cache = type("Cache", (), {"record": Record})
-    monkeypatch.setattr(sources, "open_source", lambda data_dir: latents)
+    monkeypatch.setattr(sources, "open_source", lambda data_dir, options: latents)
     with pytest.raises(ValueError, match=r"--data_dir lat: holds latents; give the images .* \(pictures\)"):
         open_images("lat")
 

@@ -10,6 +10,7 @@ MODEL_AND_DIFFUSION = {
     "learn_sigma": True, "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "",
     "use_kl": False, "predict_xstart": False, "sigma_small": False, "rescale_learned_sigmas": False,
 }  # fmt: skip
+COLUMNS = {"image_column": "", "label_column": "", "max_image_bytes": 2**30}
 LAUNCHER = {"local_rank": None, "rank": None, "world_size": None, "dist_url": "env://", "dist_on_itp": False}
 CONTRACT = {
     "scripts/image_train.py": {
@@ -19,7 +20,8 @@ CONTRACT = {
         "ema_power": "", "ema_snapshot_interval": 5000, "log_interval": 10,
         "save_interval": 10000, "resume_checkpoint": "auto", "fp16_scale_growth": 1e-3, "model": "MDT_S_2",
         "vae_path": "stabilityai/sd-vae-ft-mse", "seed": 0, "max_steps": 0, "use_bf16": False, "num_classes": None,
-        "class_from": "auto", "labels_file": "", "random_flip": True, "random_crop": False, "init_from": None,
+        "class_from": "auto", "labels_file": "", **COLUMNS, "random_flip": True, "random_crop": False,
+        "init_from": None,
         "num_workers": -1,
         "fast_decode": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
@@ -35,7 +37,7 @@ CONTRACT = {
     },
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
-        "class_cond": True, "class_from": "auto", "labels_file": "", "random_flip": True, "dtype": "fp32",
+        "class_cond": True, "class_from": "auto", "labels_file": "", **COLUMNS, "random_flip": True, "dtype": "fp32",
         "shard_size": 1024,
         "batch_size": 16, "num_workers": -1, "tf32": False, "device": "auto",
     },
@@ -60,7 +62,7 @@ CONTRACT = {
         "predict_xstart": False, "sigma_small": False, "drop_extra": False, "vae_path": None, "diffusers_class": "ours",
     },
     "scripts/check_data.py": {
-        "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "labels_file": "",
+        "data_dir": "", "image_size": 256, "class_cond": True, "class_from": "auto", "labels_file": "", **COLUMNS,
         "num_workers": -1, "out": "",
     },
     "infer_mdt.py": {
