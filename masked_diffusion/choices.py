@@ -6,6 +6,7 @@ there, and its name here. ``tests/test_choices.py`` fails where the two differ.
 """
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 
@@ -125,6 +126,7 @@ def check_serves(sampler: str, objective: str, flag: str = "--sampler") -> None:
 
 # The published numbers guide three of the four latent channels (inherited from DiT, where it was a slip).
 GUIDED_CHANNELS = 3
+ALL_CHANNELS = sys.maxsize
 # Flags that only guidance heeds.
 GUIDANCE_FLAGS = (
     "guide_path",

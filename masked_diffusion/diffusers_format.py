@@ -7,6 +7,7 @@
 ``scripts/convert_checkpoint.py`` writes such folders.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Iterable
 from numbers import Integral
@@ -21,6 +22,8 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
     ImagePipelineOutput,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -29,17 +32,24 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from masked_diffusion.choices import GUIDED_CHANNELS
 from masked_diffusion.data.class_names import ClassNames, names_by_label
 from masked_diffusion.diffusion.guidance import Guidance
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
+from masked_diffusion.diffusion.objectives import EDM
 from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.runs.config import DiffusionConfig, RunConfig
+from masked_diffusion.sampling.image_sampler import CONTINUOUS_STEPS
 from masked_diffusion.sampling.sampler_config import SamplerConfig
+
+# What schedulers of diffusers call the predictions of processes of timesteps.
+PREDICTION_TYPES = {"ddpm": ("epsilon", "sample"), "x0": ("sample",), "v": ("v_prediction",)}
 
 
 class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
-    """MDT, MDTv2 or DiT as a model of diffusers: arguments of :func:`masked_diffusion.models.create_model`."""
+    """MDT, MDTv2, DiT or SiT as a model of diffusers: arguments of :func:`masked_diffusion.models.create_model`."""
 
     @register_to_config
     def __init__(
@@ -77,7 +87,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     """Class-conditional images from a :class:`MaskedDiffusionTransformer`.
 
     vae: None for models of pixels. class_names: in the order of the labels; for ImageNet its words are known, too.
-    scheduler: DDPM as trained, or another one of diffusers for fewer steps.
+    scheduler: as trained, or another one of diffusers that takes the same predictions. objective: what the transformer
+    predicts, a name of :data:`masked_diffusion.diffusion.objectives.OBJECTIVES`.
     """
 
     _optional_components = ["vae"]
@@ -89,10 +100,11 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         # Plain classes, as older diffusers know no other annotations of what may be left out.
         vae: AutoencoderKL = None,
         class_names: list = None,  # type: ignore[assignment]
+        objective: str = "ddpm",
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(class_names=list(class_names or ()))
+        self.register_to_config(class_names=list(class_names or ()), objective=objective)
 
     def label(self, item: Any) -> int:
         """A label or the name of a class as a label. Where names are numbers, a number is a name.
@@ -134,7 +146,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         class_labels: Any,
         guidance_scale: float | None = None,
         scale_pow: float = SamplerConfig.scale_pow,
-        cfg_channels: int = SamplerConfig.cfg_channels,
+        cfg_channels: int | None = None,
         num_inference_steps: int = SamplerConfig.num_sampling_steps,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -143,25 +155,28 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         """Draw one image per entry of class_labels, see :meth:`labels`. The scheduler works in float32 in any case.
 
         guidance_scale, scale_pow: see :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`; a DiT's scale is
-        constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: latent
-        channels that are guided; diffusers' own pipelines guide all of them. output_type: ``pil``, ``np``
-        (N, H, W, 3) in [0, 1], ``pt`` (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model
-        does not have.
+        constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: how
+        many of the latent's channels are guided; None means three of four under the objective ``ddpm``, as published,
+        and else all, as in diffusers' own pipelines. output_type: ``pil``, ``np`` (N, H, W, 3) in [0, 1], ``pt``
+        (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have, and for a scheduler
+        that takes other predictions than the transformer's.
         """
+        self._check_scheduler()
         config, device = self.transformer.config, self._execution_device
         y = torch.tensor(self.labels(class_labels), device=device)
         shape = (len(y), config.in_channels, config.input_size, config.input_size)
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents * self.scheduler.init_noise_sigma
+        self._set_timesteps(num_inference_steps, device)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         guidance = self._guidance(guidance_scale, scale_pow, cfg_channels)
         guided_predict = guidance.lead(self._predict)
         is_idle = guidance.is_idle(self.scheduler.timesteps.cpu()).tolist()
         takes_variance = self._takes_variance()
+        scales_input = hasattr(self.scheduler, "scale_model_input")
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         settings = {"generator": generator} if takes_generator else {}
         for t, idle in zip(self.progress_bar(self.scheduler.timesteps), is_idle, strict=True):
-            x = self.scheduler.scale_model_input(latents, t)
+            x = self.scheduler.scale_model_input(latents, t) if scales_input else latents
             output = (self._predict if idle else guided_predict)(x, t.to(device).expand(len(y)), y)
             output = output if takes_variance else output[:, : config.in_channels]
             latents = self.scheduler.step(output, t, latents, **settings).prev_sample
@@ -169,14 +184,44 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _guidance(self, guidance_scale: float | None, scale_pow: float, cfg_channels: int) -> Guidance:
+    def _check_scheduler(self) -> None:
+        """Raise ValueError where the scheduler would read the network's output as something else than it is."""
+        objective, name = self.config.objective, type(self.scheduler).__name__
+        prediction = getattr(self.scheduler.config, "prediction_type", None)
+        if objective == "flow":
+            fits = name.startswith("FlowMatch") or prediction == "flow_prediction"
+        elif objective == "edm":
+            fits = name.startswith("EDM") and prediction == "epsilon"
+        else:
+            fits = not name.startswith("EDM") and prediction in PREDICTION_TYPES[objective]
+        if not fits:
+            raise ValueError(
+                f"{name} with prediction_type {prediction}: it does not take the predictions of objective {objective}; "
+                "keep the pipeline's own scheduler, or make another one with from_config(pipeline.scheduler.config)"
+            )
+
+    def _set_timesteps(self, num_steps: int, device: torch.device) -> None:
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # By itself it would space the steps down to 1 / num_train_timesteps instead of 0.
+            sigmas = np.linspace(1, 0, num_steps + 1)[:-1].tolist()
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_steps, device=device)
+
+    def _guidance(self, guidance_scale: float | None, scale_pow: float, cfg_channels: int | None) -> Guidance:
         """The guidance that the model is scored with, but for what the caller asks for."""
-        config = self.transformer.config
+        config, objective = self.transformer.config, self.config.objective
         asked = {} if guidance_scale is None else {"cfg_scale": guidance_scale}
-        sampler = SamplerConfig.of_family(
-            config.model, cfg_cond=True, scale_pow=scale_pow, cfg_channels=cfg_channels, **asked
-        )
-        return sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps)
+        sampler = SamplerConfig.of_family(config.model, cfg_cond=True, scale_pow=scale_pow, **asked)
+        guidance = sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps)
+        if cfg_channels is None:
+            three_of_four = objective == "ddpm" and config.in_channels == GUIDED_CHANNELS + 1
+            cfg_channels = GUIDED_CHANNELS if three_of_four else config.in_channels
+        guidance = dataclasses.replace(guidance, channels=cfg_channels)
+        if objective != "edm":
+            return guidance
+        settings = ObjectiveConfig(objective="edm", sigma_data=self.scheduler.config.sigma_data)
+        return guidance.at(EDM(settings, DiffusionConfig().build).timesteps)
 
     def _takes_variance(self) -> bool:
         """Whether the scheduler uses the network's variance channels; the others get its first channels alone."""
@@ -203,24 +248,36 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
 
-PREDICTION_TYPES = {"x0": "sample", "v": "v_prediction"}  # of the other objectives of discrete steps
-
-
-def check_exportable(config: RunConfig) -> None:
-    """Raise ValueError for an objective that would come out as another one."""
+def check_timesteps(config: RunConfig) -> None:
+    """Raise ValueError for an objective that diffusers' classes of DiT would take for another one."""
     if not config.objective.is_discrete:
         raise ValueError(
-            f"--objective {config.objective.objective}: this pipeline gives the network timesteps of a DDPM process, "
-            "so such a model cannot be exported; sample it with scripts/image_sample.py"
+            f"--diffusers_class: diffusers' classes of DiT serve the timesteps of a process, and this model is of "
+            f"--objective {config.objective.objective}; leave the flag out"
         )
 
 
-def scheduler_of(process: DiffusionConfig, objective: str = "ddpm") -> DDPMScheduler:
-    """The process as diffusers' DDPM scheduler, on the timesteps that our respacing chooses."""
+def scheduler_of(
+    process: DiffusionConfig, objective: ObjectiveConfig
+) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler | EDMEulerScheduler:
+    """The objective's scheduler in diffusers: Euler's method where levels are continuous, as ``--sampler euler``.
+
+    Of a process it is DDPM, on the timesteps that our respacing chooses.
+    """
+    if objective.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=CONTINUOUS_STEPS, shift=objective.time_shift)
+    if objective.objective == "edm":
+        return EDMEulerScheduler(
+            sigma_min=EDM.SIGMA_MIN,
+            sigma_max=EDM.SIGMA_MAX,
+            sigma_data=objective.sigma_data,
+            rho=EDM.RHO,
+            num_train_timesteps=CONTINUOUS_STEPS,
+        )
     fixed = "fixed_small" if process.sigma_small else "fixed_large"
     variance_type = "learned_range" if process.learn_sigma else fixed
     return DDPMScheduler(
-        **_scheduler_settings(process, objective), variance_type=variance_type, timestep_spacing="linspace"
+        **_scheduler_settings(process, objective.objective), variance_type=variance_type, timestep_spacing="linspace"
     )
 
 
@@ -233,14 +290,13 @@ def _scheduler_settings(process: DiffusionConfig, objective: str) -> dict[str, A
         "beta_start": scale * 1e-4,
         "beta_end": scale * 0.02,
         "beta_schedule": schedules[process.noise_schedule],
-        "prediction_type": PREDICTION_TYPES.get(objective, "sample" if process.predict_xstart else "epsilon"),
+        "prediction_type": PREDICTION_TYPES[objective][process.predict_xstart if objective == "ddpm" else 0],
         "clip_sample": False,
     }
 
 
 def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL | None) -> MaskedDiffusionPipeline:
     """A trained model with everything around it, to be called or saved with ``save_pretrained``."""
-    check_exportable(config)
     settings = config.model
     transformer = MaskedDiffusionTransformer(
         model=settings.model,
@@ -254,7 +310,11 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
     )
     transformer.network.load_state_dict(model.state_dict())
     return MaskedDiffusionPipeline(
-        transformer.eval(), scheduler_of(config.diffusion, config.objective.objective), vae, config.class_names
+        transformer.eval(),
+        scheduler_of(config.diffusion, config.objective),
+        vae,
+        config.class_names,
+        config.objective.objective,
     )
 
 
@@ -312,7 +372,7 @@ def dit_pipeline_of(model: DiT, config: RunConfig, vae: AutoencoderKL | None) ->
     Its first step is at the noisiest timestep, and each ends where the next one starts, which diffusers' DDIM does with
     ``trailing`` timesteps alone. Raises ValueError for a model or autoencoder that the pipeline cannot serve.
     """
-    check_exportable(config)
+    check_timesteps(config)
     if model.num_classes != DIT_PIPELINE_NULL:
         raise ValueError(
             f"DiTPipeline takes {DIT_PIPELINE_NULL} for the null class, so it serves models of {DIT_PIPELINE_NULL} "

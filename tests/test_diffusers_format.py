@@ -38,19 +38,21 @@ from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 NAMES = ["cat", "dog", "otter"]
 
 
-def trained(name="MDT_Ti_2", process=None, **kwargs):
+def trained(name="MDT_Ti_2", process=None, objective=ObjectiveConfig(), **kwargs):  # noqa: B008  (frozen)
     """A model of random weights and its configuration."""
     settings = {"image_size": 16, "downsample": 2, "in_channels": 4, "num_classes": 3, "decode_layer": 2, **kwargs}
-    config = RunConfig(ModelConfig(name, **settings), process or DiffusionConfig(), {}, class_names=NAMES)
+    model_config, process = ModelConfig(name, **settings), process or DiffusionConfig()
+    config = RunConfig(model_config, process, {}, class_names=NAMES, objective=objective)
     model = set_golden_weights(config.model.build()).eval()
     for parameter in model.parameters():
         parameter.data *= 0.3  # of a size with which a long loop stays finite
-    if name.startswith("DiT"):
+    if name.startswith(("DiT", "SiT")):
         model.pos_embed.data.copy_(torch.from_numpy(sincos_position_table(128, 4)))
     return model.requires_grad_(False), config
 
@@ -113,12 +115,77 @@ def test_the_pipeline_draws_what_our_sampler_draws_under_another_objective(objec
     assert_close(pipeline([2, 0], guidance_scale=1, num_inference_steps=7, output_type="latent").images, expected)
 
 
+# Of each objective: the sampler that its scheduler in diffusers is, and settings that matter there.
+OBJECTIVES = {
+    "ddpm": ("ddpm", {}),
+    "x0": ("ddpm", {}),
+    "v": ("ddpm", {}),
+    "flow": ("euler", {"time_shift": 2.0}),
+    "edm": ("euler", {"sigma_data": 0.7}),
+}
+
+
+def trained_under(objective, name="MDT_Ti_2", **kwargs):
+    settings = ObjectiveConfig(objective=objective, **OBJECTIVES[objective][1])
+    return trained(name, DiffusionConfig(learn_sigma=False), settings, learn_sigma=False, **kwargs)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("objective, name", [*((name, "MDT_Ti_2") for name in OBJECTIVES), ("flow", "SiT_Ti_2")])
+def test_a_loaded_pipeline_draws_our_samplers_images_under_every_objective(tmp_path, objective, name, scale):
+    """Within one grey level, from the same noise with as many steps. All channels are guided, but three under ddpm."""
+    model, config = trained_under(objective, name)
+    vae_path = save_tiny_autoencoder(tmp_path / "vae")
+    pipeline_of(model, config, AutoencoderKL.from_pretrained(vae_path)).save_pretrained(tmp_path / "pipeline")
+    pipeline = quiet(MaskedDiffusionPipeline.from_pretrained(tmp_path / "pipeline"))
+    settings = {"cfg_cond": True, "cfg_scale": scale, "cfg_channels": config.objective.guided_channels, "seed": 5}
+    sampler = SamplerConfig.of_family(name, num_sampling_steps=8, **{**settings, "sampler": OBJECTIVES[objective][0]})
+    # diffusers takes torch's generators, which stream 1 drew from.
+    ours = ImageSampler(model, config, sampler, load_first_stage(str(vae_path), "cpu"), "cpu", stream=1)
+    seeds = [int.from_bytes(key_bytes(5, "noise", i)[:8], "big") for i in range(2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipeline([2, 0], scale, num_inference_steps=8, generator=generators, output_type="pt").images
+    expected = ours(range(2), [2, 0]).astype(int)
+    assert np.abs(to_uint8(images * 2 - 1) - expected).max() <= 1
+    assert expected.std() > 12 and np.abs(expected[0] - expected[1]).mean() > 5
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_scheduler_that_reads_other_predictions_is_refused(objective):
+    pipeline = quiet(pipeline_of(*trained_under(objective), None))
+    schedulers = {other: pipeline_of(*trained_under(other), None).scheduler for other in OBJECTIVES}
+    for other, scheduler in schedulers.items():
+        pipeline.scheduler = scheduler
+        if other == objective or (objective, other) == ("ddpm", "x0"):  # the published --predict_xstart
+            pipeline([0], num_inference_steps=1, output_type="latent")
+            continue
+        with pytest.raises(ValueError, match=f"it does not take the predictions of objective {objective}"):
+            pipeline([0], num_inference_steps=1, output_type="latent")
+
+
+def test_a_pipeline_of_flow_takes_a_solver_of_flows():
+    pipeline = quiet(pipeline_of(*trained_under("flow"), None))
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0
+    )
+    assert pipeline([1], num_inference_steps=4, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize("objective, channels", [("ddpm", 4), ("ddpm", 16), ("ddpm", 1), ("flow", 4), ("edm", 16)])
+def test_all_channels_are_guided_but_of_four_under_ddpm(objective, channels):
+    pipeline = quiet(pipeline_of(*trained_under(objective, in_channels=channels), None))
+    latents = []
+    for cfg_channels in (None, channels):
+        arguments = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        latents.append(pipeline([1], 4.0, 0.01, cfg_channels=cfg_channels, **arguments).images)
+    assert torch.equal(*latents) == ((objective, channels) != ("ddpm", 4))
+
+
 @pytest.mark.parametrize("objective", ["flow", "edm"])
-def test_an_objective_that_the_pipeline_cannot_express_is_refused(objective):
-    model, config = trained(process=DiffusionConfig(learn_sigma=False), learn_sigma=False)
-    config = dataclasses.replace(config, objective=ObjectiveConfig(objective=objective, sigma_data=1.0))
-    with pytest.raises(ValueError, match=f"--objective {objective}: this pipeline gives the network timesteps"):
-        pipeline_of(model, config, None)
+def test_diffusers_own_pipeline_of_dit_is_refused_for_what_has_no_timesteps(objective):
+    model, config = trained_under(objective, "DiT_Ti_2")
+    with pytest.raises(ValueError, match=f"this model is of --objective {objective}; leave the flag out"):
+        dit_pipeline_of(model, config, None)
 
 
 @pytest.mark.parametrize("name, plain", [("MDT_Ti_2", 24), ("DiT_Ti_2", 0)])
@@ -147,7 +214,7 @@ def test_a_fourth_channel_is_guided_where_it_is_asked_for():
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 50, 100, 250, 500, 1000])
 def test_the_scheduler_takes_the_timesteps_of_our_respacing(steps):
-    scheduler = scheduler_of(DiffusionConfig())
+    scheduler = scheduler_of(DiffusionConfig(), ObjectiveConfig())
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == create_diffusion(str(steps)).timestep_map[::-1]
 

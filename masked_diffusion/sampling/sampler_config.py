@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from masked_diffusion.choices import GUIDED_CHANNELS, SAMPLERS, check_serves, family_of, parse_guidance
+from masked_diffusion.choices import ALL_CHANNELS, GUIDED_CHANNELS, SAMPLERS, check_serves, family_of, parse_guidance
 from masked_diffusion.choices import SCHEDULES as SCHEDULE_SETTINGS
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
@@ -27,7 +27,8 @@ class SamplerConfig:
     the schedule ``guidance`` (see ``choices.parse_guidance``) up to cfg_scale. guide_from: what predictions are led
     away from, one of ``GUIDE_FROM``. guide_path: the weaker model of ``checkpoint``. guide_labels: ``same`` labels for
     it, or ``null``. guide_ratio: share of the tokens that ``masked`` masks; None is the training's. cfg_interval: first
-    and last original timestep that ``interval`` guides at. cfg_channels: 3 or 4 latent channels are guided.
+    and last original timestep that ``interval`` guides at. cfg_channels: 3 latent channels are guided,
+    or with 4 all.
     cfg_skip_tol: where the weight is within this of 1, no weak prediction is computed. Raises ValueError for other
     values.
     """
@@ -61,7 +62,9 @@ class SamplerConfig:
     cfg_interval: list[int] | None = setting(
         None, "first and last timestep that --guidance interval guides at, such as 80-470", "guidance"
     )
-    cfg_channels: int = setting(GUIDED_CHANNELS, "latent channels that are guided: 3, as published, or 4", "guidance")
+    cfg_channels: int = setting(
+        GUIDED_CHANNELS, "latent channels that are guided: 3, as published, or 4 for all", "guidance"
+    )
     cfg_skip_tol: float = setting(
         0.0,
         "do not compute the weak prediction where the weight is within this of 1, such as 0.01: faster",
@@ -146,7 +149,8 @@ class SamplerConfig:
             diffusion_steps=diffusion_steps,
             **self.guidance_settings,
         )
-        return Guidance(away or NullLabel(num_classes), weight, self.cfg_channels, self.cfg_skip_tol)
+        channels = GUIDED_CHANNELS if self.cfg_channels == GUIDED_CHANNELS else ALL_CHANNELS
+        return Guidance(away or NullLabel(num_classes), weight, channels, self.cfg_skip_tol)
 
     def build_objective(self, config: RunConfig) -> "Objective":
         """The objective for a sampling of ``num_sampling_steps``.

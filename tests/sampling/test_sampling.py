@@ -152,17 +152,19 @@ def test_of_a_family_are_its_published_settings_but_for_those_that_are_given():
     assert settings("DiT_B_4", cfg_scale=4.0) == ("constant", 4.0)
 
 
-def test_four_channels_are_guided_where_there_are_four():
+def test_three_channels_are_guided_or_all_that_there_are():
     def model(x, t, y):
         return torch.cat([x + y.view(-1, 1, 1, 1), x], dim=1)
 
     t, y = torch.tensor([500]), torch.tensor([2])
     for cfg_channels in (3, 4):
         sampler = SamplerConfig(cfg_cond=True, guidance="constant", cfg_scale=2.0, cfg_channels=cfg_channels)
-        out = sampler.build_guidance(NUM_CLASSES, 1000).lead(model)(torch.zeros(1, 4, 2, 2), t, y)
         uncond, cond = NUM_CLASSES, 2.0
         guided = uncond + 2 * (cond - uncond)
-        assert out[0, :4, 0, 0].tolist() == [guided] * cfg_channels + [cond] * (4 - cfg_channels)
+        for channels in (4, 16):
+            out = sampler.build_guidance(NUM_CLASSES, 1000).lead(model)(torch.zeros(1, channels, 2, 2), t, y)
+            count = 3 if cfg_channels == 3 else channels
+            assert out[0, :channels, 0, 0].tolist() == [guided] * count + [cond] * (channels - count)
 
 
 @pytest.mark.parametrize(

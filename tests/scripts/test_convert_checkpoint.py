@@ -93,6 +93,27 @@ def test_a_folder_is_written_for_diffusers(convert, tmp_path):
     assert DiTTransformer2DModel.from_pretrained(folder).config.num_embeds_ada_norm == 4
 
 
+def test_a_file_of_sit_is_converted_when_it_is_named(convert, tmp_path):
+    published(tmp_path / "sit.pt", "SiT_Ti_2")
+    flags = ["--vae_path", "none", "--model", "SiT_Ti_2"]
+    converted = convert(tmp_path / "sit.pt", tmp_path / "sit" / "sit.safetensors", *flags)
+    config = json.loads((converted.parent / "config.json").read_text())
+    assert (config["model"]["model"], config["objective"]["objective"]) == ("SiT_Ti_2", "flow")
+
+
+def test_diffusers_classes_of_dit_are_refused_where_there_are_no_timesteps(convert, tmp_path, capsys):
+    published(tmp_path / "dit.pt", "DiT_Ti_2", learn_sigma=False)
+    weights = convert(tmp_path / "dit.pt", tmp_path / "flow" / "dit.pt", "--vae_path", "none")
+    path = weights.parent / "config.json"
+    config = json.loads(path.read_text())
+    config["objective"]["objective"] = "flow"
+    path.write_text(json.dumps(config))
+    for name in ("dit", "dit_pipeline"):
+        convert(weights, tmp_path / "folder", "--diffusers_class", name, status=2)
+        assert "and this model is of --objective flow; leave the flag out" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_baseline_of_imagenets_classes_becomes_diffusers_own_pipeline(convert, tmp_path, capsys):
     from diffusers import DiTPipeline
 
