@@ -128,13 +128,12 @@ def images_behind_latents(path: Path) -> tuple[ImageSource, int]:
     Raises ValueError when the latents are unfinished or damaged, and when the images are gone or have changed.
     """
     from masked_diffusion.data.sources import LatentFolder
-    from masked_diffusion.data.sources import open_images as open_source_of_images
 
     latents = LatentFolder(str(path))
     record = latents.cache.record
     latents.check_source()
     try:
-        return open_source_of_images(record.data_dir), record.image_size
+        return latents.images(), record.image_size
     except FileNotFoundError as error:
         raise ValueError(
             f"{path}: latents of the images in {record.data_dir}, which is not there; give the images themselves"

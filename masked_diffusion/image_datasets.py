@@ -7,7 +7,7 @@ Where images lie, and which formats there are, is decided in ``data/sources.py``
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
-from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError
 from masked_diffusion.data.label_files import read_label_file
 from masked_diffusion.data.listing_cache import some
-from masked_diffusion.data.source import ImageSource, SourceOptions
+from masked_diffusion.data.source import ImageSource, SourceOptions, narrow
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
 from masked_diffusion.data.table_images import Table
 from masked_diffusion.processes.loader_processes import iterate
@@ -261,6 +261,7 @@ class LatentDataset(ImageDataset):
                 f"--class_cond True: {data_dir} was encoded without classes; use --class_cond False, or encode again"
             )
         super().__init__(image_size, *classes)
+        self.extensions = source.cache.extensions
         self.encoded_by = (record.vae_sha256, record.vae_path)
         self.random_flip = random_flip
 
@@ -306,9 +307,11 @@ def open_dataset(
     image_column: str = DataConfig.image_column,
     label_column: str = DataConfig.label_column,
     max_image_bytes: int = DataConfig.max_image_bytes,
+    extensions: Sequence[str] | None = None,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
+    extensions: of the kinds of image files to read, for a run that began when fewer were read; None reads all.
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
     """
@@ -341,8 +344,8 @@ def open_dataset(
             source, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
         )
     assert isinstance(source, ImageSource)
-    return SourceDataset(
-        source,
+    dataset = SourceDataset(
+        narrow(source, extensions),
         image_size=image_size,
         class_cond=class_cond,
         class_from=class_from,
@@ -351,6 +354,8 @@ def open_dataset(
         random_flip=random_flip,
         fast_decode=fast_decode,
     )
+    dataset.extensions = EXTENSIONS if extensions is None else extensions
+    return dataset
 
 
 # Stream

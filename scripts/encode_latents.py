@@ -19,7 +19,7 @@ from masked_diffusion import dist_util
 from masked_diffusion.choices import DEFAULT_VAE
 from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import is_remote
-from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex
+from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex, extensions_in
 from masked_diffusion.data.latent_encoding import encode_shards
 from masked_diffusion.data.sources import absolute
 from masked_diffusion.dist_util import Ranks
@@ -82,6 +82,7 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
         args.data_dir,
         image_size=args.image_size,
         **args_to_dict(args, READING[1:]),
+        extensions=extensions_in(Path(args.out).expanduser()),
     )
     if not isinstance(dataset, SourceDataset):
         raise ValueError(f"--data_dir {args.data_dir}: give a folder of images; this is not one to encode")
@@ -141,6 +142,7 @@ def describe(
         data_dir=absolute(source.data_dir),
         source_sha256=index.sha256(),
         columns={name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)},
+        extensions=list(dataset.extensions),
     )
     return record, index
 

@@ -24,14 +24,12 @@ from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.data.image_files import LATER_EXTENSIONS
-from masked_diffusion.data.listing_cache import some
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import CachedPosterior, FirstStage, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
-from masked_diffusion.logger import HumanSink, Logger, chosen_sinks
+from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.processes import launchers
@@ -45,6 +43,7 @@ from masked_diffusion.runs.config import (
     RunConfig,
     changed_settings,
     check_resume,
+    extensions_of,
     read_config,
 )
 from masked_diffusion.runs.family_defaults import TRAINING
@@ -130,7 +129,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
     # Data and first stage
-    dataset, first_stage = open_data(args, device)
+    dataset, first_stage = open_data(args, device, former_extensions(args, explicit))
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     data_hash = check_alike(args, dataset, ranks)
@@ -179,8 +178,22 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
 
-def open_data(args: argparse.Namespace, device: torch.device) -> tuple[ImageDataset, FirstStage]:
-    dataset = open_dataset(**dataclasses.asdict(from_args(DataConfig, args)), image_size=args.image_size)
+def former_extensions(args: argparse.Namespace, explicit: set[str]) -> Sequence[str] | None:
+    """Those of the kinds of image files that the run to go on with reads; None for a new run, which reads all."""
+    folder, asked, overwrite = output_folder(), args.resume_checkpoint, args.overwrite
+    if is_restart(folder, launchers.job_of(os.environ, command_of(args, explicit)), leave_no_trace=True):
+        asked, overwrite = asked or "auto", False
+    run = checkpoint.run_to_resume(folder, asked, overwrite)
+    former = read_config(run) if run is not None else None
+    return None if former is None else extensions_of(former)
+
+
+def open_data(
+    args: argparse.Namespace, device: torch.device, extensions: Sequence[str] | None
+) -> tuple[ImageDataset, FirstStage]:
+    """The data and what encodes them. extensions: see :func:`former_extensions`. Raises ValueError or OSError."""
+    settings = dataclasses.asdict(from_args(DataConfig, args))
+    dataset = open_dataset(**settings, image_size=args.image_size, extensions=extensions)
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
@@ -283,8 +296,6 @@ def take_up(
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
-        if "data_sha256" not in former.training:
-            messages += images_of_later_kinds(dataset)
         data_hash = run_config.training["data_sha256"]
         if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
             messages.append("warning: the images, their labels or names are not those of that checkpoint's training")
@@ -293,17 +304,6 @@ def take_up(
     if args.freeze:
         messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
     return messages
-
-
-def images_of_later_kinds(dataset: ImageDataset) -> list[str]:
-    """What to say to a run that may have begun when these images were left out: its other images have new numbers."""
-    names = [name for name in map(dataset.name_of, range(len(dataset))) if name.lower().endswith(LATER_EXTENSIONS)]
-    if not names:
-        return []
-    return [
-        f"warning: {len(names)} images are of kinds that version 0.1.0 left out ({some(names)}): if this run began "
-        "with it, move them away to go on with the same data"
-    ]
 
 
 def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:
@@ -429,6 +429,7 @@ def make_run_config(
             data_dir=args.data_dir,
             num_images=len(dataset),
             data_sha256=data_hash,
+            extensions=list(dataset.extensions),
             random_flip=args.random_flip,
             random_crop=args.random_crop,
             fast_decode=args.fast_decode,

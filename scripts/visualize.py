@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from masked_diffusion import dist_util
+from masked_diffusion.data.class_names import in_one_form
 from masked_diffusion.data.latent_cache import is_latent_cache, read_record
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs import checkpoint
@@ -108,7 +109,7 @@ def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Call
     trained = open_trained(Path(args.model_path).expanduser(), request, device, warn)
     config = trained.config
     dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond)
-    if dataset.class_names != config.class_names and trained.recorded:
+    if trained.recorded and in_one_form(dataset.class_names) != in_one_form(config.class_names):
         raise ValueError(f"--data_dir {args.data_dir}: has other classes than {trained.path} was trained with")
     ratio = args.mask_ratio if args.mask_ratio is not None else config.model.mask_ratio or DEFAULT_MASK_RATIO
     sampler = SamplerConfig(args.num_sampling_steps, args.sampler, seed=args.seed)

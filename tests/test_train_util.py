@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import TIMES, TINY_DIGITS, assert_same_weights, call, on_two_ranks, rows, script, weights
 
+from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0
 from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED
 from masked_diffusion.runs.checkpoint import read_weights
@@ -592,18 +593,29 @@ def test_a_restart_does_not_drop_what_was_not_done_yet(train, attempt):
     assert (folder / "former_1" / "model000003.pt").exists() and not (folder / "model000003.pt").exists()
 
 
-def test_a_resume_of_a_run_of_the_first_version_names_images_that_it_left_out(train, colour_folder, tmp_path):
+def test_a_run_of_the_first_version_goes_on_without_the_images_that_it_left_out(train, colour_folder, tmp_path):
     data = shutil.copytree(colour_folder, tmp_path / "data")
-    picture = min(data.rglob("*.png"))
-    picture.rename(picture.with_suffix(".TIF"))
-    folder = train("--data_dir", str(data), "--max_steps", "1", sinks="log,csv")
-    sentence = f"1 images are of kinds that version 0.1.0 left out ({picture.with_suffix('.TIF')})"
-    for steps, is_said in (("2", False), ("3", True)):
-        train("--data_dir", str(data), "--max_steps", steps, folder=folder, sinks="log,csv")
-        assert (sentence in (folder / "log.txt").read_text()) is is_said
+    flags = ["--data_dir", str(data)]
+    undisturbed = train(*flags, "--max_steps", "3")
+    folder = train(*flags, "--max_steps", "1")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["training"]["extensions"] == list(EXTENSIONS)
+    for name in ("data_sha256", "extensions"):  # which 0.1.0 did not write
+        del config["training"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    (data / "purple").mkdir()
+    for name in ("blue/7.TIF", "purple/0.jfif"):
+        shutil.copy(data / "blue" / "0.png", data / name)
+    sinks = "log,csv"
+    for steps in ("2", "3"):  # the second time as config.json says by then
+        train(*flags, "--max_steps", steps, folder=folder, sinks=sinks)
         config = json.loads((folder / "config.json").read_text())
-        config["training"].pop("data_sha256")
-        (folder / "config.json").write_text(json.dumps(config))
+        assert config["training"]["extensions"] == list(EXTENSIONS_OF_0_1_0) and config["training"]["num_images"] == 24
+    said = (folder / "log.txt").read_text()
+    assert said.count("left out: 2 files (.jfif 1, .tif 1): kinds that were not read yet when this began") == 2
+    assert_same_weights(weights(undisturbed, 3), weights(folder, 3))
+    anew = json.loads((train(*flags, "--max_steps", "1") / "config.json").read_text())
+    assert anew["training"]["extensions"] == list(EXTENSIONS) and anew["training"]["num_images"] == 26
 
 
 def test_a_resume_on_changed_data_says_so(train, colour_folder, tmp_path):

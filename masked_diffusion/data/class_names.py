@@ -23,7 +23,7 @@ class ClassNames:
         self._labels: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for label, names in enumerate(names_by_label(num_classes, class_names)):
             for name in names:
-                name = unicodedata.normalize("NFC", name)
+                name = _in_one_form(name)
                 self._labels[name.lower()][name].add(label)
         self._numbers_are_names = any(map(_is_number, class_names))
         self._examples = list(class_names[:5])
@@ -33,7 +33,7 @@ class ClassNames:
 
     def _meant(self, item: str) -> dict[int, str]:
         """Labels that a name can mean, with the spelling of each: those of exactly this one, else of any case."""
-        item = unicodedata.normalize("NFC", item)
+        item = _in_one_form(item)
         spellings = self._labels.get(item.lower(), {})
         if item in spellings:
             spellings = {item: spellings[item]}
@@ -105,6 +105,15 @@ class ClassNames:
 
     def _is_known(self, item: str) -> bool:
         return bool(self._meant(item)) or (_is_number(item) and not self._numbers_are_names)
+
+
+def in_one_form(names: Iterable[str]) -> list[str]:
+    """Class names to be compared: a copy of a folder may write an é in the other form of Unicode."""
+    return [_in_one_form(name) for name in names]
+
+
+def _in_one_form(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _unquoted(item: str) -> str:

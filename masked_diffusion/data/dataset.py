@@ -6,17 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from masked_diffusion.data.image_files import EXTENSIONS
+
 
 class ImageDataset:
     """A data set of images or latents with labels.
 
     image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
     labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
-    None for images. notes: what a user should know of the data beside their number and classes, a line each.
+    None for images. extensions: of the kinds of image files that were looked for. notes: what a user should know of the
+    data beside their number and classes, a line each.
     """
 
     channels = 3
     encoded_by: tuple[str, str] | None = None
+    extensions: Sequence[str] = EXTENSIONS
     notes: Sequence[str] = ()
 
     def __init__(self, image_size: int, class_names: list[str], labels: np.ndarray) -> None:

@@ -17,7 +17,8 @@ from masked_diffusion.data.listing_cache import Listing, keep_listing, kept_list
 from masked_diffusion.files import atomic_write
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
-LATER_EXTENSIONS = (".jfif", ".tif", ".tiff")  # those that version 0.1.0 left out
+LATER_EXTENSIONS = (".jfif", ".tif", ".tiff")
+EXTENSIONS_OF_0_1_0 = tuple(extension for extension in EXTENSIONS if extension not in LATER_EXTENSIONS)
 # 1 GiB / 4 / 3, from where on Pillow suspects a decompression bomb; it warns there and refuses at twice as many.
 MAX_PIXELS = 2**30 // 12
 # The short side is what is scaled to the image size: a line of pixels would become a huge picture.

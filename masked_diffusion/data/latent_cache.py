@@ -16,6 +16,7 @@ runs no code.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from masked_diffusion.data.image_files import (
+    EXTENSIONS,
+    EXTENSIONS_OF_0_1_0,
+    LATER_EXTENSIONS,
     PathTable,
     UnreadableImageError,
     is_file,
@@ -55,7 +59,8 @@ class CacheRecord:
     image_size, preprocessing: how an image became its input. latent_shape: [C, h, w]. dtype: a key of DTYPES.
     mirrored: whether mirror images were encoded, too. shard_size: images per file. class_names: in label order, None
     without classes. data_dir, source_sha256: the images, and the hash of their paths, sizes and labels. columns: those
-    of a table that the user named, by the names of the flags.
+    of a table that the user named, by the names of the flags. extensions: of the kinds of images that were looked for;
+    None where an earlier version did not record them.
     """
 
     vae_path: str
@@ -74,6 +79,7 @@ class CacheRecord:
     preprocessing: str = "center_crop_arr"
     format: int = 1
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extensions: list[str] | None = None
 
     @property
     def moments_shape(self) -> list[int]:
@@ -88,15 +94,18 @@ class CacheRecord:
     @property
     def digest(self) -> str:
         """A short name of this cache's content."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        fields = dataclasses.asdict(self)
+        if self.extensions is None:  # an earlier version's
+            del fields["extensions"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, other: "CacheRecord") -> str | None:
         """The first setting in which the latents of two records differ, in words; None when they are the same.
 
-        Where autoencoder and images lay says nothing: their hashes do.
+        Where autoencoder and images lay, and which kinds of them were looked for, says nothing: their hashes do.
         """
         for name, value in dataclasses.asdict(self).items():
-            if name not in ("vae_path", "data_dir") and value != getattr(other, name):
+            if name not in ("vae_path", "data_dir", "extensions") and value != getattr(other, name):
                 return f"{name} {value} instead of {getattr(other, name)}"
         return None
 
@@ -145,6 +154,23 @@ def read_record(data_dir: str) -> CacheRecord:
             f"not {CacheRecord.preprocessing} and {CacheRecord.format}; encode the images again into another folder"
         )
     return record
+
+
+def extensions_in(folder: Path) -> list[str] | None:
+    """Those of the kinds of images behind the latents in a local folder, be they complete or not; None where none are
+    there. Raises ValueError for a damaged record."""
+    record = next((path for name in (RECORD_NAME, UNFINISHED_NAME) if (path := folder / name).is_file()), None)
+    index = folder / INDEX_NAME
+    if record is None or not index.is_file():
+        return None
+    return _extensions(_parse_record(str(record)), SourceIndex.from_bytes(index.read_bytes()).paths)
+
+
+def _extensions(record: CacheRecord, paths: Sequence[str]) -> list[str]:
+    """Those that were looked for. Where no image is of the later kinds, none was or they were left out."""
+    if record.extensions is not None:
+        return record.extensions
+    return list(EXTENSIONS if any(path.lower().endswith(LATER_EXTENSIONS) for path in paths) else EXTENSIONS_OF_0_1_0)
 
 
 def _parse_record(path: str) -> CacheRecord:
@@ -231,6 +257,7 @@ class LatentCache:
     """A complete cache, read image by image. From a bucket, each file is fetched once, when it is first needed.
 
     record: see :class:`CacheRecord`. labels: (N,) int64. names: of the images. sizes: their bytes, (N,) int64.
+    extensions: of the kinds of images that were looked for.
     Raises ValueError, naming --data_dir and the remedy, for a cache that is unfinished or damaged.
     """
 
@@ -239,6 +266,7 @@ class LatentCache:
         self.record = read_record(data_dir)
         index = self._read_index()
         self.names, self.labels, self.sizes = PathTable(index.paths), index.labels, index.sizes
+        self.extensions = _extensions(self.record, index.paths)
         self._opened: dict[int, Any] = {}
         self._check_files()
 

@@ -1,14 +1,17 @@
 """Interface of a source of data: names, sizes, labels, and the bytes of an image. ``sources.py`` lists the sources."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import PathTable, as_shown, join, read_with
+from masked_diffusion.data.image_files import EXTENSIONS, PathTable, as_shown, join, read_with
+from masked_diffusion.data.listing_cache import Listing
 from masked_diffusion.settings import setting
 
 
@@ -89,3 +92,49 @@ class ImageSource(Source):
     def picture(self, index: int) -> Image.Image:
         """The image as a viewer shows it, upright RGB. Raises what ``image_files.read_with`` does."""
         return read_with(self.name_of(index), partial(self.read, index), lambda content, image: as_shown(image))
+
+
+class Narrowed(ImageSource):
+    """The images of another source but for those of some kinds, for a run that began when these were not read.
+
+    Raises ValueError where no image is left. left_out: extensions in lower case.
+    """
+
+    def __init__(self, source: ImageSource, left_out: Collection[str]) -> None:
+        kinds = [PurePosixPath(name).suffix.lower() for name in source.names]
+        self._source = source
+        self._kept = [index for index, kind in enumerate(kinds) if kind not in left_out]
+        if not self._kept:
+            raise ValueError(
+                f"--data_dir {source.data_dir}: all its images are of kinds ({' '.join(sorted(left_out))}) that were "
+                "not read when what is to go on began; give its images, or begin anew in another folder"
+            )
+        self.data_dir = source.data_dir
+        self.made_up_folders = source.made_up_folders
+        self.names = PathTable(source.names[index] for index in self._kept)
+        since = Listing(skipped=Counter(kind for kind in kinds if kind in left_out)).notes
+        self.notes = [*source.notes, *(f"{note}: kinds that were not read yet when this began" for note in since)]
+
+    def name_of(self, index: int) -> str:
+        return self._source.name_of(self._kept[index])
+
+    def sizes(self) -> np.ndarray:
+        return self._source.sizes()[self._kept]
+
+    def classes(self) -> Classes | None:
+        known = self._source.classes()
+        return None if known is None else Classes(known.names, known.labels[self._kept])
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(self._kept[index])
+
+    def picture(self, index: int) -> Image.Image:
+        return self._source.picture(self._kept[index])
+
+
+def narrow(source: ImageSource, extensions: Collection[str] | None) -> ImageSource:
+    """A source without the kinds of images that are read now and are not among ``extensions``; None leaves none out."""
+    left_out = set() if extensions is None else set(EXTENSIONS) - set(extensions)
+    if not any(name.lower().endswith(tuple(left_out)) for name in (source.names if left_out else ())):
+        return source
+    return Narrowed(source, left_out)

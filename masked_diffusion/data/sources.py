@@ -7,6 +7,7 @@ A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, fli
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.parquet_images import Parquet
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
-from masked_diffusion.data.source import USUAL, Classes, ImageSource, Source, SourceOptions
+from masked_diffusion.data.source import USUAL, Classes, ImageSource, Source, SourceOptions, narrow
 from masked_diffusion.data.tar_images import Tar
 from masked_diffusion.data.zip_images import Zip
 
@@ -141,6 +142,11 @@ class LatentFolder(Source):
         names = self.cache.record.class_names
         return None if names is None else Classes(names, self.cache.labels)
 
+    def images(self) -> ImageSource:
+        """The images that the latents were made of. Raises what :func:`open_images` does."""
+        options = dataclasses.replace(USUAL, **self.cache.record.columns)
+        return open_images(self.cache.record.data_dir, options, self.cache.extensions)
+
     def check_source(self) -> None:
         """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.
 
@@ -149,7 +155,7 @@ class LatentFolder(Source):
         if is_remote(self.cache.record.data_dir):
             return
         try:
-            images = open_images(self.cache.record.data_dir, dataclasses.replace(USUAL, **self.cache.record.columns))
+            images = self.images()
             sizes = images.sizes()
         except (OSError, ValueError):  # gone, or such as an empty folder where a disk is not mounted
             return
@@ -207,15 +213,18 @@ def open_source(data_dir: str, options: SourceOptions = USUAL) -> Source:
     return next(source for source in SOURCES if source.claims(data_dir))(data_dir, options)
 
 
-def open_images(data_dir: str, options: SourceOptions = USUAL) -> ImageSource:
-    """The source of images that ``--data_dir`` names. Raises what :func:`open_source` does, ValueError for latents."""
+def open_images(data_dir: str, options: SourceOptions = USUAL, extensions: Sequence[str] | None = None) -> ImageSource:
+    """The source of images that ``--data_dir`` names. extensions: see :func:`narrow`.
+
+    Raises what :func:`open_source` does, ValueError for latents.
+    """
     source = open_source(data_dir, options)
     if isinstance(source, LatentFolder):
         raise ValueError(
             f"--data_dir {data_dir}: holds latents; give the images they were made of ({source.cache.record.data_dir})"
         )
     assert isinstance(source, ImageSource)
-    return source
+    return narrow(source, extensions)
 
 
 def absolute(data_dir: str) -> str:

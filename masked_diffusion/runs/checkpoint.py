@@ -264,8 +264,7 @@ def newest_complete_step(folder: Path, report: Callable[[str], None], dry_run: b
     Damaged checkpoints on the way are reported and renamed with the suffix ``.corrupt``, so that no later start takes
     them. A dry run only reports them.
     """
-    matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
-    for step in sorted((int(match[1]) for match in matches if match), reverse=True):
+    for step in sorted(_steps_in(folder), reverse=True):
         problem = damage(folder, step)
         if problem is None:
             return step
@@ -341,6 +340,25 @@ def plan_start(
                 f"code left in {folder}; give another OPENAI_LOGDIR"
             )
     return Start(asked.step, asked.folder, asked.init_from, (*messages, *asked.messages))
+
+
+def run_to_resume(folder: Path, resume_checkpoint: str, overwrite: bool) -> Path | None:
+    """The folder of the run that a training will go on with, as far as names tell; None for a new run.
+
+    This is for what has to be known before :func:`plan_start`, which reads all files of a checkpoint.
+    """
+    steps = [(-1, folder)] if overwrite or resume_checkpoint == "" else [(step, folder) for step in _steps_in(folder)]
+    path = Path(resume_checkpoint).expanduser()
+    if match := MODEL_FILE.fullmatch(path.name):
+        steps.append((int(match[1]), path.parent))
+    newest, run = max(steps, default=(-1, folder), key=lambda pair: pair[0])
+    return run if newest >= 0 else None
+
+
+def _steps_in(folder: Path) -> list[int]:
+    """The steps of all checkpoints in a folder, damaged or not."""
+    matches = (MANIFEST_FILE.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return [int(match[1]) for match in matches if match]
 
 
 def _asked_start(folder: Path, resume_checkpoint: str, init_from: str | None) -> Start:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from masked_diffusion.choices import FIRST_STREAM, POLICIES, STREAM, check_objective, family_policy
+from masked_diffusion.data.class_names import in_one_form
+from masked_diffusion.data.image_files import EXTENSIONS_OF_0_1_0
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.settings import flag, setting
@@ -213,6 +216,14 @@ def read_config(folder: Path) -> RunConfig | None:
     return RunConfig.from_json(value, path)
 
 
+def extensions_of(config: RunConfig) -> Sequence[str] | None:
+    """Those of the kinds of image files that a run's training reads; None for all that this version reads."""
+    if "extensions" in config.training:
+        return config.training["extensions"]
+    # Versions that recorded the hash of the data and no kinds read those of now.
+    return None if "data_sha256" in config.training else EXTENSIONS_OF_0_1_0
+
+
 def contradiction(former: RunConfig, now: RunConfig) -> str | None:
     """Name the first setting that makes two runs' weights or their meaning differ; None when there is none."""
     pairs = [
@@ -227,7 +238,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
         ("--route", former.model.route, now.model.route),
         *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
         ("--class_cond", former.class_cond, now.class_cond),
-        ("the list of class names", former.class_names, now.class_names),
+        ("the list of class names", in_one_form(former.class_names), in_one_form(now.class_names)),
     ]
     return next((f"{name} {_short(old)}, this one {_short(new)}" for name, old, new in pairs if old != new), None)
 

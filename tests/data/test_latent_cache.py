@@ -194,6 +194,38 @@ def test_the_same_command_goes_on_where_it_was(cache, colour_folder, tiny_vae, t
     assert "already complete" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("state", ["complete", "unfinished"])
+def test_latents_of_an_earlier_version_are_of_the_kinds_of_images_that_it_read(
+    cache, own_cache, own_images, tiny_vae, state
+):
+    record = json.loads((own_cache / "latents.json").read_text())
+    assert record.pop("extensions") == list(image_files.EXTENSIONS)
+    record["data_dir"] = str(own_images)
+    (own_cache / "latents.json").write_text(json.dumps(record))
+    shutil.copy(own_images / "red" / "0.png", own_images / "red" / "1a.tif")
+    LatentFolder(str(own_cache)).check_source()  # the new image is none that it looked for
+    if state == "unfinished":
+        (own_cache / "latents.json").rename(own_cache / "latents_unfinished.json")
+        (own_cache / "00002.safetensors").unlink()
+    assert encode(own_images, tiny_vae, own_cache) == 0
+    made = {path.name: load_file(path) for path in own_cache.glob("*.safetensors")}
+    for name, tensors in made.items():
+        assert all(torch.equal(tensors[key], value) for key, value in load_file(cache / name).items())
+    kinds = json.loads((own_cache / "latents.json").read_text()).get("extensions")
+    assert kinds == (None if state == "complete" else list(image_files.EXTENSIONS_OF_0_1_0))
+    LatentFolder(str(own_cache)).check_source()
+
+
+def test_latents_of_an_earlier_version_that_read_the_later_kinds_are_of_these(own_images, tiny_vae, tmp_path):
+    (own_images / "red" / "0.png").rename(own_images / "red" / "0.tif")
+    assert encode(own_images, tiny_vae, tmp_path / "cache") == 0
+    record = json.loads((tmp_path / "cache" / "latents.json").read_text())
+    del record["extensions"]
+    (tmp_path / "cache" / "latents.json").write_text(json.dumps(record))
+    LatentFolder(str(tmp_path / "cache")).check_source()
+    assert list(LatentCache(str(tmp_path / "cache")).extensions) == list(image_files.EXTENSIONS)
+
+
 def test_a_file_that_is_lost_or_cut_off_is_made_again(cache, own_cache, colour_folder, tiny_vae):
     (own_cache / "00001.safetensors").unlink()
     path = own_cache / "00003.safetensors"
@@ -388,7 +420,7 @@ def test_every_setting_of_a_record_makes_other_latents_but_where_things_lay(cach
     record = read_record(str(cache))
     for name in record.__dataclass_fields__:
         other = dataclasses.replace(record, **{name: "changed"})
-        assert (record.difference(other) is None) == (name in ("vae_path", "data_dir"))
+        assert (record.difference(other) is None) == (name in ("vae_path", "data_dir", "extensions"))
 
 
 def test_what_a_killed_process_left_half_written_goes(own_cache, colour_folder, tiny_vae):

@@ -1,13 +1,15 @@
 """Where the bytes of a data set are read: each source offers names, sizes, labels and the content of its images."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from masked_diffusion.data import sources
-from masked_diffusion.data.image_files import PathTable
+from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0, PathTable
 from masked_diffusion.data.source import Classes, ImageSource
 from masked_diffusion.data.sources import Builtin, Folder, LatentFolder, open_images, open_source
 from masked_diffusion.image_datasets import open_dataset
@@ -81,3 +83,25 @@ def test_latents_are_no_source_of_images(colour_folder, monkeypatch):
 def test_an_empty_path_is_refused():
     with pytest.raises(ValueError, match="--data_dir: give the folder that holds the images, or builtin:digits"):
         open_source("")
+
+
+def test_a_narrowed_source_has_the_images_of_the_kinds_that_were_read_once(colour_folder, tmp_path):
+    images = shutil.copytree(colour_folder, tmp_path / "images")
+    for name in ("green/0", "red/7"):
+        (images / name).with_suffix(".png").rename((images / name).with_suffix(".TiFF"))
+    (images / "dataset.json").write_text(
+        json.dumps({"labels": [[name, len(name) % 2] for name in open_images(str(images)).names]})
+    )
+    whole, former = open_images(str(images)), open_images(str(images), extensions=EXTENSIONS_OF_0_1_0)
+    kept = [index for index, name in enumerate(whole.names) if name.endswith(".png")]
+    assert len(former) == len(kept) == 22 and list(former.names) == [whole.names[index] for index in kept]
+    for here, there in enumerate(kept):
+        assert former.name_of(here) == whole.name_of(there) and former.read(here) == whole.read(there)
+        assert former.picture(here) == whole.picture(there)
+    assert np.array_equal(former.sizes(), whole.sizes()[kept])
+    assert former.classes().names == whole.classes().names
+    assert np.array_equal(former.classes().labels, whole.classes().labels[kept])
+    assert former.notes[-1] == "left out: 2 files (.tiff 2): kinds that were not read yet when this began"
+    assert open_images(str(images), extensions=EXTENSIONS).notes == whole.notes
+    with pytest.raises(ValueError, match=r"all its images are of kinds \(.*\.png.*\) that were not read"):
+        open_images(str(colour_folder), extensions=[".jpg"])

@@ -729,3 +729,26 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failed_save(tmp_path, mon
     writer = checkpoint.CheckpointWriter(tmp_path, keep_last=2)
     writer.start(1, {"model000001.pt": {"w": torch.zeros(1)}}, {})
     assert writer.outcome(wait=True) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "steps, asked, overwrite, expected",
+    [
+        ([], "auto", False, None),
+        ([2, 10], "auto", False, "run"),
+        ([2], "auto", True, None),
+        ([2], "", False, None),
+        ([], "other/model000004.pt", False, "other"),
+        ([2], "other/model000004.pt", False, "other"),
+        ([10], "other/model000004.pt", False, "run"),
+        ([10], "other/model000004.pt", True, "other"),
+        ([], "other/weights.pt", False, None),
+    ],
+)
+def test_the_run_to_resume_is_known_by_names_alone(tmp_path, steps, asked, overwrite, expected):
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in steps:
+        (run / checkpoint.manifest_file(step)).touch()
+    asked = str(tmp_path / asked) if "/" in asked else asked
+    assert checkpoint.run_to_resume(run, asked, overwrite) == (tmp_path / expected if expected else None)

@@ -1,5 +1,8 @@
 """Pictures that compare, by the scripts that draw them."""
 
+import json
+import shutil
+import unicodedata
 from functools import cache
 
 import numpy as np
@@ -432,6 +435,24 @@ def test_latents_are_refused_with_the_images_they_were_made_of(monkeypatch, refu
 )
 def test_looking_refuses(refused, flags, sentence):
     assert sentence in refused(*flags, path=LOOK)
+
+
+def test_classes_in_the_other_form_of_unicode_are_the_same_classes(draw, trained, colour_folder, tmp_path):
+    names = [unicodedata.normalize("NFC", name) for name in ("café", "crème", "thé")]
+    for name, colour in zip(names, ("red", "green", "blue"), strict=True):
+        shutil.copytree(colour_folder / colour, tmp_path / "data" / unicodedata.normalize("NFD", name))
+    model = tmp_path / "model" / trained.name
+    flags = ["--data_dir", tmp_path / "data", "--max_steps", 1]
+    with pytest.MonkeyPatch.context() as patch:
+        assert call(patch, TRAIN, model.parent, *TINY_DIGITS, *flags) == 0
+    text = (model.parent / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text) | {"class_names": names}
+    assert config["class_names"] != json.loads(text)["class_names"]
+    (model.parent / "config.json").write_text(json.dumps(config))
+    look = ["--model_path", model, "--num_images", 1, "--num_sampling_steps", 1]
+    draw("reconstruction", *look, "--data_dir", tmp_path / "data", path=LOOK)
+    with pytest.MonkeyPatch.context() as patch:  # so does a resumed run
+        assert call(patch, TRAIN, model.parent, *TINY_DIGITS, *flags, "--max_steps", 2) == 0
 
 
 def test_data_of_other_classes_is_refused(refused, colour_folder):
