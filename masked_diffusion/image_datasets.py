@@ -182,8 +182,10 @@ class SourceDataset(ImageDataset):
         random_crop: bool = False,
         random_flip: bool = True,
         fast_decode: bool = False,
+        extensions: Sequence[str] | None = None,
     ) -> None:
-        self.source = open_images(source) if isinstance(source, str) else source
+        self.source = narrow(open_images(source) if isinstance(source, str) else source, extensions)
+        self.extensions = EXTENSIONS if extensions is None else extensions
         super().__init__(image_size, *self._classes(class_cond, class_from, labels_file))
         self.notes = [*self.source.notes]
         counts = np.bincount(self.labels, minlength=self.num_classes)
@@ -315,10 +317,9 @@ def open_dataset(
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
     """
-    if class_from != "auto" and not class_cond:
-        warnings.warn(f"--class_from {class_from} is ignored with --class_cond False", stacklevel=2)
-    if labels_file and not class_cond:
-        warnings.warn(f"--labels_file {labels_file} is ignored with --class_cond False", stacklevel=2)
+    for name, value in (("class_from", class_from), ("labels_file", labels_file)):
+        if value not in ("auto", "") and not class_cond:
+            warnings.warn(f"--{name} {value} is ignored with --class_cond False", stacklevel=2)
     source = open_source(data_dir, SourceOptions(image_column, label_column, max_image_bytes))
     if not isinstance(source, Table):
         for name, column in (("image_column", image_column), ("label_column", label_column)):
@@ -344,8 +345,8 @@ def open_dataset(
             source, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
         )
     assert isinstance(source, ImageSource)
-    dataset = SourceDataset(
-        narrow(source, extensions),
+    return SourceDataset(
+        source,
         image_size=image_size,
         class_cond=class_cond,
         class_from=class_from,
@@ -353,9 +354,8 @@ def open_dataset(
         random_crop=random_crop,
         random_flip=random_flip,
         fast_decode=fast_decode,
+        extensions=extensions,
     )
-    dataset.extensions = EXTENSIONS if extensions is None else extensions
-    return dataset
 
 
 # Stream
