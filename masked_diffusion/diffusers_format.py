@@ -41,8 +41,7 @@ from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.runs.config import DiffusionConfig, RunConfig
-from masked_diffusion.sampling.image_sampler import CONTINUOUS_STEPS
-from masked_diffusion.sampling.sampler_config import SamplerConfig
+from masked_diffusion.sampling.sampler_config import CONTINUOUS_STEPS, SamplerConfig
 
 # What schedulers of diffusers call the predictions of processes of timesteps.
 PREDICTION_TYPES = {"ddpm": ("epsilon", "sample"), "x0": ("sample",), "v": ("v_prediction",)}

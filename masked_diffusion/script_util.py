@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from masked_diffusion.runs.request import Request
 from masked_diffusion.settings import Flag, flags_of
 
 USAGE_ERROR = 2
+INTERVAL = re.compile(r"([0-9]+(?:\.[0-9]+)?)-([0-9]+(?:\.[0-9]+)?)")
 NO_HOME = "home directory"  # how Path.expanduser says that ~ stands for nothing
 Settings = TypeVar("Settings")
 # The headings of --help, in their order.
@@ -142,16 +144,23 @@ def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert_or_none
 
 
-def interval(text: str) -> list[int]:
-    """``80-470`` -> [80, 470]. Raises argparse.ArgumentTypeError for anything else."""
-    low, dash, high = text.partition("-")
-    if not (dash and low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
-        raise argparse.ArgumentTypeError(f"expected two timesteps, the smaller one first, such as 80-470, got {text!r}")
-    return [int(low), int(high)]
+def interval(text: str) -> list[float]:
+    """``80-470`` -> [80, 470], ``0.1-0.7`` -> [0.1, 0.7]. Raises argparse.ArgumentTypeError for anything else."""
+    matched = INTERVAL.fullmatch(text)
+    ends: list[float] = []
+    if matched is not None:
+        convert = float if "." in text else int
+        ends = [convert(end) for end in matched.groups()]
+    if not ends or ends[0] > ends[1]:
+        raise argparse.ArgumentTypeError(
+            "expected two timesteps or two shares of noise, the smaller one first, such as 80-470 or 0.1-0.7, got "
+            f"{text!r}"
+        )
+    return ends
 
 
 # What turns text into a value of a default's type, where that is not the type itself.
-CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: str2bool, float: finite_float, list[int]: interval}
+CONVERTERS: dict[Any, Callable[[str], Any]] = {bool: str2bool, float: finite_float, list[float]: interval}
 
 
 def add_dict_to_argparser(

@@ -32,7 +32,7 @@ def constant_weight(t: Tensor, cfg_scale: float, diffusion_steps: int = 1000) ->
     return torch.full_like(t, cfg_scale, dtype=torch.float32)
 
 
-def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_interval: Sequence[int]) -> Tensor:
+def interval_weight(t: Tensor, cfg_scale: float, diffusion_steps: int, cfg_interval: Sequence[float]) -> Tensor:
     """``cfg_scale`` inside an interval of timesteps, ends included, else 1 (Kynkaanniemi et al., 2404.07724).
 
     t: (N,) original timesteps. Returns (N,) float32.

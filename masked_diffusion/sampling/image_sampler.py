@@ -18,7 +18,6 @@ from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 
-CONTINUOUS_STEPS = 1000  # what guidance schedules count the time of a continuous objective in
 # Of the draws of a batch's samples, what guidance leads them away from.
 NewAway = Callable[[SampleNoise], Away]
 
@@ -58,8 +57,7 @@ class ImageSampler:
         self._idle_levels = set(self._grid)
         self._new_guidance: Callable[[SampleNoise], Guidance] | None = None
         if sampler.cfg_cond:
-            steps = config.most_steps or CONTINUOUS_STEPS
-            build = partial(sampler.build_guidance, config.model.num_classes, steps)
+            build = partial(sampler.build_guidance, config.model.num_classes, config.most_steps)
 
             def new_guidance(draws: SampleNoise) -> Guidance:
                 return build(None if new_away is None else new_away(draws)).at(self._objective.timesteps)
@@ -109,7 +107,10 @@ class ImageSampler:
             return (plain if level[0].item() in self._idle_levels else guided)(x_t, level)
 
         levels = tqdm(self._grid, unit="step", disable=not self._progress)
-        return samplers.loop(self._new_step(), predict, x_T, levels, noise.randn_like)
+        step = self._new_step()
+        if inpainting is not None:
+            step = inpainting.keeping(step, self._grid[-1])
+        return samplers.loop(step, predict, x_T, levels, noise.randn_like)
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Inpainting wraps the model that a sampler is given, guided or not, so every sampler and guidance works with it. Before
 each prediction it sets the known region of x_t to the known latents at that noise level; after it, it sets their
-estimate of x_0 to the known latents.
+estimate of x_0 to the known latents. So the known latents come out as they went in.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 from masked_diffusion.data.image_files import read_image
 from masked_diffusion.diffusion.guidance import Denoiser
 from masked_diffusion.diffusion.objectives import Objective
-from masked_diffusion.diffusion.samplers import Predict
+from masked_diffusion.diffusion.samplers import Predict, RandnLike, Step, StepFunction
 from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
 from masked_diffusion.models.backbone import LatentTransformer
@@ -94,6 +94,17 @@ class Inpainting:
 
         predict = objective.predictor(denoiser, clip_denoised, denoised_fn=fill, model_kwargs=model_kwargs)
         return lambda x_t, level: predict(self.hold(objective, x_t, level, noise), level)
+
+    def keeping(self, step: StepFunction, last_level: float) -> StepFunction:
+        """A sampler's step that leads from ``last_level`` to the known latents themselves, whatever noise it drew."""
+
+        def kept(predict: Predict, x_t: Tensor, level: Tensor, randn_like: RandnLike) -> Step:
+            state = step(predict, x_t, level, randn_like)
+            if level[0].item() != last_level:
+                return state
+            return state._replace(sample=torch.where(self.hole, state.sample, self.known))
+
+        return kept
 
 
 def interpolated_at_once(model: Denoiser, hole_tokens: Tensor) -> Denoiser:

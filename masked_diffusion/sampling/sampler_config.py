@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Which edition of a sampler's steps this is; those that are not named step as in 0.1.0, or were not there.
 STEPS_EDITION = {"heun": 2}
+CONTINUOUS_STEPS = 1000  # what guidance schedules count the time of a continuous objective in
 GUIDE_FROM = ("null_label", "checkpoint", "masked")
 
 
@@ -27,10 +28,9 @@ class SamplerConfig:
     the schedule ``guidance`` (see ``choices.parse_guidance``) up to cfg_scale. guide_from: what predictions are led
     away from, one of ``GUIDE_FROM``. guide_path: the weaker model of ``checkpoint``. guide_labels: ``same`` labels for
     it, or ``null``. guide_ratio: share of the tokens that ``masked`` masks; None is the training's. cfg_interval: first
-    and last original timestep that ``interval`` guides at. cfg_channels: 3 latent channels are guided,
-    or with 4 all.
-    cfg_skip_tol: where the weight is within this of 1, no weak prediction is computed. Raises ValueError for other
-    values.
+    and last original timestep that ``interval`` guides at, or, where levels are continuous, shares of noise in [0, 1].
+    cfg_channels: 3 latent channels are guided, or with 4 all. cfg_skip_tol: where the weight is within this of 1, no
+    weak prediction is computed. Raises ValueError for other values.
     """
 
     num_sampling_steps: int = setting(250, "steps of the sampler, whichever it is", "sampling")
@@ -59,8 +59,11 @@ class SamplerConfig:
         3.8, "largest weight of the guidance; needs --cfg_cond True; DiT has 1.5 by default", "guidance"
     )
     scale_pow: float = setting(4.0, "power of --guidance power_cosine; needs --cfg_cond True", "guidance")
-    cfg_interval: list[int] | None = setting(
-        None, "first and last timestep that --guidance interval guides at, such as 80-470", "guidance"
+    cfg_interval: list[float] | None = setting(
+        None,
+        "where --guidance interval guides: first and last timestep, such as 80-470, or under --objective flow and edm "
+        "shares of noise, such as 0.1-0.7",
+        "guidance",
     )
     cfg_channels: int = setting(
         GUIDED_CHANNELS, "latent channels that are guided: 3, as published, or 4 for all", "guidance"
@@ -132,25 +135,40 @@ class SamplerConfig:
         record = {"schedule": self.guidance, "cfg_scale": self.cfg_scale, **self.guidance_settings}
         return {**record, "cfg_channels": self.cfg_channels, "cfg_skip_tol": self.cfg_skip_tol}
 
-    def build_guidance(self, num_classes: int, diffusion_steps: int, away: "Away | None" = None) -> "Guidance":
+    def build_guidance(self, num_classes: int, diffusion_steps: int | None, away: "Away | None" = None) -> "Guidance":
         """The guidance that ``cfg_cond`` asks for, of a model of so many classes and a process of so many steps.
 
-        away: None is the null label.
+        diffusion_steps: None where levels are continuous. away: None is the null label.
         Raises ValueError for an interval outside the trained process.
         """
         from masked_diffusion.diffusion.guidance import SCHEDULES, Guidance, NullLabel
 
-        if self.guidance == "interval" and self.cfg_interval is not None and self.cfg_interval[1] >= diffusion_steps:
-            interval = "-".join(map(str, self.cfg_interval))
-            raise ValueError(f"--cfg_interval {interval}: timesteps are 0 ... {diffusion_steps - 1}")
+        settings = self.guidance_settings
+        if self.guidance == "interval":
+            settings["cfg_interval"] = self._interval(diffusion_steps)
         weight = partial(
             SCHEDULES[parse_guidance(self.guidance)[0]],
             cfg_scale=self.cfg_scale,
-            diffusion_steps=diffusion_steps,
-            **self.guidance_settings,
+            diffusion_steps=diffusion_steps or CONTINUOUS_STEPS,
+            **settings,
         )
         channels = GUIDED_CHANNELS if self.cfg_channels == GUIDED_CHANNELS else ALL_CHANNELS
         return Guidance(away or NullLabel(num_classes), weight, channels, self.cfg_skip_tol)
+
+    def _interval(self, diffusion_steps: int | None) -> list[float]:
+        """``cfg_interval`` in timesteps."""
+        assert self.cfg_interval is not None
+        low, high = self.cfg_interval
+        if diffusion_steps is None and high > 1:
+            raise ValueError(
+                f"--cfg_interval {low}-{high}: of this --objective it is a share of noise, from 0 (clean) to 1, such "
+                "as 0.1-0.7"
+            )
+        if diffusion_steps is None:
+            return [CONTINUOUS_STEPS * low, CONTINUOUS_STEPS * high]
+        if high >= diffusion_steps or not isinstance(high, int):
+            raise ValueError(f"--cfg_interval {low}-{high}: timesteps are 0 ... {diffusion_steps - 1}")
+        return [low, high]
 
     def build_objective(self, config: RunConfig) -> "Objective":
         """The objective for a sampling of ``num_sampling_steps``.

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import threading
 import time
 import tracemalloc
@@ -18,6 +19,7 @@ from PIL import Image
 from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import Guidance
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.processes import resumable_parts
 from masked_diffusion.processes.resumable_parts import make_parts
@@ -187,6 +189,27 @@ def test_an_interval_outside_the_process_is_refused():
     sampler = SamplerConfig(cfg_cond=True, guidance="interval", cfg_interval=[5, 50])
     with pytest.raises(ValueError, match="--cfg_interval 5-50: timesteps are 0 ... 49"):
         sampler.build_guidance(NUM_CLASSES, 50)
+    shares = dataclasses.replace(sampler, cfg_interval=[0.1, 0.5])
+    with pytest.raises(ValueError, match="--cfg_interval 0.1-0.5: timesteps are 0 ... 49"):
+        shares.build_guidance(NUM_CLASSES, 50)
+    with pytest.raises(ValueError, match="--cfg_interval 5-50: of this --objective it is a share of noise, from 0"):
+        sampler.build_guidance(NUM_CLASSES, None)
+
+
+@pytest.mark.parametrize("objective", ["flow", "edm"])
+def test_continuous_levels_are_guided_between_two_shares_of_noise(objective):
+    """Flow's share is its time; EDM's is sigma / (sigma + sigma_data), which is 1/2 where both are equal."""
+    config = dataclasses.replace(run_config(), objective=ObjectiveConfig(objective, sigma_data=0.5))
+    sizes, asked = {}, SamplerConfig(12, "euler", cfg_cond=True, guidance="interval", cfg_interval=[0.3, 0.7])
+
+    def net(x, t, y):
+        sizes[t[0].item()] = len(x)
+        return torch.zeros_like(x)
+
+    list(ImageSampler(net, config, asked, PixelSpace(3), "cpu").states(range(2), [0, 1]))
+    guided = {t for t, size in sizes.items() if size == 4}
+    share = {t: t / 1000 if objective == "flow" else (s := math.exp(4 * t)) / (s + 0.5) for t in sizes}
+    assert guided == {t for t in sizes if 0.3 <= share[t] <= 0.7} and 1 < len(guided) < 11
 
 
 def test_the_record_of_the_guidance_has_the_schedules_own_settings():

@@ -279,8 +279,8 @@ def test_a_setting_without_effect_warns(monkeypatch, tmp_path, trained, capsys, 
     assert f"warning: {warning}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["470", "470-80", "-80", "a-b", "80,470"])
+@pytest.mark.parametrize("text", ["470", "470-80", "-80", "a-b", "80,470", "0.7-0.1", "nan-1", "0.1-", "1e2-3"])
 def test_an_interval_that_is_none_is_refused(monkeypatch, tmp_path, trained, capsys, text):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, SAMPLE, tmp_path / "out", *sample_flags(trained), f"--cfg_interval={text}")
-    assert "expected two timesteps" in capsys.readouterr().err
+    assert "expected two timesteps or two shares of noise" in capsys.readouterr().err
