@@ -11,6 +11,8 @@ MPI = ["mpi4py>=4.1"]
 PLOT = ["matplotlib>=3.9"]
 # Images in parquet files.
 PARQUET = ["pyarrow>=16"]
+# The page of scripts/demo.py. It holds Pillow below 13, so the tests do without it, and skip what needs it.
+DEMO = ["gradio>=6"]
 TEST = [
     *EVAL,
     *EVAL_TORCH,
@@ -52,6 +54,7 @@ setup(
         "mpi": MPI,
         "plot": PLOT,
         "parquet": PARQUET,
+        "demo": DEMO,
         "test": TEST,
         "all": TEST,
     },

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -46,6 +47,23 @@ def call(monkeypatch, path, folder, *arguments, sinks="csv"):
     monkeypatch.setenv("OPENAI_LOGDIR", str(folder))
     monkeypatch.setenv("OPENAI_LOG_FORMAT", sinks)
     return script(path).main([str(argument) for argument in arguments])
+
+
+@cache
+def model_of(folder, *flags):
+    """A model of digits with random weights, which predicts grey images, so that every setting shows. Its path."""
+    with pytest.MonkeyPatch.context() as patch:
+        kind = ["--max_steps", "1", "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True"]
+        assert call(patch, "scripts/image_train.py", folder, *TINY_DIGITS, *kind, *flags) == 0
+    path = folder / "ema_0.9999_000001.pt"
+    state = torch.load(path, weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for value in state.values():
+        if value.is_floating_point():
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    state["final_layer.linear.weight"] *= 0.3
+    torch.save(state, path)
+    return path
 
 
 def environment(folder, **variables):

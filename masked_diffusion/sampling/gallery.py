@@ -1,7 +1,7 @@
 """Draw pictures that compare: samples of several settings, states of the denoising, filled masks, biases."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,20 @@ class Row:
             images = self.make.trajectory(indices, labels, frames, self.inpainting)
             parts.append(images if self.photo is None else self.photo.paste_around(images))
         return np.concatenate(parts, axis=1)
+
+    def watch(self, frames: int) -> Iterator[tuple[int, int, np.ndarray | None]]:
+        """Sample at most ``BATCH_SIZE`` labels step by step: number of the step, number of steps, and images.
+
+        images: (N, H, W, 3) uint8 of ``frames`` evenly spaced states, the last one finished; None for the others.
+        """
+        [steps] = self.make.shown_steps(1)
+        shown, indices = self.make.shown_steps(min(frames, steps)), range(len(self.labels))
+        for step, state in enumerate(self.make.states(indices, self.labels, self.inpainting), start=1):
+            images = None
+            if step in shown:
+                images = self.make.pixels(state.sample, indices)
+                images = images if self.photo is None else self.photo.paste_around(images)
+            yield step, steps, images
 
 
 def parse_sweep(text: str, settings: Sequence[str]) -> tuple[str, list[str]]:

@@ -111,6 +111,7 @@ TABLE = [
         elsewhere="test_launch_scripts.py sees the flag, test_learning.py (slow) runs it",
     ),
     Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
+    Row(r"^python scripts/demo\.py", elsewhere="test_demo_in_browser.py opens the page, where gradio is installed"),
     Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),
     Row(r"^python infer_mdt\.py$", flags=PICTURES, makes="sample.png", without="mdt_xl2_v1_ckpt.pt"),
     Row(r"^DATA_PATH=\S+ bash run\.sh$", elsewhere="first link of the chain below"),
@@ -533,6 +534,7 @@ def sources():
         "make_card",
         "check_data",
         "make_dataset",
+        "demo",
         "visualize",
         "convert_checkpoint",
     )

@@ -3,13 +3,12 @@
 import json
 import shutil
 import unicodedata
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
-from support import TINY_DIGITS, call, script
+from support import TINY_DIGITS, call, model_of, script
 
 from masked_diffusion.models import create_model
 from masked_diffusion.sampling.gallery import BIAS_TABLE, Row, num_frames, parse_sweep, relative_bias
@@ -18,23 +17,6 @@ from masked_diffusion.sampling.pictures import LEGIBLE_SIDE, TEXT_SIZE, table
 
 TRAIN, INFER, LOOK = "scripts/image_train.py", "infer_mdt.py", "scripts/visualize.py"
 TILE, GAP = 64, 4
-
-
-@cache
-def model_of(folder, *flags):
-    """A model of digits with random weights, which predicts grey images, so that every setting shows. Its path."""
-    with pytest.MonkeyPatch.context() as patch:
-        kind = ["--max_steps", "1", "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True"]
-        assert call(patch, TRAIN, folder, *TINY_DIGITS, *kind, *flags) == 0
-    path = folder / "ema_0.9999_000001.pt"
-    state = torch.load(path, weights_only=True)
-    generator = torch.Generator().manual_seed(0)
-    for value in state.values():
-        if value.is_floating_point():
-            value += 0.1 * torch.randn(value.shape, generator=generator)
-    state["final_layer.linear.weight"] *= 0.3
-    torch.save(state, path)
-    return path
 
 
 @pytest.fixture(scope="module")
