@@ -7,6 +7,7 @@ there, and its name here. ``tests/test_choices.py`` fails where the two differ.
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -54,25 +55,47 @@ def check_objective(model: str, objective: str) -> None:
 
 
 class PolicyTraits(NamedTuple):
-    """What settings have to know of a policy. families: of the models that can be trained under it. drops: whether
-    tokens leave. has_decoder: whether they come back at the decoder. takes_route: whether another route can be asked
-    for."""
+    """What settings have to know of a policy. families: of the models that can be trained under it. drops: whether it
+    has a mask ratio. leaves: whether it is of tokens that leave. has_decoder: whether they come back at the decoder.
+    takes_route, takes_decoder: whether another route, a decoder can be asked for."""
 
     families: tuple[str, ...]
     drops: bool = True
+    leaves: bool = True
     has_decoder: bool = False
     takes_route: bool = False
+    takes_decoder: bool = False
 
 
 POLICIES = {
-    "none": PolicyTraits(("MDT", "MDTv2", "DiT", "SiT"), drops=False),
+    "none": PolicyTraits(("MDT", "MDTv2", "DiT", "SiT"), drops=False, leaves=False),
     "mdt": PolicyTraits(("MDT", "DiT", "SiT"), has_decoder=True),
     "mdtv2": PolicyTraits(("MDTv2",), has_decoder=True),
     "mdt_one_view": PolicyTraits(("MDT", "DiT", "SiT"), has_decoder=True),
     "tread": PolicyTraits(("MDT", "DiT", "SiT"), takes_route=True),
     "sprint": PolicyTraits(("MDT", "DiT", "SiT"), takes_route=True),
     "deferred": PolicyTraits(("MDT", "DiT", "SiT")),
+    "maskdit": PolicyTraits(("MDT", "DiT", "SiT"), takes_decoder=True),
+    "dual_timestep": PolicyTraits(("MDT", "DiT", "SiT"), leaves=False),
 }
+LAST_BLOCKS = "blocks"  # as a decoder: the last blocks of the network itself
+CONSTANT = "const"
+
+
+def ratio_schedule(text: str) -> Callable[[float], float]:
+    """The share of the mask ratio that holds at a progress in [0, 1]; MaskDiT's schedules (2306.09305).
+
+    ``const``, ``cosine:K`` for cos(pi progress / 2)^K, which falls from 1 to 0, or ``linear``, which rises from 0 to 1.
+    Raises ValueError for anything else.
+    """
+    if text == CONSTANT:
+        return lambda progress: 1.0
+    if text == "linear":
+        return lambda progress: progress
+    name, _, power = text.partition(":")
+    if name == "cosine" and power.isdecimal() and int(power) > 0:
+        return lambda progress: math.cos(math.pi * progress / 2) ** int(power)
+    raise ValueError(f"--ratio_schedule {text}: expected const, linear, or cosine:K with a whole number, as cosine:4")
 
 
 def check_policy(name: str, family: str) -> None:
@@ -88,18 +111,19 @@ def check_policy(name: str, family: str) -> None:
         )
 
 
-def ignored_settings(model: str, policy: str | None) -> list[str]:
-    """Which of mask_ratio, decode_layer, route and choose the model called ``model`` has no use for under a policy.
+def ignored_settings(model: str, policy: str | None, decoder: str | None = None) -> list[str]:
+    """Which of mask_ratio, decode_layer, route, choose and decoder the model called ``model`` has no use for.
 
-    policy: None is the model's own.
+    policy: None is the model's own. decoder: where the policy takes one.
     Raises ValueError for an unknown model or policy, or a policy that is not for this model.
     """
     family = family_of(model)
     name = policy or family_policy(model)
     check_policy(name, family)
     traits = POLICIES[name]
-    used = {"mask_ratio": traits.drops, "decode_layer": traits.has_decoder or FAMILIES[family].has_decoder}
-    used |= {"route": traits.takes_route, "choose": traits.drops}
+    in_blocks = traits.has_decoder or (traits.takes_decoder and decoder == LAST_BLOCKS)
+    used = {"mask_ratio": traits.drops, "decode_layer": in_blocks or FAMILIES[family].has_decoder}
+    used |= {"route": traits.takes_route, "choose": traits.leaves, "decoder": traits.takes_decoder}
     return [setting for setting, is_used in used.items() if not is_used]
 
 

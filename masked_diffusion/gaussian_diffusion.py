@@ -19,6 +19,8 @@ from masked_diffusion.diffusion.samplers import Prediction, on_device_of
 Model = Callable[..., Tensor]
 Terms = dict[str, Tensor]
 Reduction = Callable[[Tensor], Tensor]  # (N, C, H, W) -> (N,)
+# The estimate of x_0 and the noisy x, each (N, C, H, W) -> further terms of the loss by name, each (N,).
+Extra = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 class ModelMeanType(enum.Enum):
@@ -73,6 +75,12 @@ def get_named_beta_schedule(name: str, num_steps: int) -> np.ndarray:
         alpha_bar = np.cos((np.arange(num_steps + 1) / num_steps + s) / (1 + s) * math.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     raise ValueError(f"--noise_schedule {name}: unknown; choose one of linear, squaredcos_cap_v2, cosine")
+
+
+def add_terms(terms: Terms, further: Terms) -> None:
+    """Put further terms beside those of a loss, and add them to it."""
+    terms["loss"] = sum(further.values(), terms["loss"])
+    terms |= further
 
 
 def mean_flat(x: Tensor) -> Tensor:
@@ -303,11 +311,13 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
         counts: Reduction = mean_flat,
+        extra: Extra | None = None,
     ) -> Terms:
         """Losses at timesteps t, each (N,): ``loss``, and what it is the sum of, ``mse`` and ``vb`` where they exist.
 
         x_start: (N, C, H, W). t: (N,) int64 in [0, T). noise: (N, C, H, W) normal; None draws it. counts: reduces the
-        squared error (N, C, H, W) to (N,); the variational terms are means over everything.
+        squared error (N, C, H, W) to (N,); the variational terms are means over everything. extra: makes further terms
+        beside the squared error.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
@@ -326,6 +336,8 @@ class GaussianDiffusion:
             scale = self.num_timesteps / 1000 if self.loss_type is LossType.RESCALED_MSE else 1.0
             terms["vb"] = scale * self._vb_terms_bpd(frozen, x_start, x_t, t, clip=False)["output"]
             terms["loss"] = terms["mse"] + terms["vb"]
+        if extra is not None:
+            add_terms(terms, extra(self._predict_xstart(mean_output, x_t, t), x_t))
         return terms
 
     # -- p: from noise to data -----------------------------------------------------------------------------------------

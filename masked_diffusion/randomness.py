@@ -98,13 +98,14 @@ class DrawSpec:
 
     latent_shape: (C, h, w) of a latent. num_tokens: L of the model's token grid.
     posterior: whether the first stage samples a posterior and so needs noise of its own. path_drop: whether the policy
-    drops paths.
+    drops paths. second_level: whether some tokens have a noise level of their own.
     """
 
     latent_shape: tuple[int, int, int]
     num_tokens: int
     posterior: bool
     path_drop: bool = False
+    second_level: bool = False
 
 
 def training_draws(spec: DrawSpec, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
@@ -113,9 +114,9 @@ def training_draws(spec: DrawSpec, seed: int, epoch: int, index: int) -> dict[st
     Returns ``t``: () float64 uniform in [0, 1), made a timestep by the schedule sampler; ``noise``, ``m_noise``:
     (C, h, w) normal, of the full and of the masked view; ``label_noise``, ``m_label_noise``: () uniform, decide the
     label dropout of the two views; ``token_noise``: (L,) uniform, its ranks decide which tokens are kept; where
-    paths are dropped, ``path_noise``: () uniform, decides whose; and, where the first stage is stochastic,
-    ``posterior``: (C, h, w) normal. Each name has a stream of its own, so that a new
-    name changes none of the others.
+    paths are dropped, ``path_noise``: () uniform, decides whose; where images have two noise levels, ``second_t``: ()
+    as ``t``; and, where the first stage is stochastic, ``posterior``: (C, h, w) normal. Each name has a stream of its
+    own, so that a new name changes none of the others.
     """
 
     def stream(name: str) -> np.random.Generator:
@@ -131,6 +132,8 @@ def training_draws(spec: DrawSpec, seed: int, epoch: int, index: int) -> dict[st
     }
     if spec.path_drop:
         draws["path_noise"] = np.asarray(stream("path_noise").random(dtype=np.float32))
+    if spec.second_level:
+        draws["second_t"] = np.asarray(stream("second_t").random(), dtype=np.float64)
     if spec.posterior:
         draws["posterior"] = stream("posterior").standard_normal(spec.latent_shape, dtype=np.float32)
     return draws

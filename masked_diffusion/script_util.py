@@ -62,7 +62,7 @@ CHECKPOINT_FLAGS = {
     **{
         name: flag._replace(help=flag.help + RECORDED)
         for name, flag in flags_of(ModelConfig, DiffusionConfig).items()
-        if name not in ("policy", "route", "choose", "path_drop", "min_snr_gamma")  # of training
+        if name not in ("policy", "route", "choose", "path_drop", "decoder", "min_snr_gamma")  # of training
     },
     "num_classes": Flag(None, "number of classes" + RECORDED, "model", int | None),
     "sigma_small": flags_of(DiffusionConfig)["sigma_small"],  # sampling may have the other one

@@ -21,6 +21,7 @@ from masked_diffusion.logger import Logger
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
 from masked_diffusion.models.policies import View
+from masked_diffusion.models.tokens import Draw, level_of_pixels
 from masked_diffusion.processes.preemption import STOPPED, Launcher, StopSignals
 from masked_diffusion.processes.waiting import StoppedWaitingError
 from masked_diffusion.randomness import numpy_generator
@@ -44,6 +45,7 @@ from masked_diffusion.training.training_eval import (
 )
 
 Batch = dict[str, Tensor]
+UNIFORMS = ("t", "second_t")  # draws that become noise levels on the host
 
 
 class TrainLoop:
@@ -108,7 +110,7 @@ class TrainLoop:
         self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
-        self.meter = Meter([view.prefix + name for view in self.views for name in objective.loss_names], ranks)
+        self.meter = Meter(names_of_losses(model, objective), ranks)
         # The row of an evaluated step was written after its checkpoint.
         if start.step and (not self._evaluation_is_due() or self._lacks_evaluation()):
             load_meter(self.meter, start)
@@ -200,7 +202,7 @@ class TrainLoop:
 
     def train_step(self, images: Tensor, extras: Batch) -> None:
         """One update. images: (N, C, H, W) in [-1, 1]; extras: labels ``y`` and the draws of each image."""
-        draws = {name: value.to(self.ranks.device, non_blocking=True) for name, value in extras.items() if name != "t"}
+        draws = draws_on(self.ranks.device, extras, self.schedule_sampler)
         images = images.to(self.ranks.device, non_blocking=True)
         t, weights = self.schedule_sampler.from_uniform(extras["t"], self.ranks.device)  # (N,), (N,)
         batch_size = len(images)
@@ -236,11 +238,11 @@ class TrainLoop:
         draw = None
         if view.drops:  # as many tokens in all parts of a step and on all ranks, or they would wait for each other
             u = numpy_generator(self.config.seed, "mask_ratio", self.step).random()
-            whole = self.budget.is_finale
-            draw = self.model.draw(draws["token_noise"], u, draws.get("path_noise"), whole)
+            draw = self.model.draw(draws["token_noise"], u, draws.get("path_noise"), self.budget.ratio_share)
+        level, pixel_level = levels_of(draw, t, draws, z.shape[-1])
         model_kwargs = {"y": draws["y"], "label_noise": draws[f"{view.prefix}label_noise"], "draw": draw}
-        noise, counts = draws[f"{view.prefix}noise"], self.model.policy.counts(draw)
-        return self.objective.training_losses(self._network, z, t, model_kwargs, noise, counts)
+        how = draws[f"{view.prefix}noise"], self.model.policy.counts(draw), self.model.policy.extra(draw), pixel_level
+        return self.objective.training_losses(self._network, z, level, model_kwargs, *how)
 
     def _network(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The model under the configured compute precision; parameters and losses stay float32."""
@@ -346,6 +348,28 @@ class TrainLoop:
             self.save()
             if error := self.saver.finish():
                 raise error
+
+
+def names_of_losses(model: LatentTransformer, objective: Objective) -> list[str]:
+    """The terms of a training's losses, of all views."""
+    by_view = {view: [*objective.loss_names, *(model.policy.extra_names if view.drops else [])] for view in model.views}
+    return [view.prefix + name for view, names in by_view.items() for name in names]
+
+
+def draws_on(device: torch.device, extras: Batch, levels: Levels) -> Batch:
+    """The draws of a batch on a device, without ``t``. Those of second noise levels have become levels."""
+    draws = {name: value.to(device, non_blocking=True) for name, value in extras.items() if name not in UNIFORMS}
+    if "second_t" in extras:
+        draws["second_t"] = levels.from_uniform(extras["second_t"], device)[0]
+    return draws
+
+
+def levels_of(draw: Draw | None, t: Tensor, draws: Batch, side: int) -> tuple[Tensor, Tensor | None]:
+    """The noise levels of a view, (n,) or (n, 2), and of its pixels where an image has two, (n, 1, side, side)."""
+    if draw is None or draw.group is None:
+        return t, None
+    levels = torch.stack([t, draws["second_t"]], dim=1)
+    return levels, level_of_pixels(levels, draw.group, side)
 
 
 def prepare_model(

@@ -146,7 +146,7 @@ def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> Non
 def diffusers_work(model: Any, config: RunConfig, out: Path, args: argparse.Namespace) -> Callable[[], None]:
     from masked_diffusion.diffusers_format import check_timesteps, diffusers_dit, dit_pipeline_of, pipeline_of
 
-    if args.diffusers_class != "ours" and (family_of(config.model.model) != "DiT" or model.rejoin.has_weights):
+    if args.diffusers_class != "ours" and (family_of(config.model.model) != "DiT" or model.rejoin.weights):
         name = f"{config.model.model} trained under --policy {config.model.policy_name}"
         raise ValueError(f"--diffusers_class {args.diffusers_class}: {name} is no DiT; leave the flag out")
     if args.diffusers_class != "ours":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from masked_diffusion import dist_util, dry_run
-from masked_diffusion.choices import DEFAULT_VAE, check_objective, family_policy, ignored_settings
+from masked_diffusion.choices import CONSTANT, DEFAULT_VAE, check_objective, family_policy, ignored_settings
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder
@@ -75,6 +75,7 @@ FLAGS = {
         "hub name or folder of a diffusers AutoencoderKL, or none for pixel space",
         "model",
     ),
+    "finale": flags_of(TrainConfig)["finale"]._replace(default=None),
     "init_from": Flag(None, "weights to start from at step 0; label rows follow the class names", "model", str),
     **{
         name: flag._replace(help=flag.help + WITH_INIT)
@@ -142,11 +143,10 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # Where to start
     output = Output(args, explicit, ranks, stack)
     start = output.plan_start(args)
+    config, run_config = with_former_finale(explicit, start, config, run_config)
     messages = [*start.messages, *take_up(args, start, run_config, model, dataset)]
     state = ranks.from_main(lambda: checkpoint.read_state(start))
-    if state is not None:
-        stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
-        run_config = dataclasses.replace(run_config, stream=stream)
+    run_config = with_recorded_stream(state, start, run_config)
     config = config.on_ranks(ranks.world_size, state)
     messages += changed_batch(args, config, ranks)
     # Published checkpoints: full batches.
@@ -228,7 +228,8 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
     """A fresh model, and the configuration that it turned out to have."""
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
-    if not (model.rejoin.comes_back or set(run_config.build_objective().loss_names) == {"loss", "mse"}):
+    model.policy.check_objective(args.objective, model.in_channels * model.patch_size**2)
+    if model.policy.counts_kept and set(run_config.build_objective().loss_names) != {"loss", "mse"}:
         raise ValueError(
             f"--policy {args.policy}: only kept tokens count in its loss, and the variational term counts all; use "
             "--learn_sigma False, and no --use_kl"
@@ -239,9 +240,15 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
         decode_layer=model.decode_layer or None,
         mask_ratio=model.mask_ratio,
         route=",".join(map(str, model.route)) if model.policy.takes_route else None,
-        choose=model.policy.choose if model.policy.drops else None,
+        choose=model.policy.choose if model.policy.leaves else None,
         path_drop=model.policy.path_drop or None,
+        decoder=model.decoder_form,
     )
+    if args.ratio_schedule != CONSTANT and model.policy.choose == "cells":
+        raise ValueError(
+            f"--ratio_schedule {args.ratio_schedule}: --choose cells keeps as many tokens of each cell, which a ratio "
+            "that moves cannot; use --choose uniform"
+        )
     return dataclasses.replace(run_config, model=built), model
 
 
@@ -279,6 +286,27 @@ class Output:
         messages = self._ranks.from_main(lambda: claim_folder(self.folder, run_config))
         self._ranks.from_main(lambda: note_job(self.folder, self._job))
         return messages
+
+
+def with_recorded_stream(state: dict[str, Any] | None, start: checkpoint.Start, run_config: RunConfig) -> RunConfig:
+    """The configuration with the stream of random numbers that a resumed run began with. Raises ValueError."""
+    if state is None:
+        return run_config
+    stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
+    return dataclasses.replace(run_config, stream=stream)
+
+
+def with_former_finale(
+    explicit: set[str], start: checkpoint.Start, config: TrainConfig, run_config: RunConfig
+) -> tuple[TrainConfig, RunConfig]:
+    """The configurations with the finale that a resumed run began with, unless a flag says another: the policy may have
+    got one of its own since."""
+    former = read_config(start.folder) if start.step and "finale" not in explicit else None
+    if former is None:
+        return config, run_config
+    finale = former.training.get("finale", 0.0) if config.has_end else 0.0
+    training = {**run_config.training, "finale": finale}
+    return dataclasses.replace(config, finale=finale), dataclasses.replace(run_config, training=training)
 
 
 def take_up(
@@ -329,8 +357,9 @@ def check_first_images(
 
 def draws_of(run_config: RunConfig, model: LatentTransformer, first_stage: FirstStage) -> DrawSpec:
     """The random numbers that come with each image."""
-    drops_paths = model.policy.path_drop > 0
-    return DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, drops_paths)
+    policy = model.policy
+    further = {"path_drop": policy.path_drop > 0, "second_level": policy.two_levels and model.mask_ratio is not None}
+    return DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, **further)
 
 
 def open_stream(
@@ -418,6 +447,7 @@ def make_run_config(
             route=args.route,
             choose=args.choose,
             path_drop=args.path_drop,
+            decoder=args.decoder,
         ),
         diffusion=from_args(DiffusionConfig, args),
         objective=objective,
@@ -458,8 +488,11 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
             )
         args.shard = asked
     args.policy = args.policy or family_policy(args.model)
-    for name in ignored_settings(args.model, args.policy):
+    for name in ignored_settings(args.model, args.policy, args.decoder):
         setattr(args, name, None)
+    if args.finale is None:  # the policy's own
+        ends = args.max_steps or args.max_compute or args.lr_anneal_steps
+        args.finale = POLICIES[args.policy].finale if ends else 0.0
 
 
 def resolve_objective(args: argparse.Namespace, explicit: set[str]) -> None:
@@ -531,10 +564,11 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
             or (args.level_law != "logit_normal" and f"with --level_law {args.level_law}"),
         ),
         **dict.fromkeys(("sigma_data", "p_mean", "p_std"), args.objective != "edm" and by_objective),
-        **dict.fromkeys(ignored_settings(args.model, policy), f"by {args.model} under --policy {policy}"),
+        **dict.fromkeys(ignored_settings(args.model, policy, args.decoder), f"by {args.model} under --policy {policy}"),
         "ema_snapshot_interval": not args.ema_power and "without --ema_power",
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",
-        "finale": not POLICIES[policy].drops and f"under --policy {policy}",
+        "finale_lr": not args.finale and "without --finale",
+        **dict.fromkeys(("finale", "ratio_schedule"), not POLICIES[policy].drops and f"under --policy {policy}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
         "random_flip": args.data_dir.startswith("builtin:digits") and "for the embedded digits",

@@ -18,7 +18,16 @@ from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.levels import InverseLaw, Levels, normal_quantile, shifted
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.samplers import Predict
-from masked_diffusion.gaussian_diffusion import GaussianDiffusion, Model, ModelMeanType, Reduction, Terms, mean_flat
+from masked_diffusion.gaussian_diffusion import (
+    Extra,
+    GaussianDiffusion,
+    Model,
+    ModelMeanType,
+    Reduction,
+    Terms,
+    add_terms,
+    mean_flat,
+)
 from masked_diffusion.resample import create_named_schedule_sampler
 
 BuildProcess = Callable[..., GaussianDiffusion]  # keywords: settings of ``create_diffusion`` to change
@@ -28,7 +37,7 @@ BELOW_ONE = 1 - 1e-12  # the largest share of noise, of the last quartile
 class Objective(ABC):
     """What a network is trained for, and what its output means.
 
-    Levels are tensors (N,); data, noise and states are (N, C, H, W).
+    Levels are tensors (N,), in trainings also (N, K); data, noise and states are (N, C, H, W).
     """
 
     @property
@@ -49,8 +58,14 @@ class Objective(ABC):
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
         counts: Reduction = mean_flat,
+        extra: Extra | None = None,
+        pixel_level: Tensor | None = None,
     ) -> Terms:
-        """Losses at these levels, each (N,); see :meth:`GaussianDiffusion.training_losses`."""
+        """Losses at these levels, each (N,); see :meth:`GaussianDiffusion.training_losses`.
+
+        pixel_level: (N, 1, H, W), the level of each pixel where images have several; level is then (N, K), all of an
+        image's, as the network is given them. Raises ValueError where the objective has one level per image.
+        """
 
     @abstractmethod
     def q_sample(self, x_start: Tensor, level: Tensor, noise: Tensor) -> Tensor:
@@ -120,8 +135,12 @@ class DDPM(Objective):
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
         counts: Reduction = mean_flat,
+        extra: Extra | None = None,
+        pixel_level: Tensor | None = None,
     ) -> Terms:
-        return self.process.training_losses(model, x_start, level, model_kwargs, noise, counts)
+        if pixel_level is not None:
+            raise ValueError(f"--objective {self.config.objective}: has one noise level per image; use flow")
+        return self.process.training_losses(model, x_start, level, model_kwargs, noise, counts, extra)
 
     def q_sample(self, x_start: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         return self.process.q_sample(x_start, level, noise)
@@ -203,8 +222,10 @@ class Continuous(Objective):
     def loss_names(self) -> list[str]:
         return ["loss", "mse"]
 
-    def _network(self, model: Model, x: Tensor, level: Tensor, model_kwargs: dict[str, Any] | None) -> Tensor:
-        wide = level.view(-1, 1, 1, 1)
+    def _network(
+        self, model: Model, x: Tensor, level: Tensor, wide: Tensor, model_kwargs: dict[str, Any] | None
+    ) -> Tensor:
+        """What the network returns for the state x. wide: the level of each pixel, (N, 1, 1 or H, 1 or W)."""
         output = model(self.net_input(x, wide).float(), self.time(level).float(), **(model_kwargs or {})).float()
         if output.shape[1] != x.shape[1]:
             raise ValueError(
@@ -221,16 +242,24 @@ class Continuous(Objective):
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
         counts: Reduction = mean_flat,
+        extra: Extra | None = None,
+        pixel_level: Tensor | None = None,
     ) -> Terms:
         noise = torch.randn_like(x_start) if noise is None else noise
-        x = self.q_sample(x_start, level, noise)
-        output = self._network(model, x, level, model_kwargs)
-        target = self.target(x_start, noise, x, level.view(-1, 1, 1, 1)).float()
+        wide = level.view(-1, 1, 1, 1) if pixel_level is None else pixel_level
+        x = self._state(x_start, wide, noise)
+        output = self._network(model, x, level, wide, model_kwargs)
+        target = self.target(x_start, noise, x, wide).float()
         mse = counts((target - output) ** 2)
-        return {"loss": mse, "mse": mse}
+        terms = {"loss": mse, "mse": mse}
+        if extra is not None:
+            add_terms(terms, extra(self.denoised(output, x, wide), x))
+        return terms
 
     def q_sample(self, x_start: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        wide = samplers.on_device_of(x_start, level).view(-1, 1, 1, 1)
+        return self._state(x_start, samplers.on_device_of(x_start, level).view(-1, 1, 1, 1), noise)
+
+    def _state(self, x_start: Tensor, wide: Tensor, noise: Tensor) -> Tensor:
         return self.alpha(wide) * x_start + self.sigma(wide) * noise
 
     def predictor(
@@ -244,7 +273,7 @@ class Continuous(Objective):
         def predict(x: Tensor, level: Tensor) -> samplers.Prediction:
             level = samplers.on_device_of(x, level)
             wide, x = level.view(-1, 1, 1, 1), x.double()
-            pred_xstart = self.denoised(self._network(model, x, level, model_kwargs), x, wide)
+            pred_xstart = self.denoised(self._network(model, x, level, wide, model_kwargs), x, wide)
             if denoised_fn is not None:
                 pred_xstart = denoised_fn(pred_xstart)
             if clip_denoised:

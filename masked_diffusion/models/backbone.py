@@ -23,8 +23,8 @@ from masked_diffusion.models.layers import (
     sincos_position_table,
     zero_,
 )
-from masked_diffusion.models.policies import View, policy_for
-from masked_diffusion.models.routes import Rejoin, parse_route, walk
+from masked_diffusion.models.policies import View, policy_for, usual_decoder
+from masked_diffusion.models.routes import MaskDecoder, Rejoin, parse_route, walk
 from masked_diffusion.models.tokens import NO_DRAW, Draw
 
 
@@ -37,8 +37,8 @@ class LatentTransformer(nn.Module):
     tokens that leave under the policy; None is the policy's own, but under the family's policy nobody leaves.
     decode_layer: number of decoder blocks, the last of ``depth``, where the model or the policy has a decoder; None is
     the family's number. route: ``LEAVE,BACK``, between which blocks tokens are away, where the policy has no decoder to
-    say so; None is the policy's own. choose, path_drop: see :class:`masked_diffusion.models.policies.Policy`; None is
-    the policy's own.
+    say so; None is the policy's own. choose, path_drop, decoder: see
+    :meth:`masked_diffusion.models.policies.Policy.with_options`; None is the policy's own.
 
     Raises ValueError when input_size is no multiple of patch_size, a width does not divide, the policy is not for this
     family, decode_layer is outside 1 ... depth - 1, or mask_ratio is outside [0, 1) or keeps no token.
@@ -60,6 +60,7 @@ class LatentTransformer(nn.Module):
     sideblocks: nn.ModuleList
     fuse: nn.Linear
     route_token: nn.Parameter
+    decoder: MaskDecoder
 
     def __init__(
         self,
@@ -79,18 +80,18 @@ class LatentTransformer(nn.Module):
         route: str | None = None,
         choose: str | None = None,
         path_drop: float | None = None,
+        decoder: str | None = None,
     ) -> None:
         super().__init__()
         if input_size < patch_size or input_size % patch_size:
             raise ValueError(f"input_size {input_size}: must be a multiple of patch_size {patch_size}")
-        family = type(self).__name__
-        self.policy = policy_for(policy or self.FAMILY_POLICY, family).with_options(choose, path_drop)
         self.grid_size = input_size // patch_size
         self.num_tokens = self.grid_size**2
         self.in_channels = in_channels
         self.out_channels = 2 * in_channels if learn_sigma or self.HAS_UNUSED_VARIANCE else in_channels
         self.patch_size = patch_size
         self.num_classes = num_classes
+        self._use_policy(policy, mask_ratio, choose, path_drop, decoder or usual_decoder(hidden_size, depth))
         bias_grid = self.grid_size if self.HAS_RELATIVE_BIAS else None
         self._block = partial(Block, hidden_size, num_heads, mlp_ratio, bias_grid)
         # The order in which parameters are registered is the order of the optimizer's state in published files.
@@ -101,23 +102,34 @@ class LatentTransformer(nn.Module):
         if self.HAS_DECODER or self.policy.has_decoder:
             self.decode_layer = self.DEFAULT_DECODE_LAYER if decode_layer is None else decode_layer
             self._check_decoder(depth)
-        self.mask_ratio = mask_ratio if self.policy.drops else None
-        if mask_ratio is None and policy not in (None, self.FAMILY_POLICY):
-            self.mask_ratio = self.policy.mask_ratio
-        if self.mask_ratio is not None:
-            self.policy.check_ratio(self.grid_size, self.mask_ratio, family)
         self._add_blocks(depth)
-        self.rejoin = self.policy.rejoin
         if route is not None and self.policy.takes_route:
             self.route = parse_route(route, depth)
         else:
             self.route = self.policy.route(depth, self.decode_layer)
         self._add_rejoin(hidden_size)
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(
+            self.rejoin.output_width(hidden_size), patch_size, self.out_channels, condition_size=hidden_size
+        )
         # One index for all blocks, gathered once per pass. Theirs are kept because published checkpoints have them.
         index = relative_position_index(self.grid_size).int() if self.HAS_RELATIVE_BIAS else None
         self.register_buffer("rel_index", index, persistent=False)
         self.initialize_weights()
+
+    def _use_policy(
+        self, name: str | None, mask_ratio: float | None, choose: str | None, path_drop: float | None, decoder: str
+    ) -> None:
+        """The policy that the model is trained under, with its options."""
+        family = type(self).__name__
+        policy = policy_for(name or self.FAMILY_POLICY, family)
+        self.decoder_form = decoder if policy.takes_decoder else None
+        self.policy = policy.with_options(choose, path_drop, self.decoder_form)
+        self.rejoin = self.policy.rejoin
+        self.mask_ratio = mask_ratio if policy.drops else None
+        if mask_ratio is None and name not in (None, self.FAMILY_POLICY):
+            self.mask_ratio = policy.mask_ratio
+        if self.mask_ratio is not None:
+            self.policy.check_ratio(self.grid_size, self.mask_ratio, family)
 
     def _check_decoder(self, depth: int) -> None:
         if not 1 <= self.decode_layer <= depth - 1:
@@ -194,30 +206,35 @@ class LatentTransformer(nn.Module):
                 module.expand()
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Latents (N, C, H, W) -> tokens (N, L, D); timesteps and labels (N,) -> conditioning c (N, D)."""
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, label_noise)
+        """Latents (N, C, H, W) -> tokens (N, L, D); timesteps and labels (N,) -> conditioning c (N, D).
+
+        Timesteps (N, 2) give the conditioning of each, (2, N, D).
+        """
+        tokens, label = self.x_embedder(x) + self.pos_embed, self.y_embedder(y, label_noise)
+        if t.dim() == 1:
+            return tokens, self.t_embedder(t) + label
+        return tokens, torch.stack([self.t_embedder(one) + label for one in t.unbind(1)])
 
     @property
     def views(self) -> tuple[View, ...]:
         """The passes over an image in a training step."""
         return self.policy.views_at(self.mask_ratio)
 
-    def num_keep(self, ratio_noise: float) -> int:
-        """How many tokens stay in a view that drops some. ratio_noise: see :meth:`draw`."""
+    def num_keep(self, ratio_noise: float, share: float = 1.0) -> int:
+        """How many tokens stay in a view that drops some. ratio_noise, share: see :meth:`draw`."""
         assert self.mask_ratio is not None
-        return self.policy.num_keep(self.num_tokens, self.mask_ratio, ratio_noise)
+        return self.policy.num_keep(self.num_tokens, self.mask_ratio, ratio_noise, share)
 
     def draw(
-        self, token_noise: Tensor, ratio_noise: float = 0.0, path_noise: Tensor | None = None, whole: bool = False
+        self, token_noise: Tensor, ratio_noise: float = 0.0, path_noise: Tensor | None = None, share: float = 1.0
     ) -> Draw:
         """Choose the tokens that stay in a view that drops some.
 
         token_noise: (N, L) uniform in [0, 1). ratio_noise: uniform in [0, 1), equal for all samples of a step; it
         matters to policies whose ratio is drawn. path_noise: (N,) uniform in [0, 1), decides whose path is dropped;
-        None for nobody's. whole: all tokens stay, as at the end of a training.
+        None for nobody's. share: of the mask ratio that holds now; 0 lets all tokens stay, as at the end of a training.
         """
-        num_keep = self.num_tokens if whole else self.num_keep(ratio_noise)
-        return self.policy.draw(token_noise, num_keep, path_noise)
+        return self.policy.draw(token_noise, self.num_keep(ratio_noise, share), path_noise)
 
     def forward(
         self,
@@ -231,7 +248,8 @@ class LatentTransformer(nn.Module):
     ) -> Tensor:
         """Predict the noise (and variance) of noised latents.
 
-        x: (N, C, H, W). t: (N,) original timesteps. y: (N,) int64 in [0, num_classes], num_classes being null.
+        x: (N, C, H, W). t: (N,) original timesteps; where the draw has a group, (N, 2), the second ones its. y: (N,)
+        int64 in [0, num_classes], num_classes being null.
         label_noise: (N,) uniform in [0, 1), decides label dropout. draw: which tokens leave, see :meth:`draw`; None for
         nobody. enable_mask: without a draw, draw which tokens leave, if the model has a mask_ratio. What is drawn here
         comes from torch's global generator: labels, ratio, tokens in this order.
@@ -241,11 +259,8 @@ class LatentTransformer(nn.Module):
         if draw is None and enable_mask and self.mask_ratio is not None:
             ratio_noise = torch.rand(1).item() if self.policy.ratio_spread else 0.0
             draw = self.draw(torch.rand(embedded.shape[:2], device=x.device), ratio_noise)
-        h = walk(self, embedded, c, draw or NO_DRAW)
-        patches = self.final_layer(h, c)
-        if draw is not None and draw.kept is not None and not self.rejoin.comes_back:
-            patches = draw.kept.come_back(patches, patches.new_zeros(1, 1, patches.shape[-1]))
-        return self.unpatchify(patches)
+        draw = draw or NO_DRAW
+        return self.unpatchify(self.rejoin.output(self, walk(self, embedded, c, draw), c, draw))
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(N, L, patch_size**2 * C_out) -> (N, C_out, H, W)."""

@@ -16,18 +16,18 @@ def forward_cost(model: LatentTransformer, num_keep: int | None = None) -> int:
     """
     num_tokens = model.num_tokens
     # A side-interpolater runs also where all stay, see Policy.draw.
-    away = num_keep is not None and (num_keep < num_tokens or model.rejoin.interpolates)
+    away = num_keep is not None and (num_keep < num_tokens or model.rejoin.runs_whole)
+    levels = 2 if model.policy.two_levels and away else 1
     here = num_tokens
-    total = num_tokens * model.x_embedder.proj.weight.numel() + linear_weights(model.t_embedder)
+    total = num_tokens * model.x_embedder.proj.weight.numel() + levels * linear_weights(model.t_embedder)
     for number, block in enumerate(model.stack):
         if number == model.route.leave and num_keep is not None:
             here = num_keep
         if number == model.route.back:
             here = num_tokens
             total += model.rejoin.cost(model, num_tokens, away)
-        total += block.cost(here)
-    final = model.final_layer
-    return total + here * final.linear.weight.numel() + linear_weights(final.adaLN_modulation)
+        total += block.cost(here, levels)
+    return total + model.rejoin.output_cost(model, num_tokens, here, levels)
 
 
 def cost(model: LatentTransformer, num_keep: int | None = None) -> int:
@@ -43,4 +43,8 @@ def cost(model: LatentTransformer, num_keep: int | None = None) -> int:
 
 def plain_cost(model: LatentTransformer) -> int:
     """Multiply-adds of one sample in a training step of the same blocks where every block sees every token once."""
-    return PASSES * (forward_cost(model) - model.rejoin.cost(model, model.num_tokens, away=False))
+    width, outputs = model.pos_embed.shape[-1], model.final_layer.linear.out_features
+    final = model.num_tokens * width * outputs + 2 * width**2  # a decoder's is of another width
+    rejoined = model.rejoin.cost(model, model.num_tokens, away=False)
+    rejoined += model.rejoin.output_cost(model, model.num_tokens, model.num_tokens, levels=1)
+    return PASSES * (forward_cost(model) - rejoined + final)

@@ -170,8 +170,21 @@ class Attention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (N, L, D); shift, scale: (N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x: (N, L, D); shift, scale: (N, 1 or L, D)."""
+    return x * (1 + scale) + shift
+
+
+def modulation(layer: nn.Module, c: Tensor, group: Tensor | None) -> Tensor:
+    """Shifts, scales and gates from a conditioning: (N, 1, M), alike for all tokens of a sample.
+
+    c: (N, D), or (2, N, D) of two noise levels. Then group, (N, L) bool, says which tokens have the second one, and the
+    result is (N, L, M): each level's is computed once per sample, not per token.
+    """
+    if c.dim() == 2 or group is None:
+        return layer(c)[:, None]
+    # Each level by itself: in one product of 2 N rows, equal levels would not give the bits that one gives.
+    first, second = (layer(level)[:, None] for level in c)
+    return torch.where(group[..., None], second, first)
 
 
 def zero_(module: nn.Module) -> None:
@@ -193,54 +206,79 @@ class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT, 2212.09748).
 
     grid_size: side of the token grid for a relative-position bias; None for none. takes_skip: merge the output of an
-    earlier layer into the input, as a U-Net does (U-ViT, 2209.12152). ``recomputes``: keep only the input for backward.
+    earlier layer into the input, as a U-Net does (U-ViT, 2209.12152). condition_size: width of the conditioning; None
+    for hidden_size. ``recomputes``: keep only the input for backward.
     """
 
     recomputes = False
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, grid_size: int | None = None, takes_skip: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        grid_size: int | None = None,
+        takes_skip: bool = False,
+        condition_size: int | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads, grid_size)
         self.norm2 = layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=GELUTanh)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size or hidden_size, 6 * hidden_size))
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if takes_skip else None
 
-    def cost(self, num_tokens: int) -> int:
-        """Multiply-adds of a sample's pass with so many tokens."""
+    def cost(self, num_tokens: int, levels: int = 1) -> int:
+        """Multiply-adds of a sample's pass with so many tokens, under so many noise levels."""
         linears = [self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.skip_linear]
         per_token = sum(linear.weight.numel() for linear in linears if linear is not None)
         attention = 2 * self.attn.proj.in_features * num_tokens**2
-        return num_tokens * per_token + attention + linear_weights(self.adaLN_modulation)
+        return num_tokens * per_token + attention + levels * linear_weights(self.adaLN_modulation)
 
-    def forward(self, x: Tensor, c: Tensor, rel_index: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """x, skip: (N, L, D); c: (N, D). Returns (N, L, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rel_index: Tensor | None = None,
+        skip: Tensor | None = None,
+        group: Tensor | None = None,
+    ) -> Tensor:
+        """x, skip: (N, L, D); c, group: see :func:`modulation`. Returns (N, L, D)."""
         if self.recomputes and torch.is_grad_enabled():
             # A block draws no random numbers, and to keep their state would cost a copy from the device.
-            return checkpoint(self._forward, x, c, rel_index, skip, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, c, rel_index, skip)
+            return checkpoint(
+                self._forward, x, c, rel_index, skip, group, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._forward(x, c, rel_index, skip, group)
 
-    def _forward(self, x: Tensor, c: Tensor, rel_index: Tensor | None, skip: Tensor | None) -> Tensor:
+    def _forward(
+        self, x: Tensor, c: Tensor, rel_index: Tensor | None, skip: Tensor | None, group: Tensor | None
+    ) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rel_index)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation(
+            self.adaLN_modulation, c, group
+        ).chunk(6, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), rel_index)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """Tokens -> patches: (N, L, D) -> (N, L, patch_size**2 * out_channels)."""
+    """Tokens -> patches: (N, L, D) -> (N, L, patch_size**2 * out_channels). condition_size: see :class:`Block`."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, condition_size: int | None = None) -> None:
         super().__init__()
         self.norm_final = layer_norm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_size or hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def cost(self, num_tokens: int, levels: int = 1) -> int:
+        """Multiply-adds of a sample's pass with so many tokens, under so many noise levels."""
+        return num_tokens * self.linear.weight.numel() + levels * linear_weights(self.adaLN_modulation)
+
+    def forward(self, x: Tensor, c: Tensor, group: Tensor | None = None) -> Tensor:
+        """x: (N, L, D); c, group: see :func:`modulation`."""
+        shift, scale = modulation(self.adaLN_modulation, c, group).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))

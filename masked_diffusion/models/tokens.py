@@ -77,6 +77,10 @@ class KeptTokens:
         tokens = values.view(count, channels, across, patch, across, patch).mean(dim=(1, 3, 5)).flatten(1)  # (N, L)
         return tokens.gather(1, self.ids_keep).mean(dim=1)
 
+    def mean_of_dropped(self, tokens: Tensor) -> Tensor:
+        """Mean over the tokens that are not kept, 0 where all are: (N, L) -> (N,)."""
+        return tokens.masked_fill(~self.dropped, 0).sum(dim=1) / self.dropped.sum(dim=1).clamp(min=1)
+
     def relative_index(self, index: Tensor | None) -> Tensor | None:
         """Rows and columns of the kept tokens in the relative index: (L, L) -> (N, L_keep, L_keep). None stays None."""
         return None if index is None else index[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]
@@ -86,19 +90,42 @@ class Draw(NamedTuple):
     """What was drawn for one view of a batch, outside of the network.
 
     kept: the tokens that stay; None for all. path_drop: (N,) bool, the samples whose way through the route counts for
-    nothing; None for none.
+    nothing; None for none. group: (N, L) bool, the tokens that have the second of two noise levels; None for one level.
     """
 
     kept: KeptTokens | None = None
     path_drop: Tensor | None = None
+    group: Tensor | None = None
 
     def repeat(self, times: int) -> "Draw":
         """The same draw for ``times`` batches of the same samples, one after the other."""
-        kept = None if self.kept is None else self.kept.repeat(times)
-        return Draw(kept, None if self.path_drop is None else self.path_drop.repeat(times))
+        return Draw(
+            None if self.kept is None else self.kept.repeat(times),
+            None if self.path_drop is None else self.path_drop.repeat(times),
+            None if self.group is None else self.group.repeat(times, 1),
+        )
 
 
 NO_DRAW = Draw()
+
+
+def pixels_by_token(values: Tensor, num_tokens: int) -> Tensor:
+    """Values of pixels by the token that their patch is: (N, C, H, W) -> (N, L, C p p), p the side of a patch."""
+    count, channels = values.shape[:2]
+    across = math.isqrt(num_tokens)
+    patch = values.shape[-1] // across
+    values = values.view(count, channels, across, patch, across, patch).permute(0, 2, 4, 1, 3, 5)
+    return values.reshape(count, num_tokens, -1)
+
+
+def level_of_pixels(levels: Tensor, group: Tensor, side: int) -> Tensor:
+    """The noise level of each pixel: that of its token. levels: (N, 2). group: (N, L) bool, the tokens of the second.
+
+    Returns (N, 1, side, side).
+    """
+    across = math.isqrt(group.shape[1])
+    by_token = torch.where(group, levels[:, 1:], levels[:, :1]).view(-1, 1, across, across)
+    return by_token.repeat_interleave(side // across, dim=2).repeat_interleave(side // across, dim=3)
 
 
 def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:

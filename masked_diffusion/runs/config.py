@@ -40,7 +40,7 @@ class ModelConfig:
 
     policy: how the model is trained, see :mod:`masked_diffusion.models.policies`; None is the family's own.
     route: between which blocks tokens are away, such as ``2,9``, under policies that take one.
-    choose, path_drop: see :class:`masked_diffusion.models.policies.Policy`.
+    choose, path_drop, decoder: see :meth:`masked_diffusion.models.policies.Policy.with_options`.
     """
 
     model: str = field(metadata=flag("MDT_S_2", "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2", "model"))
@@ -76,6 +76,12 @@ class ModelConfig:
         "probability that a sample's way through the route counts for nothing; None is the policy's own",
         "model",
     )
+    decoder: str | None = setting(
+        None,
+        "of --policy maskdit: WIDTHxBLOCKS of a decoder beside the model, such as 512x8, or blocks, the last "
+        "--decode_layer blocks of the model; None is 512x8, smaller for models smaller than S",
+        "model",
+    )
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.image_size % self.downsample:
@@ -103,6 +109,7 @@ class ModelConfig:
                 route=self.route,
                 choose=self.choose,
                 path_drop=self.path_drop,
+                decoder=self.decoder,
             )
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None
@@ -120,7 +127,7 @@ class ModelConfig:
         from masked_diffusion.models.policies import POLICIES
 
         policy = POLICIES[self.policy_name]
-        usual: dict[str, Any] = {"policy": family_policy(self.model), "route": None}
+        usual: dict[str, Any] = {"policy": family_policy(self.model), "route": None, "decoder": None}
         usual |= {"choose": policy.choose, "path_drop": policy.path_drop}
         settings = dataclasses.asdict(self)
         return {
@@ -236,6 +243,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
         ),
         ("--policy", former.model.policy_name, now.model.policy_name),
         ("--route", former.model.route, now.model.route),
+        ("--decoder", former.model.decoder, now.model.decoder),
         *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", in_one_form(former.class_names), in_one_form(now.class_names)),

@@ -167,6 +167,7 @@ def config_of_weights(
         decode_layer=shown.decode_layer,
         learn_sigma=shown.learn_sigma,
         policy=shown.policy,
+        decoder=shown.decoder,
     )
     cannot_show = {"decode_layer"} if shown.decode_layer is None else set()
     if request.interpolate_pos:
@@ -176,7 +177,7 @@ def config_of_weights(
             raise ValueError(
                 f"--{name} {value}: the weights in {path} are of {getattr(model, name)}; leave the flag out"
             )
-    if "decode_layer" in ignored_settings(shown.model, shown.policy):
+    if "decode_layer" in ignored_settings(shown.model, shown.policy, shown.decoder):
         if request.decode_layer is not None:
             warn(f"--decode_layer {request.decode_layer} is ignored: {shown.model} has no decoder")
     elif shown.decode_layer is None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from masked_diffusion.choices import LAST_BLOCKS
 from masked_diffusion.data.class_names import IMAGENET_CLASSES, ClassNames
 from masked_diffusion.models import MODELS, SIZES
 from masked_diffusion.runs.checkpoint import LABEL_TABLE, PATCH_EMBEDDING
@@ -16,6 +17,7 @@ from masked_diffusion.runs.checkpoint import LABEL_TABLE, PATCH_EMBEDDING
 POSITIONS = ("pos_embed", "decoder_pos_embed")
 RELATIVE_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 RELATIVE_INDEX = "attn.rel_pos_bias.relative_position_index"
+DECODER_TOKEN = "decoder.mask_token"
 OUTPUT_BIAS = "final_layer.linear.bias"
 # Family -> another one whose weights have the same names and shapes, of a network that means something else.
 TWINS = {"DiT": "SiT"}
@@ -25,7 +27,8 @@ TWINS = {"DiT": "SiT"}
 class Recognised:
     """What weights show of their model.
 
-    decode_layer: None where they cannot tell (MDT), or there is none (DiT). policy: None is the family's.
+    decode_layer: None where they cannot tell (MDT), or there is none (DiT). policy: None is the family's. decoder: of
+    the policy, where it has one to choose.
     """
 
     model: str
@@ -35,6 +38,7 @@ class Recognised:
     learn_sigma: bool
     decode_layer: int | None
     policy: str | None = None
+    decoder: str | None = None
 
     @property
     def twin(self) -> str | None:
@@ -57,14 +61,14 @@ def recognise(state: dict[str, Tensor], source: object) -> Recognised:
         raise ValueError(f"{source}: not a checkpoint of MDT, MDTv2, DiT or SiT, it has no {LABEL_TABLE}")
     _, in_channels, patch_size, _ = state[PATCH_EMBEDDING].shape
     _, num_tokens, hidden_size = state["pos_embed"].shape
-    decode_layer = policy = None
+    decode_layer = policy = decoder = None
     if "en_inblocks.0.attn.qkv.weight" in state:
         family, decode_layer = "MDTv2", _count(state, "de_blocks")
         depth = _count(state, "en_inblocks") + _count(state, "en_outblocks") + decode_layer
     else:
         biased = f"blocks.0.{RELATIVE_TABLE}" in state
         family, depth = "MDT" if biased else "DiT", _count(state, "blocks")
-        policy = "sprint" if "fuse.weight" in state else "mdt" if "mask_token" in state and not biased else None
+        policy, decoder = _policy_of(state, biased)
     names = (f"{family}_{size}_{patch_size}" for size, known in SIZES.items()
              if (known["depth"], known["hidden_size"]) == (depth, hidden_size))  # fmt: skip
     model = next((name for name in names if name in MODELS), None)
@@ -82,7 +86,20 @@ def recognise(state: dict[str, Tensor], source: object) -> Recognised:
         learn_sigma=state[OUTPUT_BIAS].shape[0] == 2 * in_channels * patch_size**2,
         decode_layer=decode_layer,
         policy=policy,
+        decoder=decoder,
     )
+
+
+def _policy_of(state: dict[str, Tensor], biased: bool) -> tuple[str | None, str | None]:
+    """The policy that the weights beside a family's own show, and its decoder. biased: as MDT's are."""
+    if "fuse.weight" in state:
+        return "sprint", None
+    if DECODER_TOKEN in state:
+        blocks = {name.split(".")[2] for name in state if name.startswith("decoder.blocks.")}
+        return "maskdit", f"{state[DECODER_TOKEN].shape[-1]}x{len(blocks)}"
+    if biased or "mask_token" not in state:  # an MDT has a mask token under every policy
+        return None, None
+    return ("mdt", None) if any(name.startswith("sideblocks.") for name in state) else ("maskdit", LAST_BLOCKS)
 
 
 def _count(state: dict[str, Tensor], blocks: str) -> int:

@@ -72,7 +72,7 @@ def _masked(trained: Trained, ratio: float | None) -> tuple[NewAway, dict[str, A
     """The model's own masked view. ratio: None is the training's."""
     model, config = trained.model, trained.config
     trained_ratio = config.model.mask_ratio
-    if not model.policy.drops or (config.training and trained_ratio is None):
+    if not model.policy.leaves or (config.training and trained_ratio is None):
         raise ValueError(
             f"--guide_from masked: {trained.path} was trained without masking; choose --guide_from null_label"
         )

@@ -5,6 +5,7 @@ import time
 from functools import cached_property
 from typing import Any
 
+from masked_diffusion.choices import ratio_schedule
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.cost import cost, plain_cost
 from masked_diffusion.training.train_config import TERA, TrainConfig
@@ -86,14 +87,21 @@ class Budget:
         return self.total is not None and self.spent >= self.total * (1 - self._config.finale)
 
     @property
+    def ratio_share(self) -> float:
+        """Share of the mask ratio that holds in the next update, 0 for no dropped token."""
+        return 0.0 if self.is_finale else ratio_schedule(self._config.ratio_schedule)(self.done)
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return self._config.lr_at(self.step, self.done)
+        lr = self._config.lr_at(self.step, self.done)
+        return lr * self._config.finale_lr if self._config.finale and self.is_finale else lr
 
     @property
     def next_cost(self) -> int:
         """Multiply-adds of the next update."""
-        num_keep = self._model.num_tokens if self.is_finale else None
+        share = self.ratio_share
+        num_keep = self._model.num_keep(0.5, share) if share < 1 and self._model.mask_ratio is not None else None
         if num_keep not in self._costs:
             self._costs[num_keep] = self._samples * cost(self._model, num_keep)
         return self._costs[num_keep]

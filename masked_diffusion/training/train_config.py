@@ -4,7 +4,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from masked_diffusion.choices import LONGEST_STD, OPTIMIZERS, SHARDINGS, WEIGHTS_FORMATS, check_std
+from masked_diffusion.choices import (
+    CONSTANT,
+    LONGEST_STD,
+    OPTIMIZERS,
+    SHARDINGS,
+    WEIGHTS_FORMATS,
+    check_std,
+    ratio_schedule,
+)
 from masked_diffusion.settings import setting
 
 if TYPE_CHECKING:
@@ -20,7 +28,8 @@ class TrainConfig:
     of the whole model's gradient, 0 for any. max_compute: TFLOPs, a multiply-add counting as one; 0 for no end.
     lr_warmup: steps. lr_decay: last share of the run in which lr falls linearly to 0. ema_rate: rates of averages,
     ``none`` for none. ema_power: lengths of averages, empty for none. finale: last share of the run in which no token
-    leaves."""
+    leaves; finale_lr: factor of the learning rate there. ratio_schedule: see
+    :func:`masked_diffusion.models.policies.ratio_schedule`."""
 
     opt: str = setting("adamw", "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default", "training")
     lr: float = setting(3e-4, "learning rate; DiT has 1e-4 by default", "training")
@@ -52,6 +61,13 @@ class TrainConfig:
         0.0,
         "last share of the run in which no token leaves, such as 0.1; needs --max_steps, --max_compute or "
         "--lr_anneal_steps",
+        "training",
+    )
+    finale_lr: float = setting(1.0, "factor of the learning rate in the --finale, such as 0.5", "training")
+    ratio_schedule: str = setting(
+        CONSTANT,
+        "how the mask ratio follows the progress of the run: const, cosine:K (falls as cos(pi x / 2)^K) or linear "
+        "(rises from 0); all but const need an end of the run, as --finale does",
         "training",
     )
     batch_size: int = setting(1, "images per process and step", "training")
@@ -157,6 +173,14 @@ class TrainConfig:
             raise ValueError(
                 f"--finale {self.finale}: the run has no end; give --max_steps, --max_compute or --lr_anneal_steps"
             )
+        if not self.finale_lr > 0:
+            raise ValueError(f"--finale_lr {self.finale_lr}: must be positive, a factor of the learning rate")
+        ratio_schedule(self.ratio_schedule)  # refuses what is none
+        if self.ratio_schedule != CONSTANT and not self.has_end:
+            raise ValueError(
+                f"--ratio_schedule {self.ratio_schedule}: the run has no end; give --max_steps, --max_compute or "
+                "--lr_anneal_steps"
+            )
         if self.max_compute and self.last_step is not None:
             raise ValueError(
                 f"--max_compute {self.max_compute}: the end is given in steps, too; leave out --max_steps and "
@@ -224,7 +248,8 @@ class TrainConfig:
     @property
     def lr_changes(self) -> bool:
         """Whether the learning rate is another one in the course of the run."""
-        return bool(self.lr_anneal_steps or self.lr_warmup or self.lr_decay)
+        in_finale = self.finale and self.finale_lr != 1
+        return bool(self.lr_anneal_steps or self.lr_warmup or self.lr_decay or in_finale)
 
     def lr_at(self, step: int, done: float) -> float:
         """Learning rate of the update after ``step`` completed ones, when this share of the run is done."""

@@ -5,11 +5,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from masked_diffusion import choices
 from masked_diffusion.models import FAMILIES
 from masked_diffusion.models.cost import cost, forward_cost, plain_cost
 from masked_diffusion.models.policies import POLICIES
 
-FITTING = [(policy, family) for policy, one in POLICIES.items() for family in one.families]
+FITTING = [(policy, family) for policy, one in choices.POLICIES.items() for family in one.families]
 SHAPE = (3, 16, 16)
 
 
@@ -19,14 +20,18 @@ def net(policy, family, patch_size=2, **settings):
     return model.train()
 
 
+def times(draw):
+    return torch.tensor([3]) if draw is None or draw.group is None else torch.tensor([[3, 5]])
+
+
 def counted(model, whole=False):
     """Multiply-adds of a sample's step, forward and backward, as torch counts them; attention, too."""
     total = 0
     for view in model.views:
         draw = None
         if view.drops:
-            draw = model.draw(torch.rand(1, model.num_tokens), 0.5, torch.rand(1), whole)
-        t, y = torch.tensor([3]), torch.tensor([1])
+            draw = model.draw(torch.rand(1, model.num_tokens), 0.5, torch.rand(1), float(not whole))
+        t, y = times(draw), torch.tensor([1])
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.randn(1, *SHAPE), t, y, draw=draw).sum().backward()
         total += counter.get_total_flops() / 2
@@ -46,7 +51,7 @@ def test_the_cost_of_a_pass_leaves_nothing_out(policy, family):
     model = net(policy, family, mask_ratio=POLICIES[policy].mask_ratio).eval()
     draw = model.draw(torch.rand(1, model.num_tokens), 0.5) if model.policy.drops else None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(torch.randn(1, *SHAPE), torch.tensor([3]), torch.tensor([1]), draw=draw)
+        model(torch.randn(1, *SHAPE), times(draw), torch.tensor([1]), draw=draw)
     assert 2 * forward_cost(model, model.num_keep(0.5) if draw else None) == counter.get_total_flops()
 
 

@@ -84,6 +84,12 @@ ROUTED = {
 
 DEFERRED = ["--policy", "deferred", "--model", "DiT_Ti_2", "--mask_ratio", "0.75"]
 ROUTED["deferred"] = [*DEFERRED, "--learn_sigma", "False"]
+FLOW = ["--objective", "flow", "--model"]
+ROUTED["maskdit, with a falling ratio"] = ["--policy", "maskdit", *FLOW, "DiT_Ti_2", "--ratio_schedule", "cosine:2"]
+ROUTED["maskdit, in its last blocks"] = ["--policy", "maskdit", *FLOW, "MDT_Ti_2", "--decoder", "blocks"]
+ROUTED["dual_timestep"] = ["--policy", "dual_timestep", *FLOW, "DiT_Ti_2", "--grad_checkpointing", "True"]
+for case in ("maskdit, in its last blocks", "dual_timestep"):
+    ROUTED[case] += ["--finale", "0.4", "--finale_lr", "0.5"]
 
 
 def test_a_policy_whose_loss_counts_kept_tokens_refuses_a_variational_term(train, capsys):
@@ -112,8 +118,8 @@ def test_a_routed_training_does_not_depend_on_microbatches_and_goes_on_where_it_
         path.unlink()
     train("resumed", *flags)
     assert_same_weights(weights(whole, 3), weights(resumed, 3))
-    model = config_of(whole)["model"]
-    assert (model["policy"], model["route"]) == (case.split(",")[0], None if case == "deferred" else "1,3")
+    model, policy = config_of(whole)["model"], case.split(",")[0]
+    assert (model["policy"], model["route"]) == (policy, "1,3" if policy in ("tread", "sprint") else None)
 
 
 def test_a_finale_is_the_last_share_of_the_run_with_all_tokens(train, monkeypatch):
@@ -138,7 +144,10 @@ def test_path_drops_are_drawn_for_each_image_and_recorded(train, monkeypatch):
 
 def test_a_finale_of_a_run_without_an_end_is_refused(train, capsys):
     train("run", "--policy", "tread", "--finale", "0.1", "--max_steps", "0", status=2)
-    assert "--finale 0.1: the run has no end; give --max_steps or --lr_anneal_steps" in capsys.readouterr().err
+    assert (
+        "--finale 0.1: the run has no end; give --max_steps, --max_compute or --lr_anneal_steps"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_resume_by_another_route_is_refused(train, capsys):
@@ -151,3 +160,102 @@ def test_a_route_that_has_no_effect_is_warned_about(train, monkeypatch, tmp_path
     flags = [*TINY_DIGITS, "--max_steps", "1", "--route", "1,2"]
     assert call(monkeypatch, TRAIN, tmp_path, *flags, sinks="stdout") == 0
     assert "warning: --route is ignored by MDT_Ti_2 under --policy mdt" in capsys.readouterr().out
+
+
+def test_the_ratio_follows_its_schedule_to_the_end_or_the_finale(train, monkeypatch):
+    seen = []
+    draw = LatentTransformer.draw
+    spy = lambda self, *args: seen.append(draw(self, *args)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr(LatentTransformer, "draw", spy)
+    flags = ["--policy", "tread", "--model", "DiT_Ti_2", "--mask_ratio", "0.8", "--max_steps", "5"]
+    train("falls", *flags, "--ratio_schedule", "cosine:2", "--finale", "0.2")
+    # cos^2 of 0, 18, 36, 54 degrees
+    assert [16 if one.kept is None else one.kept.ids_keep.shape[1] for one in seen] == [3, 4, 7, 11, 16]
+    seen.clear()
+    train("rises", *flags, "--ratio_schedule", "linear")
+    assert [16 if one.kept is None else one.kept.ids_keep.shape[1] for one in seen] == [16, 13, 10, 8, 5]
+
+
+def test_the_learning_rate_of_the_finale_is_the_asked_part(train):
+    flags = ["--policy", "tread", "--model", "DiT_Ti_2", "--lr", "0.001", "--finale", "0.5", "--finale_lr", "0.1"]
+    folder = train("run", *flags, "--max_steps", "4")
+    assert [row["lr"] for row in rows(folder)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_a_policy_has_a_finale_of_its_own_that_a_run_from_before_it_does_not_get(train):
+    flags = ["--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75"]
+    folder = train("run", *flags)
+    config = config_of(folder)
+    assert config["training"]["finale"] == 0.1
+    assert config_of(train("plain", "--policy", "tread", "--model", "DiT_Ti_2"))["training"]["finale"] == 0
+    config["training"]["finale"] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+    train("run", *flags, "--max_steps", "3")
+    assert config_of(folder)["training"]["finale"] == 0
+    train("run", *flags, "--max_steps", "4", "--finale", "0.1")
+    assert config_of(folder)["training"]["finale"] == 0.1
+
+
+def test_the_terms_of_maskdits_loss_are_logged_and_its_decoder_is_rebuilt_for_samples(train, monkeypatch):
+    folder = train("run", *ROUTED["maskdit, with a falling ratio"], "--decoder", "64x1")
+    row = rows(folder)[1]
+    assert row["loss"] == pytest.approx(row["mse"] + row["mae"]) and row["mae"] > 0
+    assert config_of(folder)["model"]["decoder"] == "64x1"
+    flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
+    flags += ["--num_sampling_steps", 2, "--device", "cpu", "--vae_path", "none", "--objective", "flow"]
+    name = "samples_2x8x8x3.npz"
+    with_config, without = folder / "with", folder / "without"
+    assert call(monkeypatch, "scripts/image_sample.py", with_config, *flags) == 0
+    (folder / "config.json").rename(folder / "elsewhere.json")
+    assert call(monkeypatch, "scripts/image_sample.py", without, *flags) == 0
+    assert (with_config / name).read_bytes() == (without / name).read_bytes()
+    (folder / "elsewhere.json").rename(folder / "config.json")
+    train("run", *ROUTED["maskdit, with a falling ratio"], "--decoder", "64x2", "--max_steps", "3", status=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--policy", "maskdit"], "--objective ddpm: not with this policy, which is for x0, v, flow, edm"),
+        (["--policy", "dual_timestep", "--objective", "edm"], "--objective edm: not with this policy"),
+        (["--policy", "maskdit", *FLOW, "DiT_Ti_2", "--decoder", "big"], "--decoder big: expected WIDTHxBLOCKS"),
+        (["--policy", "dual_timestep", *FLOW, "DiT_Ti_2", "--mask_ratio", "0.6"], "--mask_ratio 0.6: under dual_times"),
+        (
+            ["--policy", "tread", "--ratio_schedule", "cos4"],
+            "--ratio_schedule cos4: expected const, linear, or cosine:K",
+        ),
+        (["--policy", "tread", "--ratio_schedule", "linear", "--max_steps", "0"], "linear: the run has no end; give"),
+        (["--policy", "sprint", "--ratio_schedule", "linear", "--mask_ratio", "0.5"], "use --choose uniform"),
+        (["--policy", "tread", "--finale", "1.5"], "--finale 1.5: must be in [0, 1]"),
+        (["--policy", "tread", "--finale", "0.5", "--finale_lr", "0"], "--finale_lr 0.0: must be positive"),
+        (["--policy", "sprint", "--image_size", "6", "--mask_ratio", "0.75"], "a grid of 3 x 3 tokens"),
+        (["--policy", "tread", "--route", "1,4"], "--route 1,4: expected LEAVE,BACK with 0 <= LEAVE < BACK < 4"),
+        (["--policy", "tread", "--mask_ratio", "0.99"], "--mask_ratio 0.99: keeps none of the 16 tokens"),
+        (["--policy", "mdtv2", "--model", "DiT_Ti_2"], "--policy mdtv2: is for MDTv2_* models, and this one is DiT"),
+        (["--policy", "tread", "--path_drop", "0.1"], "--path_drop 0.1: this policy has no path to drop"),
+        (["--policy", "deferred", "--use_kl", "True"], "the variational term counts all"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_policy_cannot_have_is_one_sentence_and_status_2(train, capsys, flags, sentence):
+    folder = train("run", *flags, status=2)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in error and sentence in error and not list(folder.glob("model*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (["--decoder", "64x1"], "--decoder is ignored by MDT_Ti_2 under --policy mdt"),
+        (
+            ["--policy", "dual_timestep", *FLOW, "DiT_Ti_2", "--choose", "cells"],
+            "--choose is ignored by DiT_Ti_2 under",
+        ),
+        (["--policy", "none", "--ratio_schedule", "linear"], "--ratio_schedule is ignored under --policy none"),
+        (["--policy", "tread", "--finale_lr", "0.5"], "--finale_lr is ignored without --finale"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_under_a_policy_is_warned_about(monkeypatch, tmp_path, capsys, flags, warning):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", "1", *flags, sinks="stdout") == 0
+    assert f"warning: {warning}" in capsys.readouterr().out
