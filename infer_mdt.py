@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from masked_diffusion import dist_util
-from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, foreign_settings
+from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, PUBLISHED_CHANNELS, foreign_settings
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
@@ -205,6 +205,8 @@ def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> d
         return reasons | dict.fromkeys(GUIDANCE_FLAGS, "the model was trained without classes and cannot be guided")
     if config.model.in_channels <= GUIDED_CHANNELS:
         reasons["cfg_channels"] = f"there are no more than {GUIDED_CHANNELS} channels to guide"
+    elif config.model.in_channels > PUBLISHED_CHANNELS:
+        reasons["cfg_channels"] = f"all channels of latents with more than {PUBLISHED_CHANNELS} are guided"
     if swept != "guidance":
         reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(args.guidance).items()}
     return reasons

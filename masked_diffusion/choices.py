@@ -150,6 +150,7 @@ def check_serves(sampler: str, objective: str, flag: str = "--sampler") -> None:
 
 # The published numbers guide three of the four latent channels (inherited from DiT, where it was a slip).
 GUIDED_CHANNELS = 3
+PUBLISHED_CHANNELS = 4  # of the latents that this is about; of more channels, all are guided
 ALL_CHANNELS = sys.maxsize
 # Flags that only guidance heeds.
 GUIDANCE_FLAGS = (
@@ -213,6 +214,8 @@ def check_std(std: float) -> None:
         raise ValueError(f"--std {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
 
 
+# Classes of diffusers that are first stages.
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel")
 DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
 # Of the autoencoders under DEFAULT_VAE, known without loading one.
 DEFAULT_DOWNSAMPLE = 8

@@ -37,6 +37,7 @@ from masked_diffusion.data.class_names import ClassNames, names_by_label
 from masked_diffusion.diffusion.guidance import Guidance
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.objectives import EDM
+from masked_diffusion.first_stage import ChannelStatistics
 from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
@@ -86,6 +87,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
     """Class-conditional images from a :class:`MaskedDiffusionTransformer`.
 
     vae: None for models of pixels. class_names: in the order of the labels; for ImageNet its words are known, too.
+    channel_mean, channel_std: of the autoencoder's codes, C each, where the model's latents are normalised by them.
     scheduler: as trained, or another one of diffusers that takes the same predictions. objective: what the transformer
     predicts, a name of :data:`masked_diffusion.diffusion.objectives.OBJECTIVES`.
     """
@@ -100,8 +102,12 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         vae: AutoencoderKL = None,
         class_names: list = None,  # type: ignore[assignment]
         objective: str = "ddpm",
+        channel_mean: list = None,  # type: ignore[assignment]
+        channel_std: list = None,  # type: ignore[assignment]
     ) -> None:
         super().__init__()
+        if channel_mean is not None:
+            self.register_to_config(channel_mean=list(channel_mean), channel_std=list(channel_std))
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(class_names=list(class_names or ()), objective=objective)
 
@@ -237,8 +243,13 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents = latents / self.vae.config.scaling_factor + shift
+            statistics = ChannelStatistics.recorded(self.config)
+            if statistics is None:
+                shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+                latents = latents / self.vae.config.scaling_factor + shift
+            else:
+                mean, std = (latents.new_tensor(numbers).view(-1, 1, 1) for numbers in statistics)
+                latents = latents * std + mean
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
@@ -308,12 +319,14 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
         route=settings.route,
     )
     transformer.network.load_state_dict(model.state_dict())
+    statistics = ChannelStatistics.recorded(config.first_stage)
     return MaskedDiffusionPipeline(
         transformer.eval(),
         scheduler_of(config.diffusion, config.objective),
         vae,
         config.class_names,
         config.objective.objective,
+        *(statistics or ()),
     )
 
 
@@ -377,7 +390,7 @@ def dit_pipeline_of(model: DiT, config: RunConfig, vae: AutoencoderKL | None) ->
             f"DiTPipeline takes {DIT_PIPELINE_NULL} for the null class, so it serves models of {DIT_PIPELINE_NULL} "
             f"classes, and this one has {model.num_classes}; use MaskedDiffusionPipeline"
         )
-    if vae is None or getattr(vae.config, "shift_factor", None):
+    if vae is None or getattr(vae.config, "shift_factor", None) or ChannelStatistics.recorded(config.first_stage):
         lacking = "an autoencoder" if vae is None else "latents without a shift"
         raise ValueError(f"DiTPipeline needs {lacking}; use MaskedDiffusionPipeline")
     scheduler = DDIMScheduler(

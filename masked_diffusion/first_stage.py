@@ -1,13 +1,31 @@
-"""Image <-> latent: a diffusers autoencoder, or the identity for diffusion in pixel space."""
+"""Image <-> latent: an autoencoder of diffusers, or the identity for diffusion in pixel space."""
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 PIXEL_SPACE = "none"
+
+
+class ChannelStatistics(NamedTuple):
+    """Mean and standard deviation of each channel of an autoencoder's latents, before any scale or shift: C each."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def recorded(cls, description: Mapping[str, Any]) -> "ChannelStatistics | None":
+        """What ``config.json`` or a cache's record says; None where latents are scaled and shifted by one number."""
+        if description.get("channel_mean") is None:
+            return None
+        return cls(tuple(description["channel_mean"]), tuple(description["channel_std"]))
+
+    def record(self) -> dict[str, list[float]]:
+        return {"channel_mean": list(self.mean), "channel_std": list(self.std)}
 
 
 class FirstStage(Protocol):
@@ -48,44 +66,88 @@ class PixelSpace:
         return self.description
 
 
-class Autoencoder:
-    """A diffusers ``AutoencoderKL`` (latent diffusion, 2112.10752), frozen, in float32.
+class Kind(NamedTuple):
+    """A class of diffusers' autoencoders.
 
-    Latents are (posterior sample - shift) * scale, both numbers from the autoencoder's own config.
+    widths: the setting with the width at each side of the maps; from one to the next the side is halved. codes: names
+    the setting with the number of latent channels. posterior: whether it encodes a distribution, not latents.
     """
 
-    stochastic = True
+    widths: str
+    codes: Callable[[Any], int]
+    posterior: bool = False
+
+
+KINDS = {
+    "AutoencoderKL": Kind("block_out_channels", lambda config: config.latent_channels, posterior=True),
+    "AutoencoderDC": Kind("encoder_block_out_channels", lambda config: config.latent_channels),
+    "AutoencoderTiny": Kind("encoder_block_out_channels", lambda config: config.latent_channels),
+    "VQModel": Kind("block_out_channels", lambda config: config.vq_embed_dim or config.latent_channels),
+}
+
+
+class Autoencoder:
+    """An autoencoder of diffusers, frozen, in float32: a class of :data:`KINDS`.
+
+    Latents are (code - shift) * scale. Both numbers come from the autoencoder's own config, or :meth:`normalise` sets
+    them for each channel. A code is a sample of the posterior (``AutoencoderKL``; latent diffusion, 2112.10752), or
+    what a deterministic encoder returns.
+    """
 
     def __init__(self, vae: Any, vae_path: str) -> None:
         # Convolutions are a tenth faster with the channels last; the numbers are the same but for rounding.
         self.vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        config = vae.config
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
-        self.latent_channels = config.latent_channels
-        self._scale = float(config.scaling_factor)
-        self._shift = float(getattr(config, "shift_factor", None) or 0.0)
+        config, kind = vae.config, KINDS[type(vae).__name__]
+        self.stochastic = kind.posterior
+        self.downsample = 2 ** (len(config[kind.widths]) - 1)
+        self.latent_channels = kind.codes(config)
+        self._scale: float | Tensor = float(config.scaling_factor)
+        self._shift: float | Tensor = float(getattr(config, "shift_factor", None) or 0.0)
         self.description: dict[str, Any] = {
             "vae_path": vae_path,
             "scaling_factor": self._scale,
             "shift_factor": self._shift,
         }
 
+    def normalise(self, statistics: ChannelStatistics) -> None:
+        """From now on give each channel of the latents mean 0 and deviation 1, in place of the config's two numbers.
+
+        Raises ValueError for statistics of another number of channels.
+        """
+        if len(statistics.mean) != self.latent_channels:
+            raise ValueError(
+                f"--vae_path {self.description['vae_path']}: it has {self.latent_channels} channels, the recorded "
+                f"channel_mean has {len(statistics.mean)}; give the autoencoder that they were measured with"
+            )
+        device = next(self.vae.parameters()).device
+        mean, std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1) for numbers in statistics)
+        self._shift, self._scale = mean, 1 / std
+        self.description |= statistics.record()
+
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Sample the posterior of images (N, 3, H, W) in [-1, 1]; returns (N, C, H / downsample, W / downsample).
+        """Encode images (N, 3, H, W) in [-1, 1]; returns (N, C, H / downsample, W / downsample).
 
-        noise: normal, of the latents' shape; None draws it from torch's global generator.
+        noise: normal, of the latents' shape, to sample the posterior with; None draws it from torch's global generator.
+        A deterministic encoder has no use for it.
         """
         return self.sample(self.moments(images), noise)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """The posterior of images (N, 3, H, W): its mean, then its log-variance, (N, 2C, h, w)."""
-        posterior = self.vae.encode(images).latent_dist
+        """The posterior of images (N, 3, H, W): its mean, then its log-variance, (N, 2C, h, w); of a deterministic
+        encoder the codes, (N, C, h, w).
+        """
+        encoded = self.vae.encode(images)
+        if not self.stochastic:
+            return encoded[0]
+        posterior = encoded.latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents (N, C, h, w) from moments (N, 2C, h, w); noise as in :meth:`encode`."""
+        """Latents (N, C, h, w) from what :meth:`moments` returns; noise as in :meth:`encode`."""
+        if not self.stochastic:
+            return (moments - self._shift) * self._scale
         mean, logvar = moments.chunk(2, dim=1)
         noise = torch.randn_like(mean) if noise is None else noise
         return (mean + torch.exp(0.5 * logvar) * noise - self._shift) * self._scale
@@ -109,21 +171,37 @@ class Autoencoder:
 
 
 class CachedPosterior:
-    """An autoencoder for cached posteriors: it encodes their moments, (N, 2C, h, w), in place of images.
+    """An autoencoder for cached posteriors or codes: it encodes what its :meth:`Autoencoder.moments` gave before.
 
-    weights_sha256: of the autoencoder that made them. Raises ValueError when this is another one.
+    weights_sha256: of the autoencoder that made them. scales: its scaling_factor and shift_factor then. statistics: of
+    its latents' channels, to normalise them by. Raises ValueError when this is another one.
     """
 
-    stochastic = True
-
-    def __init__(self, autoencoder: FirstStage, weights_sha256: str, name: str) -> None:
+    def __init__(
+        self,
+        autoencoder: FirstStage,
+        weights_sha256: str,
+        name: str,
+        scales: Mapping[str, float],
+        statistics: ChannelStatistics | None = None,
+    ) -> None:
         if not isinstance(autoencoder, Autoencoder) or autoencoder.weights_sha256() != weights_sha256:
             raise ValueError(
                 f"--vae_path {autoencoder.description['vae_path']}: the latents in --data_dir are of another "
                 f"autoencoder; give the one that made them ({name}, weights {weights_sha256[:12]}…), or encode the "
                 "images again with this one"
             )
+        for setting, value in scales.items():
+            if autoencoder.description[setting] != value:
+                raise ValueError(
+                    f"--vae_path {autoencoder.description['vae_path']}: its {setting} is "
+                    f"{autoencoder.description[setting]}, the latents in --data_dir were encoded with {value}; give "
+                    "the autoencoder that made them"
+                )
+        if statistics is not None:
+            autoencoder.normalise(statistics)
         self._autoencoder = autoencoder
+        self.stochastic = autoencoder.stochastic
         self.downsample, self.latent_channels = autoencoder.downsample, autoencoder.latent_channels
         self.description = autoencoder.description
 
@@ -140,8 +218,9 @@ class CachedPosterior:
 def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> FirstStage:
     """Load the first stage.
 
-    vae_path: a hub name or a local folder of an ``AutoencoderKL``, or ``none`` for pixel space. image_channels: of the
-    data. Raises FileNotFoundError, naming the flag, when no autoencoder of that name can be loaded.
+    vae_path: a hub name or a local folder of an autoencoder of :data:`KINDS`, or ``none`` for pixel space.
+    image_channels: of the data. Raises FileNotFoundError, naming the flag, when no autoencoder of that name can be
+    loaded.
     """
     if vae_path.lower() == PIXEL_SPACE:
         return PixelSpace(image_channels)
@@ -152,11 +231,12 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
             f"--vae_path {vae_path}: not a folder with a diffusers AutoencoderKL (no config.json in it); give such a "
             "folder, a hub name such as stabilityai/sd-vae-ft-mse, or none for pixel space"
         )
-    from diffusers import AutoencoderKL
+    import diffusers
 
     try:
+        name = _class_name(source)
         # Else diffusers hints at accelerate, which would save no more than a moment's memory here.
-        vae = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        vae = getattr(diffusers, name).from_pretrained(source, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers and the hub client raise many kinds; all mean that there is no autoencoder
         if looks_local:
             raise FileNotFoundError(
@@ -169,6 +249,16 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
             "pixel space"
         ) from error
     return Autoencoder(vae.to(device), vae_path if not looks_local else str(Path(source).absolute()))
+
+
+def _class_name(source: str) -> str:
+    """The class of the autoencoder in a folder or on the hub. Raises ValueError for one that is not in KINDS."""
+    from diffusers import AutoencoderKL
+
+    name = AutoencoderKL.load_config(source).get("_class_name", "AutoencoderKL")
+    if name not in KINDS:
+        raise ValueError(f"it is a {name}, not one of {', '.join(KINDS)}")
+    return name
 
 
 def _root_cause(error: BaseException) -> BaseException:

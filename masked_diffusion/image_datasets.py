@@ -5,6 +5,7 @@ Where images lie, and which formats there are, is decided in ``data/sources.py``
 (``randomness.py``), so that batches do not depend on workers, ranks or restarts.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from masked_diffusion.data.class_names import sort_class_names
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
-from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.dataset import EncodedBy, ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
 from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError
 from masked_diffusion.data.label_files import read_label_file
@@ -27,6 +28,7 @@ from masked_diffusion.data.listing_cache import some
 from masked_diffusion.data.source import ImageSource, SourceOptions, narrow
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
 from masked_diffusion.data.table_images import Table
+from masked_diffusion.first_stage import ChannelStatistics
 from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.waiting import never
 from masked_diffusion.randomness import DrawSpec, numpy_generator, training_draws
@@ -233,7 +235,8 @@ class SourceDataset(ImageDataset):
 
 
 class LatentDataset(ImageDataset):
-    """Latents that ``scripts/encode_latents.py`` made: for each image the moments of its posterior, (2C, h, w) float32.
+    """Latents that ``scripts/encode_latents.py`` made: for each image the moments of its posterior, (2C, h, w)
+    float32, or the codes of a deterministic encoder, (C, h, w).
 
     Raises ValueError, naming --data_dir or the setting and the remedy, where the cache cannot serve what is asked for.
     """
@@ -264,7 +267,9 @@ class LatentDataset(ImageDataset):
             )
         super().__init__(image_size, *classes)
         self.extensions = source.cache.extensions
-        self.encoded_by = (record.vae_sha256, record.vae_path)
+        scales = {"scaling_factor": record.scaling_factor, "shift_factor": record.shift_factor}
+        statistics = ChannelStatistics.recorded(dataclasses.asdict(record))
+        self.encoded_by = EncodedBy(record.vae_sha256, record.vae_path, scales, statistics)
         self.random_flip = random_flip
 
     def name_of(self, index: int) -> str:

@@ -23,7 +23,7 @@ from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, ModelConfig, RunConfig, read_config
 from masked_diffusion.runs.request import Request
-from masked_diffusion.runs.trained import check_contradictions, check_first_stage, config_of_weights
+from masked_diffusion.runs.trained import check_contradictions, config_of_weights, matching_first_stage
 from masked_diffusion.runs.weights import recognise
 from masked_diffusion.script_util import (
     explicit_flags,
@@ -158,8 +158,7 @@ def diffusers_work(model: Any, config: RunConfig, out: Path, args: argparse.Name
         saved = diffusers_dit(model)
     else:
         vae_path = args.vae_path or config.first_stage["vae_path"]
-        first_stage = load_first_stage(vae_path, "cpu", config.model.in_channels)
-        check_first_stage(config, first_stage, vae_path)
+        first_stage = matching_first_stage(config, vae_path, "cpu")
         make = pipeline_of if args.diffusers_class == "ours" else dit_pipeline_of
         saved = make(model, config, getattr(first_stage, "vae", None))
 

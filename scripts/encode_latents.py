@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from masked_diffusion import dist_util
-from masked_diffusion.choices import DEFAULT_VAE
+from masked_diffusion.choices import AUTOENCODERS, DEFAULT_VAE
 from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.latent_cache import DTYPES, CacheRecord, ShardFiles, SourceIndex, extensions_in
@@ -41,13 +41,22 @@ FLAGS = {
     "data_dir": Flag("", "images of any form that a training reads", "data"),
     "out": Flag("", "folder for the latents, which scripts/image_train.py takes as --data_dir", "saving"),
     "image_size": flags_of(ModelConfig)["image_size"],
-    "vae_path": Flag(DEFAULT_VAE.format("mse"), "hub name or folder of a diffusers AutoencoderKL", "model"),
+    "vae_path": Flag(
+        DEFAULT_VAE.format("mse"),
+        f"hub name or folder of an autoencoder of diffusers: {', '.join(AUTOENCODERS)}",
+        "model",
+    ),
     **{name: DATA_FLAGS[name] for name in READING[2:]},
     "class_cond": DATA_FLAGS["class_cond"]._replace(help="keep class labels"),
     "random_flip": DATA_FLAGS["random_flip"]._replace(
         help="encode the mirror images, too; a training with --random_flip True needs them"
     ),
     "dtype": Flag("fp32", "how the moments are stored: fp32, fp16 or bf16", "saving"),
+    "normalize": Flag(
+        "none",
+        "channel: measure mean and deviation of each channel, which become 0 and 1; none: the autoencoder's scale",
+        "model",
+    ),
     "shard_size": Flag(1024, "images per file; an interruption costs what is done of one file per process", "saving"),
     "batch_size": Flag(16, "images that are encoded at once, per process", "machine"),
     **MACHINE_FLAGS,
@@ -70,6 +79,8 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype {args.dtype}: choose one of {', '.join(DTYPES)}")
+    if args.normalize not in ("none", "channel"):
+        raise ValueError(f"--normalize {args.normalize}: choose none or channel")
     if not args.out or is_remote(args.out):
         raise ValueError(f"--out {args.out}: give a local folder for the latents")
     num_workers = choose_num_workers(args.num_workers)
@@ -143,6 +154,8 @@ def describe(
         source_sha256=index.sha256(),
         columns={name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)},
         extensions=list(dataset.extensions),
+        posterior=autoencoder.stochastic,
+        normalize=args.normalize,
     )
     return record, index
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from masked_diffusion import dist_util
-from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, family_policy, foreign_settings
+from masked_diffusion.choices import GUIDANCE_FLAGS, PUBLISHED_CHANNELS, family_policy, foreign_settings
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
@@ -178,7 +178,7 @@ def choose_sampler(
 ) -> SamplerConfig:
     """The sampler that the flags ask for, and the model's family where they do not."""
     name, channels = trained.config.model.model, trained.config.model.in_channels
-    if args.cfg_cond and "cfg_channels" in explicit and channels <= GUIDED_CHANNELS:
+    if args.cfg_cond and "cfg_channels" in explicit and channels != PUBLISHED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {channels}")
     for message in apply_sampling_defaults(trained.config, args, explicit):
         say(f"warning: {message}")

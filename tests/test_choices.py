@@ -9,6 +9,7 @@ import masked_diffusion
 from masked_diffusion import choices, models
 from masked_diffusion.data.latent_cache import DTYPES
 from masked_diffusion.diffusion import guidance, objectives, samplers
+from masked_diffusion.first_stage import KINDS
 from masked_diffusion.models.policies import POLICIES
 from masked_diffusion.randomness import STREAMS
 from masked_diffusion.training.optimizers import MOMENTS, OPTIMIZERS
@@ -23,6 +24,7 @@ def test_the_names_are_those_of_what_is_built():
     assert list(choices.SCHEDULES) == list(guidance.SCHEDULES)
     assert list(choices.OPTIMIZERS) == list(OPTIMIZERS) == list(MOMENTS)
     assert list(choices.LATENT_DTYPES) == list(DTYPES)
+    assert list(choices.AUTOENCODERS) == list(KINDS)
     assert max(STREAMS) == choices.STREAM and min(STREAMS) == choices.FIRST_STREAM
 
 

@@ -33,7 +33,7 @@ from masked_diffusion.diffusers_format import (
 )
 from masked_diffusion.diffusion.guidance import Guidance, NullLabel, power_cosine_weight
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
-from masked_diffusion.first_stage import load_first_stage
+from masked_diffusion.first_stage import ChannelStatistics, load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
@@ -210,6 +210,25 @@ def test_a_fourth_channel_is_guided_where_it_is_asked_for():
         arguments = {"guidance_scale": 4.0, "scale_pow": 0.01, "num_inference_steps": 1, "output_type": "latent"}
         images.append(pipeline([1], cfg_channels=channels, **arguments).images)
     assert torch.equal(images[0][:, :3], images[1][:, :3]) and not torch.equal(images[0][:, 3], images[1][:, 3])
+
+
+def test_latents_that_are_normalised_by_channel_are_decoded_as_our_sampler_decodes_them(tmp_path):
+    path = save_tiny_autoencoder(tmp_path / "vae")
+    first_stage = load_first_stage(str(path), "cpu")
+    first_stage.normalise(ChannelStatistics((0.1, -0.2, 0.3, 0.0), (0.5, 1.5, 2.0, 1.0)))
+    model, config = trained()
+    config = dataclasses.replace(config, first_stage=first_stage.description)
+    pipeline_of(model, config, first_stage.vae).save_pretrained(tmp_path / "pipeline")
+    pipeline = quiet(MaskedDiffusionPipeline.from_pretrained(tmp_path / "pipeline"))
+    arguments = {"class_labels": [1, 2], "guidance_scale": 1, "num_inference_steps": 2}
+    torch.manual_seed(0)
+    latents = pipeline(**arguments, output_type="latent").images
+    torch.manual_seed(0)
+    images = pipeline(**arguments, output_type="pt").images
+    assert_close(images, (first_stage.decode(latents) / 2 + 0.5).clamp(0, 1))
+    with pytest.raises(ValueError, match="DiTPipeline needs latents without a shift"):
+        dit, _ = trained("DiT_Ti_2", num_classes=1000, decode_layer=None)
+        dit_pipeline_of(dit, config, AutoencoderKL.from_pretrained(save_tiny_autoencoder(tmp_path / "b", 1.0, None)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 50, 100, 250, 500, 1000])

@@ -3,23 +3,34 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from masked_diffusion.data.image_files import EXTENSIONS
+from masked_diffusion.first_stage import ChannelStatistics
+
+
+class EncodedBy(NamedTuple):
+    """What ``CachedPosterior`` has to know of a cache's autoencoder, in the order of its arguments."""
+
+    weights_sha256: str
+    name: str
+    scales: dict[str, float]
+    statistics: ChannelStatistics | None
 
 
 class ImageDataset:
     """A data set of images or latents with labels.
 
     image_size: side in pixels. channels: 3 (RGB) or 1 (grey). class_names: in label order, empty without classes.
-    labels: (N,) int64. encoded_by: hash of the weights and name of the autoencoder whose moments stand for the images,
-    None for images. extensions: of the kinds of image files that were looked for. notes: what a user should know of the
-    data beside their number and classes, a line each.
+    labels: (N,) int64. encoded_by: the autoencoder whose moments stand for the images, None for images. extensions: of
+    the kinds of image files that were looked for. notes: what a user should know of the data beside their number and
+    classes, a line each.
     """
 
     channels = 3
-    encoded_by: tuple[str, str] | None = None
+    encoded_by: EncodedBy | None = None
     extensions: Sequence[str] = EXTENSIONS
     notes: Sequence[str] = ()
 

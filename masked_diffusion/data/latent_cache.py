@@ -5,8 +5,8 @@ again.
 ``latents.json``       a :class:`CacheRecord`; it is written last, so a folder without it is unfinished
 ``index.safetensors``  ``labels`` (N,) int64; ``sizes`` (N,) int64, bytes of each image file; ``paths``, their
                        paths below the source folder, UTF-8, separated by NUL
-``00000.safetensors``  ``moments`` (n, 2C, h, w) of images 0 ... n - 1: the posterior's mean, then its log-variance;
-``00001.safetensors``  ``mirrored``, the same of their mirror images; and so on
+``00000.safetensors``  ``moments`` (n, 2C, h, w) of images 0 ... n - 1: the posterior's mean, then its log-variance, or
+``00001.safetensors``  (n, C, h, w) codes of a deterministic encoder; ``mirrored``, the same of their mirror images; ...
 =====================  =================================================================================
 
 safetensors: a file maps into memory, its header says where each row lies, bfloat16 is one of its types, and reading it
@@ -42,6 +42,7 @@ from masked_diffusion.data.image_files import (
 )
 from masked_diffusion.data.listing_cache import pack_paths, unpack_paths
 from masked_diffusion.files import atomic_write, cache_folder, remove_unfinished, write_json
+from masked_diffusion.first_stage import ChannelStatistics
 from masked_diffusion.processes.resumable_parts import Parts
 
 RECORD_NAME = "latents.json"
@@ -60,7 +61,9 @@ class CacheRecord:
     mirrored: whether mirror images were encoded, too. shard_size: images per file. class_names: in label order, None
     without classes. data_dir, source_sha256: the images, and the hash of their paths, sizes and labels. columns: those
     of a table that the user named, by the names of the flags. extensions: of the kinds of images that were looked for;
-    None where an earlier version did not record them.
+    None where an earlier version did not record them. posterior: False for the codes of a deterministic encoder.
+    normalize: ``channel``, where trainings give each channel mean 0 and deviation 1, or ``none``. channel_mean,
+    channel_std: of the codes before any scale or shift, C each, known when all are encoded.
     """
 
     vae_path: str
@@ -80,11 +83,15 @@ class CacheRecord:
     format: int = 1
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
     extensions: list[str] | None = None
+    posterior: bool = True
+    normalize: str = "none"
+    channel_mean: list[float] | None = None
+    channel_std: list[float] | None = None
 
     @property
     def moments_shape(self) -> list[int]:
         channels, *sides = self.latent_shape
-        return [2 * channels, *sides]
+        return [2 * channels if self.posterior else channels, *sides]
 
     @property
     def tensor_names(self) -> list[str]:
@@ -103,9 +110,11 @@ class CacheRecord:
         """The first setting in which the latents of two records differ, in words; None when they are the same.
 
         Where autoencoder and images lay, and which kinds of them were looked for, says nothing: their hashes do.
+        Statistics follow from the rest.
         """
+        silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std")
         for name, value in dataclasses.asdict(self).items():
-            if name not in ("vae_path", "data_dir", "extensions") and value != getattr(other, name):
+            if name not in silent and value != getattr(other, name):
                 return f"{name} {value} instead of {getattr(other, name)}"
         return None
 
@@ -219,7 +228,11 @@ class ShardFiles(Parts):
 
     def finish(self) -> None:
         """All parts are there: declare the cache complete."""
-        write_json(self.parts_folder / RECORD_NAME, dataclasses.asdict(self.record))
+        record = self.record
+        if record.normalize == "channel":
+            mean, std = self.channel_statistics()
+            record = dataclasses.replace(record, channel_mean=list(mean), channel_std=list(std))
+        write_json(self.parts_folder / RECORD_NAME, dataclasses.asdict(record))
         (self.parts_folder / UNFINISHED_NAME).unlink()
 
     def path(self, batch: int) -> Path:
@@ -251,6 +264,31 @@ class ShardFiles(Parts):
                 errors.append(json.loads(file.metadata()["rounding"]))
         largest, mean_square = zip(*errors, strict=True)
         return max(largest), float(np.sqrt(np.mean(mean_square)))
+
+    def channel_statistics(self) -> ChannelStatistics:
+        """Mean and deviation of each channel over all parts, mirror images included, in float64.
+
+        Of a posterior they are those of its samples: the variance is that of the means plus the mean of the variances.
+        Images with numbers that are not finite are left out. A channel that is the same everywhere has deviation 1.
+        """
+        channels, count = self.record.latent_shape[0], 0
+        sums = torch.zeros(2, channels, dtype=torch.float64)
+        for batch in range(self.num_batches):
+            with safetensors.safe_open(self.path(batch), framework="pt") as file:
+                for name in self.record.tensor_names:
+                    first, second = _first_and_second(file.get_tensor(name).double(), channels)
+                    readable = second.isfinite().flatten(1).all(dim=1)  # unreadable images are NaN
+                    sums += torch.stack([first[readable].sum(dim=(0, 2, 3)), second[readable].sum(dim=(0, 2, 3))])
+                    count += int(readable.sum()) * first[0, 0].numel()
+        mean = sums[0] / max(count, 1)
+        std = (sums[1] / max(count, 1) - mean.square()).clamp(min=0).sqrt()
+        return ChannelStatistics(tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist()))
+
+
+def _first_and_second(moments: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Expectations of the codes and of their squares, (n, C, h, w) each, from moments or codes."""
+    mean, logvar = moments[:, :channels], moments[:, channels:]
+    return mean, mean.square() + (logvar.exp() if logvar.shape[1] else 0.0)
 
 
 class LatentCache:
@@ -309,7 +347,7 @@ class LatentCache:
         return join(self.record.data_dir, self.names[index])
 
     def moments(self, index: int, mirrored: bool) -> np.ndarray:
-        """(2C, h, w) float32: mean, then log-variance of an image or of its mirror image.
+        """(2C, h, w) float32: mean, then log-variance of an image or of its mirror image; of codes (C, h, w).
 
         Raises UnreadableImageError for an image that could not be read when it was its turn to be encoded.
         """

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from masked_diffusion.choices import GUIDED_CHANNELS
+from masked_diffusion.choices import GUIDED_CHANNELS, PUBLISHED_CHANNELS
 
 Denoiser = Callable[..., Tensor]
 
@@ -75,11 +75,12 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 def combine(
     strong: Tensor, weak: Tensor, weight: Tensor, latent_channels: int, channels: int = GUIDED_CHANNELS
 ) -> Tensor:
-    """``weak + weight (strong - weak)`` on the first ``channels`` latent channels, or all where there are fewer.
+    """``weak + weight (strong - weak)`` on the first ``channels`` latent channels, or all where there are fewer or more
+    than the published latents have.
 
-    strong, weak: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, <= channels, H, W).
+    strong, weak: (N, C_out, H, W); weight: (N,). Returns the guided channels, (N, guided, H, W).
     """
-    guided_channels = min(channels, latent_channels)
+    guided_channels = min(channels, latent_channels) if latent_channels <= PUBLISHED_CHANNELS else latent_channels
     weight = weight.view(-1, 1, 1, 1)
     return weak[:, :guided_channels] + weight * (strong - weak)[:, :guided_channels]
 
@@ -152,8 +153,8 @@ class Guidance:
     """Leads the predictions of a model away from weaker ones.
 
     weight: (N,) original timesteps -> (N,) guidance weights; 1 gives the strong prediction. channels: how many latent
-    channels are guided, all where there are fewer; the others are the strong prediction's. skip_tol: where the weight
-    is within this of 1, no weak prediction is computed.
+    channels are guided, all where there are fewer, or more than 4; the others are the strong prediction's. skip_tol:
+    where the weight is within this of 1, no weak prediction is computed.
     """
 
     away: Away

@@ -31,6 +31,8 @@ FIXED_MODEL_SETTINGS = (
     "decode_layer",
     "learn_sigma",
 )
+# What of the first stage says how its codes become latents.
+LATENT_SCALES = ("scaling_factor", "shift_factor", "channel_mean", "channel_std")
 FIXED_PROCESS_SETTINGS = ("diffusion_steps", "noise_schedule", "predict_xstart", "learn_sigma")
 
 
@@ -244,7 +246,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
         ("--policy", former.model.policy_name, now.model.policy_name),
         ("--route", former.model.route, now.model.route),
         ("--decoder", former.model.decoder, now.model.decoder),
-        *((name, former.first_stage.get(name), now.first_stage[name]) for name in ("scaling_factor", "shift_factor")),
+        *((name, former.first_stage.get(name), now.first_stage.get(name)) for name in LATENT_SCALES),
         ("--class_cond", former.class_cond, now.class_cond),
         ("the list of class names", in_one_form(former.class_names), in_one_form(now.class_names)),
     ]

@@ -12,7 +12,7 @@ from masked_diffusion.choices import DEFAULT_VAE, FAMILIES, family_of, ignored_s
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.files import sha256_of
-from masked_diffusion.first_stage import FirstStage, load_first_stage
+from masked_diffusion.first_stage import Autoencoder, ChannelStatistics, FirstStage, load_first_stage
 from masked_diffusion.models import MDT
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.runs import checkpoint
@@ -64,7 +64,7 @@ def open_trained(path: Path, request: Request, device: torch.device | str, warn:
     recorded = read_config(path.parent)
     if recorded is not None:
         check_contradictions(recorded, request, path)
-        first_stage = _recorded_first_stage(recorded, request, shown.in_channels, device, warn)
+        first_stage = _recorded_first_stage(recorded, request, device, warn)
         process = dataclasses.replace(recorded.diffusion, **request.asked(["sigma_small"]))
         config = dataclasses.replace(recorded, diffusion=process)
     else:
@@ -114,20 +114,22 @@ def check_contradictions(recorded: RunConfig, request: Request, path: Path) -> N
 
 
 def _recorded_first_stage(
-    recorded: RunConfig, request: Request, channels: int, device: torch.device | str, warn: Callable[[str], None]
+    recorded: RunConfig, request: Request, device: torch.device | str, warn: Callable[[str], None]
 ) -> FirstStage:
     vae_path = request.vae_path or recorded.first_stage["vae_path"]
     if vae_path in HUB_DEFAULTS and not request.vae_path:
         vae_path = request.hub_vae
     elif request.vae_decoder:
         warn(f"--vae_decoder {request.vae_decoder} is ignored: the first stage is {vae_path}")
-    first_stage = load_first_stage(vae_path, device, channels)
-    check_first_stage(recorded, first_stage, vae_path)
-    return first_stage
+    return matching_first_stage(recorded, vae_path, device)
 
 
-def check_first_stage(recorded: RunConfig, first_stage: FirstStage, vae_path: str) -> None:
-    """Raise ValueError where an autoencoder makes other latents than the recorded one does, by shape or scale."""
+def matching_first_stage(recorded: RunConfig, vae_path: str, device: torch.device | str) -> FirstStage:
+    """Load an autoencoder that makes latents as the recorded one does, by shape, scale and each channel's statistics.
+
+    Raises ValueError for one that does not, and what :func:`masked_diffusion.first_stage.load_first_stage` does.
+    """
+    first_stage = load_first_stage(vae_path, device, recorded.model.in_channels)
     shape = (first_stage.downsample, first_stage.latent_channels)
     if shape != (recorded.model.downsample, recorded.model.in_channels):
         raise ValueError(
@@ -140,6 +142,10 @@ def check_first_stage(recorded: RunConfig, first_stage: FirstStage, vae_path: st
                 f"--vae_path {vae_path}: its {name} is {first_stage.description[name]}, the model was trained with "
                 f"{recorded.first_stage[name]}; give the autoencoder it was trained with"
             )
+    if (statistics := ChannelStatistics.recorded(recorded.first_stage)) is not None:
+        assert isinstance(first_stage, Autoencoder), "pixels have no statistics"
+        first_stage.normalise(statistics)
+    return first_stage
 
 
 def config_of_weights(

@@ -10,7 +10,7 @@ from torch import nn
 from masked_diffusion.diffusion.guidance import Away, Denoiser, MaskedView, OtherModel
 from masked_diffusion.models.tokens import num_kept_tokens
 from masked_diffusion.randomness import SampleNoise
-from masked_diffusion.runs.config import FIXED_PROCESS_SETTINGS
+from masked_diffusion.runs.config import FIXED_PROCESS_SETTINGS, LATENT_SCALES
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.image_sampler import NewAway, SamplerConfig
@@ -60,7 +60,7 @@ def _difference(strong: Trained, weak: Trained) -> str | None:
             for name in FIXED_PROCESS_SETTINGS
             if name != "learn_sigma"
         ),
-        *((name, a.first_stage.get(name), b.first_stage.get(name)) for name in ("scaling_factor", "shift_factor")),
+        *((name, a.first_stage.get(name), b.first_stage.get(name)) for name in LATENT_SCALES),
     ]
     if a.class_names and b.class_names:
         pairs.append(("the list of class names", a.class_names[:5], b.class_names[:5]))

@@ -35,8 +35,8 @@ def linear_model(x, t, y):
     return out + y.view(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("channels, num_guided", [(4, 3), (3, 3), (1, 1)])
-def test_guidance_touches_the_first_three_latent_channels_and_never_the_variance(channels, num_guided):
+@pytest.mark.parametrize("channels, num_guided", [(4, 3), (3, 3), (1, 1), (5, 5), (16, 16)])
+def test_guidance_touches_three_of_four_latent_channels_all_of_others_and_never_the_variance(channels, num_guided):
     x = torch.randn(2, channels, 3, 3)
     t, y = torch.tensor([0, 5]), torch.tensor([1, 2])
     denoise = Guidance(NullLabel(0), weight=lambda t: t + 2.0).lead(linear_model)

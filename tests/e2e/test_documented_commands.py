@@ -171,7 +171,12 @@ TABLE = [
         elsewhere="scripts/test_make_dataset.py writes archives, and resizes images",
     ),
     Row(
-        r"encode_latents\.py",
+        r"--normalize channel",
+        flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
+        makes="latents_flowers256/latents.json",
+    ),
+    Row(
+        r"encode_latents\.py (?!.*--normalize)",
         flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
         makes="latents_imagenet256/latents.json",
         without="latents_imagenet256",
