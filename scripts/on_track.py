@@ -36,7 +36,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         first = min(min(column["steps"]) for column in card["columns"].values())
         raise ValueError(f"{args.run}: is at step {int(run.steps[-1])}, the card's first number is of step {first}")
     settings = recipe_settings(run)
-    unlike = {name: value for name, value in card["settings"].items() if name in settings and settings[name] != value}
+    asked = {"objective": "ddpm", **card["settings"]}  # cards from before there was a choice
+    unlike = {name: value for name, value in asked.items() if name in settings and settings[name] != value}
 
     def work() -> int:
         for name, value in unlike.items():

@@ -5,6 +5,7 @@ the ``mean`` of several runs there, and how far a run may be from it (``toleranc
 ``every`` steps before a step; a score is that of the step itself. A card without columns has not been measured.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ def recipe_settings(progress: RunLog) -> dict[str, Any]:
     return {
         "model": config.model.model,
         "image_size": config.model.image_size,
+        **({"objective": "ddpm"} if config.objective.objective == "ddpm" else dataclasses.asdict(config.objective)),
         "policy": config.model.policy_name,
         "route": config.model.route,
         "mask_ratio": config.model.mask_ratio,

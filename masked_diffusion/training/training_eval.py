@@ -151,6 +151,7 @@ class Evaluation:
         return {
             "step": step,
             "model": self._run_config.model.record(),
+            **self._run_config.objective.record(),
             "training": {name: self._run_config.training.get(name) for name in of_training},
             "sampler": self._sampler.record(),
             "labels": "random" if self._run_config.class_cond else None,

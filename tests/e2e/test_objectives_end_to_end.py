@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from support import TINY_DIGITS, call
+from PIL import Image
+from support import REPO, TINY_DIGITS, call, make_colour_folder, rows, script
 
 TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
+VISUALIZE, ENCODE = "scripts/visualize.py", "scripts/encode_latents.py"
+CARD, TRACK = "scripts/make_card.py", "scripts/on_track.py"
 NAMES = ["x0", "v", "flow", "edm"]
 WEIGHTS = "ema_0.9999_000002.pt"
 
@@ -56,6 +59,83 @@ def test_pictures_are_drawn(runs, name, monkeypatch, tmp_path):
     arguments = ["--model_path", runs[name] / WEIGHTS, "--num_sampling_steps", "2", "--out", out, "--labels", "1,2"]
     assert call(monkeypatch, INFER, tmp_path, *arguments) == 0
     assert out.is_file()
+
+
+CONTINUOUS = ["flow", "edm"]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_training_is_evaluated_by_a_sampler_of_its_objective(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(script(TRAIN), "EVALUATOR", REPO / "tests" / "stand_in_evaluator.py")
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    flags = ["--eval_interval", "2", "--eval_ref", tmp_path / "reference.npz", "--eval_num_samples", "3"]
+    flags += ["--eval_sampling_steps", "2", "--eval_cfg_scale", "1.5", "--objective", name]
+    assert call(monkeypatch, TRAIN, tmp_path / "run", *TINY_DIGITS, *flags) == 0
+    assert rows(tmp_path / "run")[-1]["eval_fid"] is not None
+    made = json.loads((tmp_path / "run" / "evaluation" / "000002" / "manifest.json").read_text())["settings"]
+    assert made["objective"]["objective"] == name and made["sampler"]["cfg_channels"] == 4
+    assert made["sampler"]["sampler"] == {"flow": "euler", "edm": "heun"}[name]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_masked_inputs_are_reconstructed(runs, name, monkeypatch, tmp_path):
+    out = tmp_path / "picture.png"
+    flags = [
+        "--model_path",
+        runs[name] / WEIGHTS,
+        "--data_dir",
+        "builtin:digits-test",
+        "--num_images",
+        "2",
+        "--out",
+        out,
+    ]
+    assert call(monkeypatch, VISUALIZE, tmp_path, "reconstruction", *flags, "--num_sampling_steps", "2") == 0
+    assert np.asarray(Image.open(out)).std() > 1
+
+
+@pytest.fixture(scope="module")
+def latents(module_folder, tiny_vae):
+    """Encoded images of three colours, and the flags of a training on them."""
+    folder = module_folder("latents")
+    images = make_colour_folder(folder / "images", per_class=2)
+    flags = ["--vae_path", tiny_vae, "--image_size", "32", "--num_workers", "0", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        arguments = ["--data_dir", images, "--out", folder / "encoded", "--batch_size", "2", *flags]
+        assert call(monkeypatch, ENCODE, folder, *arguments) == 0
+    return ["--data_dir", folder / "encoded", *flags, "--image_size", "32"]
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_encoded_latents_are_trained_on_and_measured(latents, name, monkeypatch, tmp_path):
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *latents, "--objective", name) == 0
+    objective = json.loads((tmp_path / "config.json").read_text())["objective"]
+    assert (objective["sigma_data"] is not None) == (name == "edm")
+    assert objective["sigma_data"] is None or 0.01 < objective["sigma_data"] < 10
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path))
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_a_dry_run_says_the_cost(name, monkeypatch, tmp_path, capsys):
+    flags = ["--dry_run", "True", "--objective", name]
+    assert call(monkeypatch, TRAIN, tmp_path / "run", *TINY_DIGITS, *flags, sinks="") == 0
+    out = capsys.readouterr().out
+    assert f"objective: {name}" in out and "GFLOPs per image" in out and not (tmp_path / "run").exists()
+
+
+def test_a_card_is_of_one_objective(runs, monkeypatch, tmp_path, capsys):
+    flags = ["--recipe", "mine", "--every", "2", "--out", tmp_path / "card.json"]
+    assert call(monkeypatch, CARD, tmp_path, runs["flow"], runs["x0"], *flags) == 2
+    assert "has another objective" in capsys.readouterr().err
+    assert call(monkeypatch, CARD, tmp_path, runs["flow"], runs["flow"], *flags) == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["settings"]["objective"] == "flow" and card["settings"]["level_law"] == "uniform"
+    call(monkeypatch, TRACK, tmp_path, runs["edm"], tmp_path / "card.json")
+    assert "another recipe: objective edm, the card has flow" in capsys.readouterr().out
+    del card["settings"]["objective"]  # as the cards of 0.1.0
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    call(monkeypatch, TRACK, tmp_path, runs["edm"], tmp_path / "card.json")
+    assert "another recipe: objective edm, the card has ddpm" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_resumed_under_its_own_objective_alone(runs, monkeypatch, capsys):
