@@ -6,6 +6,7 @@ Where images lie, and which formats there are, is decided in ``data/sources.py``
 """
 
 import dataclasses
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -19,13 +20,13 @@ from torch.utils.data import Dataset
 
 from masked_diffusion.data.class_names import sort_class_names
 from masked_diffusion.data.data_config import DataConfig
-from masked_diffusion.data.data_stream import DataOrder, Item, RankBatches, candidates
+from masked_diffusion.data.data_stream import BlockOrder, DataOrder, Item, RankBatches, candidates
 from masked_diffusion.data.dataset import EncodedBy, ImageDataset
 from masked_diffusion.data.fast_decode import read_resized
 from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError
 from masked_diffusion.data.label_files import read_label_file
 from masked_diffusion.data.listing_cache import some
-from masked_diffusion.data.source import ImageSource, SourceOptions, narrow
+from masked_diffusion.data.source import ImageSource, Source, SourceOptions, narrow
 from masked_diffusion.data.sources import Builtin, LatentFolder, open_images, open_source
 from masked_diffusion.data.table_images import Table
 from masked_diffusion.first_stage import ChannelStatistics
@@ -214,6 +215,20 @@ class SourceDataset(ImageDataset):
             )
         return class_table(self.source.names, class_from) if known is None else known
 
+    def order(self, seed: int, deterministic: bool = False) -> DataOrder:
+        blocks = self.source.blocks()
+        if blocks is None:
+            return super().order(seed, deterministic)
+        return BlockOrder(blocks.of, blocks.places, blocks.window, seed, deterministic)
+
+    @property
+    def order_record(self) -> dict[str, Any] | None:
+        blocks = self.source.blocks()
+        if blocks is None:
+            return None
+        digest = hashlib.sha256(blocks.of.tobytes() + blocks.places.tobytes()).hexdigest()
+        return {"shuffle_window": blocks.window, "block_bytes": blocks.target_bytes, "blocks_sha256": digest}
+
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)
 
@@ -301,6 +316,20 @@ class DigitsDataset(ImageDataset):
         return to_model_range(np.asarray(image)[:, :, None])
 
 
+def _warn_of_idle_options(source: Source, options: SourceOptions, why_no_labels: str) -> None:
+    """Warn of options that mean nothing to a source. why_no_labels: what keeps its own labels from being used."""
+    if not isinstance(source, Table):
+        for name in ("image_column", "label_column"):
+            if column := getattr(options, name):
+                warnings.warn(
+                    f"--{name} {column} is ignored: --data_dir {source.data_dir} has no columns", stacklevel=3
+                )
+    if options.shuffle_window != DataConfig.shuffle_window and source.blocks() is None:
+        warnings.warn(f"--shuffle_window {options.shuffle_window} is ignored: all images are shuffled", stacklevel=3)
+    if options.label_column and why_no_labels:
+        warnings.warn(f"--label_column {options.label_column} is ignored with {why_no_labels}", stacklevel=3)
+
+
 def open_dataset(
     data_dir: str,
     *,
@@ -315,6 +344,7 @@ def open_dataset(
     label_column: str = DataConfig.label_column,
     max_image_bytes: int = DataConfig.max_image_bytes,
     extensions: Sequence[str] | None = None,
+    shuffle_window: int = DataConfig.shuffle_window,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
@@ -325,16 +355,14 @@ def open_dataset(
     for name, value in (("class_from", class_from), ("labels_file", labels_file)):
         if value not in ("auto", "") and not class_cond:
             warnings.warn(f"--{name} {value} is ignored with --class_cond False", stacklevel=2)
-    source = open_source(data_dir, SourceOptions(image_column, label_column, max_image_bytes))
-    if not isinstance(source, Table):
-        for name, column in (("image_column", image_column), ("label_column", label_column)):
-            if column:
-                warnings.warn(f"--{name} {column} is ignored: --data_dir {data_dir} has no columns", stacklevel=2)
-    if label_column and (labels_file or class_from != "auto" or not class_cond):
-        reason = (
-            "--class_cond False" if not class_cond else "--labels_file" if labels_file else f"--class_from {class_from}"
-        )
-        warnings.warn(f"--label_column {label_column} is ignored with {reason}", stacklevel=2)
+    options = SourceOptions(image_column, label_column, max_image_bytes, shuffle_window)
+    source = open_source(data_dir, options)
+    why_no_labels = (
+        ("--class_cond False" if not class_cond else "")
+        or ("--labels_file" if labels_file else "")
+        or (f"--class_from {class_from}" if class_from != "auto" else "")
+    )
+    _warn_of_idle_options(source, options, why_no_labels)
     if labels_file and isinstance(source, Builtin | LatentFolder):
         raise ValueError(f"--labels_file {labels_file}: {data_dir} has labels of its own; leave it out")
     if fast_decode and isinstance(source, Builtin | LatentFolder):
@@ -447,7 +475,7 @@ def load_data(
         )
     elif dataset.image_size != image_size:
         raise ValueError(f"--image_size {image_size}: the data set was opened for {dataset.image_size}")
-    order = DataOrder(len(dataset), seed, deterministic)
+    order = dataset.order(seed, deterministic)
     batch_sampler = RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size)
     begin = partial(iterate, _Examples(dataset, seed, draws), num_workers, asked_to_stop)
     settings = {"batch_sampler": batch_sampler, "pin_memory": pin_memory}

@@ -22,7 +22,6 @@ from masked_diffusion import dist_util, dry_run
 from masked_diffusion.choices import CONSTANT, DEFAULT_VAE, check_objective, family_policy, ignored_settings
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
-from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
@@ -323,6 +322,7 @@ def take_up(
     messages: list[str] = []
     if start.step and (former := read_config(start.folder)) is not None:
         check_resume(former, run_config, start.folder / CONFIG_NAME)
+        check_order(former.training.get("data_order"), dataset.order_record, start.folder / CONFIG_NAME)
         messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
         data_hash = run_config.training["data_sha256"]
         if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
@@ -332,6 +332,22 @@ def take_up(
     if args.freeze:
         messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
     return messages
+
+
+def check_order(former: dict[str, Any] | None, now: dict[str, Any] | None, config: Path) -> None:
+    """Raise ValueError where a resumed run would go on in another order of its images."""
+    if former == now:
+        return
+    said = [
+        f"--shuffle_window {order['shuffle_window']} of remote archives" if order else "all images shuffled"
+        for order in (former, now)
+    ]
+    if said[0] == said[1]:
+        said[1] = "other places of the images in the archives"
+    raise ValueError(
+        f"{config}: the run to resume has another order of images ({said[0]}; now: {said[1]}), in which its place in "
+        "the data means nothing; give the data and --shuffle_window of before, or start a new run with --init_from"
+    )
 
 
 def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:
@@ -347,7 +363,7 @@ def check_first_images(
     args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, ranks: Ranks, folder: Path, position: int
 ) -> BadImages:
     """The run's record of bad images. Raises ValueError where too many of those that it begins with are bad."""
-    order = DataOrder(len(dataset), args.seed)
+    order = dataset.order(args.seed)
     path = folder / LIST_NAME
     bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=path)
     first = min(max(config.batch_size * ranks.world_size, 16), 64)  # of a tiny batch a bad image would be the half
@@ -463,6 +479,7 @@ def make_run_config(
             random_flip=args.random_flip,
             random_crop=args.random_crop,
             fast_decode=args.fast_decode,
+            **({} if dataset.order_record is None else {"data_order": dataset.order_record}),
             schedule_sampler=args.schedule_sampler,
             freeze=args.freeze,
         ),

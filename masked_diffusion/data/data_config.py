@@ -24,4 +24,6 @@ class DataConfig(SourceOptions):
 
 
 # The fields that say where images and their classes are, for scripts that do with them something else than training.
-READING = ("data_dir", "class_cond", "class_from", "labels_file", *SourceOptions.__dataclass_fields__)
+READING = (
+    "data_dir", "class_cond", "class_from", "labels_file", "image_column", "label_column", "max_image_bytes"
+)  # fmt: skip

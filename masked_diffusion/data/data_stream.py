@@ -55,6 +55,38 @@ class DataOrder:
         return numpy_generator(self.seed, "order", epoch).permutation(self.num_items)
 
 
+class BlockOrder(DataOrder):
+    """The stream of archives that are far away: neighbours in an archive come near each other.
+
+    An epoch is a permutation of the blocks, one after the other; each run of ``window`` images of it is then shuffled.
+    Both are keyed by (seed, epoch), so that this, too, is a permutation of all images that a position resumes.
+
+    blocks: block of each image, (num_items,) int64, 0, 1, ... without a gap. places: of each image in its archive,
+    (num_items,) int64; only their order counts. window: at least 1.
+    """
+
+    def __init__(
+        self, blocks: np.ndarray, places: np.ndarray, window: int, seed: int, deterministic: bool = False
+    ) -> None:
+        super().__init__(len(blocks), seed, deterministic)
+        self.window = window
+        self._by_block = np.lexsort((places, blocks))
+        self._bounds = np.searchsorted(blocks[self._by_block], np.arange(blocks.max() + 2))
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        if self.deterministic:
+            return super().permutation(epoch)
+        rng = numpy_generator(self.seed, "block_order", epoch)
+        parts = [
+            self._by_block[self._bounds[block] : self._bounds[block + 1]]
+            for block in rng.permutation(len(self._bounds) - 1)
+        ]
+        items = np.concatenate(parts)
+        for start in range(0, len(items), self.window):
+            rng.shuffle(items[start : start + self.window])
+        return items
+
+
 def candidates(item: Item, num_items: int, seed: int) -> Iterator[int]:
     """List the images to try in turn for an item of the stream: its own, then MAX_REPLACEMENTS drawn from the set.
 

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.data.image_files import EXTENSIONS
 from masked_diffusion.first_stage import ChannelStatistics
 
@@ -48,6 +49,15 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def order(self, seed: int, deterministic: bool = False) -> DataOrder:
+        """Which image comes when in a training of this seed. deterministic: every epoch in the order of the files."""
+        return DataOrder(len(self), seed, deterministic)
+
+    @property
+    def order_record(self) -> dict[str, Any] | None:
+        """What an order of its own depends on, for ``config.json``; None for the usual permutation of all images."""
+        return None
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """(C, image_size, image_size) float32 in [-1, 1]; rng augments, None gives the plain centre of the image.

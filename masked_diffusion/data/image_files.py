@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,7 @@ TO_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 Picture = TypeVar("Picture")
+Content = TypeVar("Content")
 
 
 def is_remote(path: str) -> bool:
@@ -206,6 +207,23 @@ def is_file(path: str) -> bool:
         return False
 
 
+def open_remote(path: str, buffer_size: int) -> IO[bytes]:
+    """Open a remote file to be read in requests of so many bytes."""
+    return _blobfile(path).BlobFile(path, "rb", buffer_size=buffer_size)
+
+
+def remote_state(path: str) -> list[Any]:
+    """What changes when a remote file does: its size, time and version. Raises FileNotFoundError, of the path alone,
+    for a missing one, ValueError where the bucket gives no answer."""
+    try:
+        status = _blobfile(path).stat(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(path) from error
+    except Exception as error:  # network, credentials, an unknown scheme: blobfile's errors have no common base
+        raise ValueError(f"--data_dir: {path} cannot be read ({error}); check the path and the credentials") from error
+    return [status.size, status.mtime, status.version]
+
+
 def local_copy(path: str, folder: Path) -> Path:
     """Fetch a remote file into a local folder, unless it is there. Returns its path."""
     target = folder / path.rpartition("/")[2]
@@ -349,7 +367,7 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
     return patiently(path, read, waits)
 
 
-def patiently(path: str, read: Callable[[], bytes], waits: Sequence[float] = RETRY_WAITS) -> bytes:
+def patiently(path: str, read: Callable[[], Content], waits: Sequence[float] = RETRY_WAITS) -> Content:
     """What ``read`` gives; where the storage of ``path`` fails, it is asked again. Raises as :func:`read_bytes`."""
     try:
         return read()

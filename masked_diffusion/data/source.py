@@ -23,10 +23,13 @@ class SourceOptions:
     label_column: str = setting("", "column of the labels in parquet and arrow files; empty looks for label", "data")
     # 1 GiB is more than an image of MAX_PIXELS has in any of the formats that are read: what claims more is a bomb.
     max_image_bytes: int = setting(2**30, "images of more bytes in archives and tables count as bad", "data")
+    shuffle_window: int = setting(10_000, "images among which those of remote tar archives are shuffled", "data")
 
     def __post_init__(self) -> None:
         if self.max_image_bytes < 1:
             raise ValueError(f"--max_image_bytes {self.max_image_bytes}: must be at least 1")
+        if self.shuffle_window < 1:
+            raise ValueError(f"--shuffle_window {self.shuffle_window}: must be at least 1 image")
 
 
 USUAL = SourceOptions()
@@ -37,6 +40,16 @@ class Classes(NamedTuple):
 
     names: list[str]
     labels: np.ndarray
+
+
+class Blocks(NamedTuple):
+    """of: block of each image, places: of each image in its archive, both (N,) int64. window: images that are shuffled
+    among each other. target_bytes: of a block."""
+
+    of: np.ndarray
+    places: np.ndarray
+    window: int
+    target_bytes: int
 
 
 class Source:
@@ -72,6 +85,10 @@ class Source:
     def sizes(self) -> np.ndarray:
         """(N,) int64 bytes of each item as :meth:`ImageSource.read` gives it; -1 where that costs a request each."""
         raise NotImplementedError
+
+    def blocks(self) -> Blocks | None:
+        """Which images are fetched together, where that is so costly that the order of a training follows it."""
+        return None
 
     def classes(self) -> Classes | None:
         """The classes that the source itself knows; None where names are all there is to read them from."""
@@ -120,6 +137,13 @@ class Narrowed(ImageSource):
 
     def sizes(self) -> np.ndarray:
         return self._source.sizes()[self._kept]
+
+    def blocks(self) -> Blocks | None:
+        blocks = self._source.blocks()
+        if blocks is None:
+            return None
+        of = np.unique(blocks.of[self._kept], return_inverse=True)[1].astype(np.int64)
+        return blocks._replace(of=of, places=blocks.places[self._kept])
 
     def classes(self) -> Classes | None:
         known = self._source.classes()

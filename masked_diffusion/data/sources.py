@@ -28,6 +28,7 @@ from masked_diffusion.data.image_files import (
 from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.parquet_images import Parquet
+from masked_diffusion.data.remote_tars import RemoteTar
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, Source, SourceOptions, narrow
@@ -194,6 +195,7 @@ SOURCES: tuple[type[Source], ...] = (
     LatentFolder,
     Arrays,
     Zip,
+    RemoteTar,
     Tar,
     Parquet,
     Arrow,

@@ -22,7 +22,15 @@ from typing import IO, Any
 import numpy as np
 
 from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each
-from masked_diffusion.data.image_files import EXTENSIONS, PathTable, UnreadableImageError, is_remote, looked_in
+from masked_diffusion.data.image_files import (
+    EXTENSIONS,
+    PathTable,
+    UnreadableImageError,
+    is_remote,
+    join,
+    looked_in,
+    read_bytes,
+)
 from masked_diffusion.data.label_files import classes_of, named
 from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_paths
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
@@ -65,12 +73,7 @@ class Tar(ImageSource):
         self.data_dir = data_dir
         self._largest = options.max_image_bytes
         self._paths = shards_of(data_dir)
-        for path in self._paths:
-            if not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"--data_dir {data_dir}: no such archive: {path}{looked_in(path)}; give the archives that there are"
-                )
-        shards = [read_shard(path) for path in self._paths]
+        shards = self._read_shards()
         notes = Listing(skipped=sum((shard.skipped for shard in shards), Counter())).notes
         notes += [note for shard in shards for note in shard.notes]
         names = [name for shard in shards for name in shard.names]
@@ -96,6 +99,13 @@ class Tar(ImageSource):
             self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
         self.notes = notes
         self._opened: dict[int, ArchiveFile] = {}
+
+    def _read_shards(self) -> list[Shard]:
+        """The images of each archive. Raises FileNotFoundError, naming the archive, for one that is missing."""
+        for path in self._paths:
+            if not Path(path).is_file():
+                raise no_archive(self.data_dir, path)
+        return [read_shard(path) for path in self._paths]
 
     def _usable(self, labels: list[str], class_names: dict[int, str], notes: list[str]) -> Classes | None:
         """The classes of the images where all have a label that others have, too; captions are no classes."""
@@ -157,9 +167,24 @@ class Tar(ImageSource):
         return file
 
 
+def no_archive(data_dir: str, path: str) -> FileNotFoundError:
+    where = "" if is_remote(path) else looked_in(path)
+    return FileNotFoundError(f"--data_dir {data_dir}: no such archive: {path}{where}; give the archives that there are")
+
+
 def shards_of(data_dir: str) -> list[str]:
     """The archives that a path stands for, in order."""
     path = Path(data_dir)
+    if is_remote(data_dir):
+        if not data_dir.endswith(".txt"):
+            return expand_pattern(data_dir)
+        try:
+            lines = read_bytes(data_dir).decode("utf-8-sig").splitlines()
+        except FileNotFoundError as error:
+            raise no_archive(data_dir, data_dir) from error
+        folder = data_dir.rpartition("/")[0]
+        names = [name for line in lines if line.strip() for name in expand_pattern(line.strip())]
+        return [name if is_remote(name) else join(folder, name) for name in names]
     if path.is_dir():
         return sorted(str(entry) for entry in path.iterdir() if entry.suffix == ".tar" and not is_hidden(entry.name))
     if path.is_file():
@@ -210,24 +235,42 @@ def _holds_archives_alone(folder: Path) -> bool:
 def read_shard(path: str) -> Shard:
     """The images of an archive, from the kept list if the archive is as it was, else listed anew and kept."""
     status = Path(path).stat()
-    state = [FORMAT, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-    if (cache := cache_folder()) is None:
-        return list_shard(path)
-    kept = cache / "archives" / hashlib.sha256(str(Path(path).resolve()).encode("utf-8", "replace")).hexdigest()
-    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):  # none, or damaged
-        header, _, packed = kept.read_bytes().partition(b"\n")
-        record = json.loads(header)
-        if record["state"] == state:
-            return _unpack(record, packed)
-    shard = list_shard(path)
-    with contextlib.suppress(OSError):  # it saves time, and no more
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as file:
-            file.write(_pack(shard, state))
+    state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    place = kept_at(str(Path(path).resolve()))
+    kept = None if place is None else kept_shard(place, state)
+    if kept is not None:
+        return kept
+    with Path(path).open("rb") as file:
+        shard = list_shard(path, file)
+    if place is not None:
+        keep_shard(place, shard, state)
     return shard
 
 
-def _pack(shard: Shard, state: list[int]) -> bytes:
+def kept_at(path: str) -> Path | None:
+    """Where the list of an archive is kept; None for a user without a home folder."""
+    cache = cache_folder()
+    return None if cache is None else cache / "archives" / hashlib.sha256(path.encode("utf-8", "replace")).hexdigest()
+
+
+def kept_shard(place: Path, state: list[Any]) -> Shard | None:
+    """The list of an archive that is in this state; None where it was not kept, is damaged, or of another state."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):
+        header, _, packed = place.read_bytes().partition(b"\n")
+        record = json.loads(header)
+        if record["state"] == [FORMAT, *state]:
+            return _unpack(record, packed)
+    return None
+
+
+def keep_shard(place: Path, shard: Shard, state: list[Any]) -> None:
+    with contextlib.suppress(OSError):  # it saves time, and no more
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(place) as file:
+            file.write(_pack(shard, [FORMAT, *state]))
+
+
+def _pack(shard: Shard, state: list[Any]) -> bytes:
     header = {
         "state": state,
         "skipped": shard.skipped,
@@ -248,16 +291,15 @@ def _unpack(record: dict[str, Any], packed: bytes) -> Shard:
     return Shard(names, offsets, sizes, labels, class_names, Counter(record["skipped"]), record["notes"])
 
 
-def list_shard(path: str) -> Shard:
+def list_shard(path: str, file: IO[bytes]) -> Shard:
     """List the images of an archive and their labels; also of archives that were joined end to end into one file.
 
     What is damaged or does not belong there is noted.
     """
     listing = _ShardListing(path)
-    with Path(path).open("rb") as file:
-        start: int | None = 0
-        while start is not None:
-            start = listing.take_archive(file, start)
+    start: int | None = 0
+    while start is not None:
+        start = listing.take_archive(file, start)
     return listing.finish()
 
 
