@@ -29,7 +29,7 @@ FAMILIES = {
     "DiT": Family("none", False, ALL_SIZES),
     "SiT": Family("none", False, ALL_SIZES, objective="flow"),
 }
-MODELS = tuple(f"{name}_{size}" for name, family in FAMILIES.items() for size in family.sizes)
+MODELS = [f"{name}_{size}" for name, family in FAMILIES.items() for size in family.sizes]
 
 
 def family_of(model: str) -> str:
@@ -57,7 +57,7 @@ def check_objective(model: str, objective: str) -> None:
 class PolicyTraits(NamedTuple):
     """What settings have to know of a policy. families: of the models that can be trained under it. drops: whether it
     has a mask ratio. leaves: whether it is of tokens that leave. has_decoder: whether they come back at the decoder.
-    takes_route, takes_decoder: whether another route, a decoder can be asked for."""
+    takes_route, takes_decoder: whether another route, a decoder can be asked for. finale: its own."""
 
     families: tuple[str, ...]
     drops: bool = True
@@ -65,6 +65,7 @@ class PolicyTraits(NamedTuple):
     has_decoder: bool = False
     takes_route: bool = False
     takes_decoder: bool = False
+    finale: float = 0.0
 
 
 POLICIES = {
@@ -73,9 +74,9 @@ POLICIES = {
     "mdtv2": PolicyTraits(("MDTv2",), has_decoder=True),
     "mdt_one_view": PolicyTraits(("MDT", "DiT", "SiT"), has_decoder=True),
     "tread": PolicyTraits(("MDT", "DiT", "SiT"), takes_route=True),
-    "sprint": PolicyTraits(("MDT", "DiT", "SiT"), takes_route=True),
-    "deferred": PolicyTraits(("MDT", "DiT", "SiT")),
-    "maskdit": PolicyTraits(("MDT", "DiT", "SiT"), takes_decoder=True),
+    "sprint": PolicyTraits(("MDT", "DiT", "SiT"), takes_route=True, finale=0.1),
+    "deferred": PolicyTraits(("MDT", "DiT", "SiT"), finale=0.1),
+    "maskdit": PolicyTraits(("MDT", "DiT", "SiT"), takes_decoder=True, finale=0.1),
     "dual_timestep": PolicyTraits(("MDT", "DiT", "SiT"), leaves=False),
 }
 LAST_BLOCKS = "blocks"  # as a decoder: the last blocks of the network itself

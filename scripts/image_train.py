@@ -7,64 +7,31 @@ Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDI
 
 import argparse
 import contextlib
-import dataclasses
-import math
-import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from masked_diffusion import dist_util, dry_run
-from masked_diffusion.choices import CONSTANT, DEFAULT_VAE, check_objective, family_policy, ignored_settings
-from masked_diffusion.data.bad_images import LIST_NAME, BadImages
+from masked_diffusion.choices import DEFAULT_VAE, POLICIES, check_objective, family_policy, ignored_settings
 from masked_diffusion.data.data_config import DataConfig
-from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
-from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import CachedPosterior, FirstStage, load_first_stage
-from masked_diffusion.image_datasets import load_data, open_dataset
-from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
-from masked_diffusion.models.backbone import LatentTransformer
-from masked_diffusion.models.policies import POLICIES
-from masked_diffusion.processes import launchers
-from masked_diffusion.processes.preemption import StopSignals
-from masked_diffusion.processes.reading_thread import read_watched
-from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, recorded_stream
-from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
-    CONFIG_NAME,
     ModelConfig,
-    RunConfig,
-    changed_settings,
-    check_resume,
-    extensions_of,
-    read_config,
 )
 from masked_diffusion.runs.family_defaults import TRAINING
 from masked_diffusion.runs.request import Request
-from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
-from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     COMPATIBILITY,
     MACHINE_FLAGS,
     apply_family_defaults,
-    choose_num_workers,
     explicit_flags,
     from_args,
     make_parser,
-    place_from_args,
     run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
-from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.eval_config import EvalConfig
-from masked_diffusion.training.train_config import TrainConfig, training_record
-from masked_diffusion.training.training_eval import Evaluation
+from masked_diffusion.training.train_config import TrainConfig
 
 WITH_INIT = ", with --init_from"
 FLAGS = {
@@ -100,8 +67,6 @@ MOST_USED = (
 OF_THE_MACHINE = {"device", "num_workers", "data_dir", "labels_file", "vae_path", "eval_ref", "eval_graph"}
 OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
-SHIFT_ONE = 4096  # numbers of a latent, 4 x 32 x 32, at which --time_shift auto is 1
-SIGMA_DATA_IMAGES = 1000
 EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
 
 
@@ -117,378 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
-    """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
-    tries it out. Raises ValueError or OSError."""
+    """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     # Settings
     apply_family_defaults(TRAINING, args.model, args, explicit)
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
-    place = place_from_args(args)
-    device = dist_util.choose_device(args.device, place.local_rank)
-    dist_util.allow_tf32(args.tf32)
-    sinks = chosen_sinks()
-    # Data and first stage
-    dataset, first_stage = open_data(args, device, former_extensions(args, explicit))
-    ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
-    ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
-    data_hash = check_alike(args, dataset, ranks)
-    # Model and process
-    settings = complete_objective(args, dataset, first_stage, device)
-    run_config = make_run_config(args, config, dataset, first_stage, settings, data_hash)
-    run_config, model = build_model(args, run_config)
-    objective = run_config.build_objective()
-    schedule_sampler = objective.levels(args.schedule_sampler)
-    # Where to start
-    output = Output(args, explicit, ranks, stack)
-    start = output.plan_start(args)
-    config, run_config = with_former_finale(explicit, start, config, run_config)
-    messages = [*start.messages, *take_up(args, start, run_config, model, dataset)]
-    state = ranks.from_main(lambda: checkpoint.read_state(start))
-    run_config = with_recorded_stream(state, start, run_config)
-    config = config.on_ranks(ranks.world_size, state)
-    messages += changed_batch(args, config, ranks)
-    # Published checkpoints: full batches.
-    position = state["position"] if state else start.step * config.batch_size * ranks.world_size
-    bad_images = check_first_images(args, config, dataset, ranks, output.folder, position)
-    signals = StopSignals()
-    data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
-    stack.callback(data.close)
-    evaluation = open_evaluation(args, eval_config, run_config, first_stage, ranks, output.folder)
-    # The folder and its lock
-    messages += output.claim(run_config, args.overwrite)
-    # The log of another folder's run does not go on here.
-    rows_kept = start.step if start.folder == output.folder else 0
-    if not args.dry_run:  # which writes nothing
-        messages += bad_images.take_up(resumed=rows_kept > 0)
-    logger = open_logger(output.folder, rows_kept, sinks, args.dry_run) if ranks.is_main else Logger()
-    stack.callback(logger.close)
-    # The loop
-    loop = TrainLoop(
-        config=config, run_config=run_config, model=model, objective=objective, schedule_sampler=schedule_sampler,
-        first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
-        start=start, position=position, evaluation=evaluation, signals=signals,
-    )  # fmt: skip
-    if ranks.world_size == 1 and explicit & {"shard", "use_zero"} and config.shard != "none":
-        idle.append(f"--shard {config.shard} is ignored in a single process")
-    messages = [*(f"warning: {text}" for text in idle), *messages]
-    for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
-        logger.text(message)
-    return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
-
-
-def former_extensions(args: argparse.Namespace, explicit: set[str]) -> Sequence[str] | None:
-    """Those of the kinds of image files that the run to go on with reads; None for a new run, which reads all."""
-    folder, asked, overwrite = output_folder(), args.resume_checkpoint, args.overwrite
-    if is_restart(folder, launchers.job_of(os.environ, command_of(args, explicit)), leave_no_trace=True):
-        asked, overwrite = asked or "auto", False
-    run = checkpoint.run_to_resume(folder, asked, overwrite)
-    former = read_config(run) if run is not None else None
-    return None if former is None else extensions_of(former)
-
-
-def open_data(
-    args: argparse.Namespace, device: torch.device, extensions: Sequence[str] | None
-) -> tuple[ImageDataset, FirstStage]:
-    """The data and what encodes them. extensions: see :func:`former_extensions`. Raises ValueError or OSError."""
-    settings = dataclasses.asdict(from_args(DataConfig, args))
-    dataset = open_dataset(**settings, image_size=args.image_size, extensions=extensions)
-    first_stage = load_first_stage(args.vae_path, device, dataset.channels)
-    if dataset.encoded_by is not None:
-        first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
-    return dataset, first_stage
-
-
-def check_alike(args: argparse.Namespace, dataset: ImageDataset, ranks: Ranks) -> str:
-    """The hash of the data. Raises ValueError on all ranks where one of them has other data or flags."""
-    data_hash = dataset.fingerprint(os.path.expanduser(args.data_dir))  # noqa: PTH111  (it may be a bucket)
     flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}
-    ranks.check_alike({"data": data_hash, "flags": repr(sorted(flags.items()))}, str(dataset))
-    return data_hash
+    # The run, with torch, which takes seconds to import.
+    from masked_diffusion.programs import image_train
 
-
-def open_evaluation(
-    args: argparse.Namespace,
-    config: EvalConfig,
-    run_config: RunConfig,
-    first_stage: FirstStage,
-    ranks: Ranks,
-    folder: Path,
-) -> Evaluation | None:
-    """The evaluation that ``--eval_interval`` asks for, tried out; None without. Raises ValueError or OSError."""
-    if not config.eval_interval:
-        return None
-    evaluation = Evaluation(config, EVALUATOR, run_config, first_stage, ranks, folder)
-    evaluation.try_out(leave_no_trace=args.dry_run)
-    return evaluation
-
-
-def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
-    """A fresh model, and the configuration that it turned out to have."""
-    with global_generator(args.seed, "init"):
-        model = run_config.model.build()
-    model.policy.check_objective(args.objective, model.in_channels * model.patch_size**2)
-    if model.policy.counts_kept and set(run_config.build_objective().loss_names) != {"loss", "mse"}:
-        raise ValueError(
-            f"--policy {args.policy}: only kept tokens count in its loss, and the variational term counts all; use "
-            "--learn_sigma False, and no --use_kl"
-        )
-    # None stands for a default that may change; the checkpoint records what was built.
-    built = dataclasses.replace(
-        run_config.model,
-        decode_layer=model.decode_layer or None,
-        mask_ratio=model.mask_ratio,
-        route=",".join(map(str, model.route)) if model.policy.takes_route else None,
-        choose=model.policy.choose if model.policy.leaves else None,
-        path_drop=model.policy.path_drop or None,
-        decoder=model.decoder_form,
-    )
-    if args.ratio_schedule != CONSTANT and model.policy.choose == "cells":
-        raise ValueError(
-            f"--ratio_schedule {args.ratio_schedule}: --choose cells keeps as many tokens of each cell, which a ratio "
-            "that moves cannot; use --choose uniform"
-        )
-    return dataclasses.replace(run_config, model=built), model
-
-
-class Output:
-    """The output folder of a training, which no other one writes to. A dry run leaves no trace there."""
-
-    def __init__(self, args: argparse.Namespace, explicit: set[str], ranks: Ranks, stack: contextlib.ExitStack) -> None:
-        if launchers.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
-            raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
-        self._dry_run = args.dry_run
-        self._ranks = ranks
-        self._stack = stack
-        self._job = launchers.job_of(os.environ, command_of(args, explicit))
-        self.folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
-        if ranks.from_main(self.folder.is_dir):  # a new one is made when all is checked
-            ranks.from_main(self._hold)
-
-    def _hold(self) -> None:
-        if not self._dry_run:
-            self._stack.enter_context(held(self.folder, "training"))
-
-    def plan_start(self, args: argparse.Namespace) -> checkpoint.Start:
-        """Where the training begins. Of a job that is started again, what was asked of the first start must not undo
-        its work."""
-        if self._ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._dry_run)):
-            args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
-        asked = (args.resume_checkpoint, args.init_from, args.overwrite, self._dry_run)
-        return self._ranks.from_main(lambda: checkpoint.plan_start(self.folder, *asked))
-
-    def claim(self, run_config: RunConfig, overwrite: bool) -> list[str]:
-        """Make the folder this run's, after all is checked. Returns what the user has to be told."""
-        self._ranks.from_main(self._hold)
-        if self._dry_run:
-            return self._ranks.from_main(lambda: check_folder(self.folder, run_config, overwrite))
-        messages = self._ranks.from_main(lambda: claim_folder(self.folder, run_config))
-        self._ranks.from_main(lambda: note_job(self.folder, self._job))
-        return messages
-
-
-def with_recorded_stream(state: dict[str, Any] | None, start: checkpoint.Start, run_config: RunConfig) -> RunConfig:
-    """The configuration with the stream of random numbers that a resumed run began with. Raises ValueError."""
-    if state is None:
-        return run_config
-    stream = recorded_stream(state, start.folder / checkpoint.state_file(start.step))
-    return dataclasses.replace(run_config, stream=stream)
-
-
-def with_former_finale(
-    explicit: set[str], start: checkpoint.Start, config: TrainConfig, run_config: RunConfig
-) -> tuple[TrainConfig, RunConfig]:
-    """The configurations with the finale that a resumed run began with, unless a flag says another: the policy may have
-    got one of its own since."""
-    former = read_config(start.folder) if start.step and "finale" not in explicit else None
-    if former is None:
-        return config, run_config
-    finale = former.training.get("finale", 0.0) if config.has_end else 0.0
-    training = {**run_config.training, "finale": finale}
-    return dataclasses.replace(config, finale=finale), dataclasses.replace(run_config, training=training)
-
-
-def take_up(
-    args: argparse.Namespace,
-    start: checkpoint.Start,
-    run_config: RunConfig,
-    model: LatentTransformer,
-    dataset: ImageDataset,
-) -> list[str]:
-    """Give a fresh model the weights that it starts from at step 0, and check that a resumed run stays the same one.
-
-    Returns what the user has to be told.
-    """
-    messages: list[str] = []
-    if start.step and (former := read_config(start.folder)) is not None:
-        check_resume(former, run_config, start.folder / CONFIG_NAME)
-        check_order(former.training.get("data_order"), dataset.order_record, start.folder / CONFIG_NAME)
-        messages += [f"changed since that checkpoint: {change}" for change in changed_settings(former, run_config)]
-        data_hash = run_config.training["data_sha256"]
-        if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
-            messages.append("warning: the images, their labels or names are not those of that checkpoint's training")
-    if start.init_from is not None:
-        load_initial_weights(model, start.init_from, args, dataset.class_names, messages.append)
-    if args.freeze:
-        messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
-    return messages
-
-
-def check_order(former: dict[str, Any] | None, now: dict[str, Any] | None, config: Path) -> None:
-    """Raise ValueError where a resumed run would go on in another order of its images."""
-    if former == now:
-        return
-    said = [
-        f"--shuffle_window {order['shuffle_window']} of remote archives" if order else "all images shuffled"
-        for order in (former, now)
-    ]
-    if said[0] == said[1]:
-        said[1] = "other places of the images in the archives"
-    raise ValueError(
-        f"{config}: the run to resume has another order of images ({said[0]}; now: {said[1]}), in which its place in "
-        "the data means nothing; give the data and --shuffle_window of before, or start a new run with --init_from"
-    )
-
-
-def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:
-    if config.batch_size == args.batch_size:
-        return []
-    return [
-        f"the global batch stays {config.batch_size * ranks.world_size}: {config.batch_size} images for each of the "
-        f"{ranks.world_size} processes"
-    ]
-
-
-def check_first_images(
-    args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, ranks: Ranks, folder: Path, position: int
-) -> BadImages:
-    """The run's record of bad images. Raises ValueError where too many of those that it begins with are bad."""
-    order = dataset.order(args.seed)
-    path = folder / LIST_NAME
-    bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=path)
-    first = min(max(config.batch_size * ranks.world_size, 16), 64)  # of a tiny batch a bad image would be the half
-    bad_images.check(order[i] for i in range(position, position + first))
-    return bad_images
-
-
-def draws_of(run_config: RunConfig, model: LatentTransformer, first_stage: FirstStage) -> DrawSpec:
-    """The random numbers that come with each image."""
-    policy = model.policy
-    further = {"path_drop": policy.path_drop > 0, "second_level": policy.two_levels and model.mask_ratio is not None}
-    return DrawSpec(run_config.model.latent_shape, model.num_tokens, first_stage.stochastic, **further)
-
-
-def open_stream(
-    args: argparse.Namespace,
-    config: TrainConfig,
-    dataset: ImageDataset,
-    draws: DrawSpec,
-    ranks: Ranks,
-    position: int,
-    signals: StopSignals,
-) -> Any:
-    """This rank's batches from a position on."""
-    return load_data(
-        data_dir=args.data_dir,
-        dataset=dataset,
-        batch_size=config.batch_size,
-        image_size=args.image_size,
-        seed=args.seed,
-        position=position,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        num_workers=choose_num_workers(args.num_workers),
-        draws=draws,
-        pin_memory=ranks.device.type == "cuda",
-        asked_to_stop=signals.asked,
-    )
+    command, alike = command_of(args, explicit), repr(sorted(flags.items()))
+    asked = image_train.Asked(config, eval_config, idle, explicit, command, alike)
+    return image_train.prepare(args, asked, EVALUATOR, stack)
 
 
 def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
     """What was asked for, alike for all ranks and attempts of a job."""
     return " ".join(f"--{name} {getattr(args, name)}" for name in sorted(explicit - OF_THE_LAUNCHER))
-
-
-def load_initial_weights(
-    model: LatentTransformer, path: Path, args: argparse.Namespace, names: list[str], report: Callable[[str], None]
-) -> None:
-    """--init_from: weights of the same model, perhaps of other classes or another resolution. Raises ValueError."""
-    state = checkpoint.read_weights(path)
-    former = read_config(path.parent)
-    shown = recognise(state, path).named(former.model.model if former else args.model)
-    if shown.model != args.model:
-        raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown.model}")
-    if shown.in_channels != model.in_channels:
-        raise ValueError(
-            f"--init_from {path}: its weights are of {what_has(shown.in_channels)}, the training is of "
-            f"{what_has(model.in_channels)}; give weights and --data_dir (or --vae_path) of one kind"
-        )
-    state = fit_positions(state, model, path, args.interpolate_pos, report)
-    state = fit_labels(state, model, path, former.class_names if former else [], names, report)
-    checkpoint.load_weights(model, state, path, args.drop_extra)
-
-
-def what_has(channels: int) -> str:
-    """What a model of so many channels is of, in words."""
-    kinds = {1: "grey images (1 channel)", 3: "colour images (3 channels)"}
-    return kinds.get(channels, f"latents of {channels} channels")
-
-
-def make_run_config(
-    args: argparse.Namespace,
-    config: TrainConfig,
-    dataset: ImageDataset,
-    first_stage: FirstStage,
-    objective: ObjectiveConfig,
-    data_hash: str,
-) -> RunConfig:
-    """What the checkpoints will say of themselves. Raises ValueError where flags and data do not fit together."""
-    if args.num_classes is not None and args.num_classes < dataset.num_classes:
-        raise ValueError(
-            f"--num_classes {args.num_classes}: the data has {dataset.num_classes}, so labels would be out of range"
-        )
-    if args.num_classes is not None and not args.class_cond:
-        raise ValueError("--num_classes has no meaning with --class_cond False: leave one of them out")
-    return RunConfig(
-        model=ModelConfig(
-            model=args.model,
-            image_size=args.image_size,
-            downsample=first_stage.downsample,
-            in_channels=first_stage.latent_channels,
-            num_classes=args.num_classes or dataset.num_classes,
-            mask_ratio=args.mask_ratio,
-            decode_layer=args.decode_layer,
-            learn_sigma=args.learn_sigma,
-            policy=args.policy,
-            route=args.route,
-            choose=args.choose,
-            path_drop=args.path_drop,
-            decoder=args.decoder,
-        ),
-        diffusion=from_args(DiffusionConfig, args),
-        objective=objective,
-        first_stage=first_stage.description,
-        class_names=dataset.class_names,
-        class_cond=args.class_cond,
-        training=training_record(
-            config,
-            data_dir=args.data_dir,
-            num_images=len(dataset),
-            data_sha256=data_hash,
-            extensions=list(dataset.extensions),
-            random_flip=args.random_flip,
-            random_crop=args.random_crop,
-            fast_decode=args.fast_decode,
-            **({} if dataset.order_record is None else {"data_order": dataset.order_record}),
-            schedule_sampler=args.schedule_sampler,
-            freeze=args.freeze,
-        ),
-    )
-
-
-def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bool) -> Logger:
-    """The log of rank 0; that of a dry run is on stdout alone."""
-    return Logger([HumanSink(sys.stdout)]) if dry_run else Logger.open(folder, start_step, sinks)
 
 
 def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
@@ -532,36 +143,6 @@ def resolve_objective(args: argparse.Namespace, explicit: set[str]) -> None:
         args.eval_sampler = config.default_sampler
 
 
-def complete_objective(
-    args: argparse.Namespace, dataset: ImageDataset, first_stage: FirstStage, device: torch.device
-) -> ObjectiveConfig:
-    """The objective with what the data decides: ``--time_shift auto``, and ``--sigma_data`` where it is not given."""
-    settings = {name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
-    if args.time_shift == "auto":
-        side = args.image_size / first_stage.downsample
-        settings["time_shift"] = math.sqrt(first_stage.latent_channels * side**2 / SHIFT_ONE)
-    ObjectiveConfig(**settings)  # what it refuses is refused before data is measured
-    if args.objective == "edm" and args.sigma_data is None:
-        settings["sigma_data"] = deviation_of_latents(dataset, first_stage, device)
-    return ObjectiveConfig(**settings)
-
-
-def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device: torch.device) -> float:
-    """Standard deviation of the latents of the first 1,000 images, to three digits; the same each time."""
-    count = total = squares = 0.0
-    side = dataset.image_size // first_stage.downsample
-    for index in range(min(len(dataset), SIGMA_DATA_IMAGES)):
-        pixels = read_watched(partial(dataset.load, index), dataset.name_of(index))
-        image = torch.from_numpy(pixels)[None].to(device)
-        drawn = numpy_generator("sigma_data", index).standard_normal((1, first_stage.latent_channels, side, side))
-        z = first_stage.encode(image, torch.from_numpy(drawn).float().to(device)).double()
-        count, total, squares = count + z.numel(), total + z.sum().item(), squares + (z**2).sum().item()
-    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
-    if not deviation > 0:
-        raise ValueError("--objective edm: all latents are alike, so their deviation is 0; give it with --sigma_data")
-    return float(f"{deviation:.3g}")
-
-
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Settings that are given and have no effect. Raises ValueError for a model or policy that is none."""
     policy = args.policy or family_policy(args.model)
@@ -593,37 +174,6 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "tf32": args.device == "cpu" and "on a CPU",
     }
     return [f"--{name} is ignored {reason}" for name, reason in idle.items() if reason and name in explicit]
-
-
-def describe(
-    args: argparse.Namespace,
-    run_config: RunConfig,
-    dataset: ImageDataset,
-    model: LatentTransformer,
-    ranks: Ranks,
-    folder: Path,
-) -> list[str]:
-    """What a user wants confirmed before a long run."""
-    where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
-    parameters = sum(p.numel() for p in model.parameters())
-    defaulted = " (the default)" if args.decode_layer is None else ""
-    decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
-    masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
-    masking = f"policy {run_config.model.policy_name}, {masking}"
-    training = {name: run_config.training[name] for name in ("opt", "lr", "weight_decay", "grad_clip", "shard")}
-    recipe = {**training, "min_snr_gamma": run_config.diffusion.min_snr_gamma}
-    objective = run_config.objective
-    sigma = f", sigma_data {objective.sigma_data}" if objective.sigma_data is not None else ""
-    return [
-        f"output folder: {folder}",
-        f"device: {ranks.device}, {where}",
-        f"data: {dataset}",
-        *dataset.notes,
-        f"model: {run_config.model.model}, {parameters / 1e6:.1f} M parameters, {masking}{decoder}",
-        *([] if objective.objective == "ddpm" else [f"objective: {objective.objective}{sigma}"]),
-        "recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items()),
-        f"first stage: {run_config.first_stage}",
-    ]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The training step, through the training script in this process."""
 
+import importlib
 import json
 import shutil
 from itertools import islice
@@ -663,7 +664,7 @@ FEW_BATCHES = (0,)  # Two ranks cannot meet twice at one address.
 def train_while_rank_1_is_stopped(rank, dist_url, folder):
     """Two ranks train; the wait for rank 1's data ends after few batches. Saves the exit statuses."""
     torch.set_num_threads(1)
-    image_train = script(TRAIN)
+    image_train = importlib.import_module("masked_diffusion.programs.image_train")
     load_data, statuses = image_train.load_data, []
 
     def stopped_after(batches):

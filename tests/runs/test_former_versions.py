@@ -15,6 +15,7 @@ from golden_arrays import GOLDENS
 from PIL import Image
 from support import REPO, call, rows, script, weights
 
+from masked_diffusion import choices
 from masked_diffusion.models import MDT, MODELS, SIZES
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.training import training_eval
@@ -34,6 +35,7 @@ SAMPLING = ["--num_samples", "8", "--batch_size", "4", "--num_sampling_steps", "
 def former(tmp_path, monkeypatch):
     """The folder with everything, and a model small enough for it."""
     monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(choices, "MODELS", [*choices.MODELS, "MDT_tiny_2"])
     monkeypatch.setitem(MODELS, "MDT_tiny_2", partial(MDT, patch_size=2, **TINY))
     with tarfile.open(GOLDENS / "run_0_1_0.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
