@@ -23,6 +23,7 @@ from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.sampling.few_steps import few_steps_warning
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
@@ -188,6 +189,9 @@ def prepare(args: argparse.Namespace, explicit: set[str], open_model: OpenModel 
     if swept != "num_sampling_steps":
         frames = min(frames, args.num_sampling_steps)  # no state twice
     variants = [(f"{swept} {value}", with_setting(args, swept, value)) for value in values] or [("", args)]
+    for text in {few_steps_warning(trained.config, sampler_of(variant, trained.config)) for _, variant in variants}:
+        if text:
+            say(f"warning: {text}")
     few = bool(swept) or frames > 1
     rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
     # Small sets of classes in turn: one column per class.
@@ -223,7 +227,7 @@ def row_of(
 ) -> Row:
     """The samples of one setting. few: a row's worth at most; repeat: each label with several noises."""
     config = trained.config
-    sampler = SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, SAMPLER_FLAGS))
+    sampler = sampler_of(args, config)
     labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
     guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
     new_away, _ = open_away(sampler, trained, guide, device, lambda text: None)
@@ -234,6 +238,10 @@ def row_of(
     photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
     side = side_interpolation(trained.model, config, args.inpaint_mode)
     return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
+
+
+def sampler_of(args: argparse.Namespace, config: RunConfig) -> SamplerConfig:
+    return SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, SAMPLER_FLAGS))
 
 
 def find_model(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from masked_diffusion.runs.config import ModelConfig, library_versions
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
 from masked_diffusion.runs.trained import Trained, open_trained
+from masked_diffusion.sampling.few_steps import few_steps_warning
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
@@ -188,6 +189,8 @@ def choose_sampler(
         if "guidance" not in explicit:  # else it was said above
             for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
                 say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
+    if text := few_steps_warning(trained.config, sampler):
+        say(f"warning: {text}")
     return sampler
 
 
