@@ -129,14 +129,20 @@ def ignored_settings(model: str, policy: str | None, decoder: str | None = None)
 
 
 DISCRETE_OBJECTIVES = ("ddpm", "x0", "v")  # whose levels are the steps of a process
-OBJECTIVES = (*DISCRETE_OBJECTIVES, "flow", "edm")
+# Objectives, and the settings that each has and no process of steps.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(DISCRETE_OBJECTIVES, ()),
+    "flow": ("level_law", "level_mean", "level_std", "time_shift"),
+    "edm": ("sigma_data", "p_mean", "p_std"),
+}
+OBJECTIVE_SETTINGS = tuple(name for settings in OBJECTIVES.values() for name in settings)
 # Samplers, and the objectives that each serves.
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[str, ...]] = {
     "ddpm": DISCRETE_OBJECTIVES,
-    "ddim": OBJECTIVES,
+    "ddim": tuple(OBJECTIVES),
     "dpmsolver++": (*DISCRETE_OBJECTIVES, "flow"),
     "unipc": (*DISCRETE_OBJECTIVES, "flow"),
-    "heun": OBJECTIVES,
+    "heun": tuple(OBJECTIVES),
     "euler": ("flow", "edm"),
     "euler_maruyama": ("flow",),
 }

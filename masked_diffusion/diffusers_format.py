@@ -272,7 +272,8 @@ def scheduler_of(
 ) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler | EDMEulerScheduler:
     """The objective's scheduler in diffusers: Euler's method where levels are continuous, as ``--sampler euler``.
 
-    Of a process it is DDPM, on the timesteps that our respacing chooses.
+    Of a process it is DDPM, on the timesteps that our respacing chooses. Raises ValueError for an objective that no
+    scheduler serves.
     """
     if objective.objective == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=CONTINUOUS_STEPS, shift=objective.time_shift)
@@ -283,6 +284,11 @@ def scheduler_of(
             sigma_data=objective.sigma_data,
             rho=EDM.RHO,
             num_train_timesteps=CONTINUOUS_STEPS,
+        )
+    if objective.objective not in PREDICTION_TYPES:
+        raise ValueError(
+            f"--objective {objective.objective}: no scheduler of diffusers takes its predictions; sample it with "
+            "scripts/image_sample.py"
         )
     fixed = "fixed_small" if process.sigma_small else "fixed_large"
     variance_type = "learned_range" if process.learn_sigma else fixed

@@ -11,7 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_diffusion.choices import DEFAULT_VAE, POLICIES, check_objective, family_policy, ignored_settings
+from masked_diffusion.choices import (
+    DEFAULT_VAE,
+    DISCRETE_OBJECTIVES,
+    OBJECTIVE_SETTINGS,
+    OBJECTIVES,
+    POLICIES,
+    check_objective,
+    family_policy,
+    ignored_settings,
+)
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
@@ -146,7 +155,9 @@ def resolve_objective(args: argparse.Namespace, explicit: set[str]) -> None:
 def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     """Settings that are given and have no effect. Raises ValueError for a model or policy that is none."""
     policy = args.policy or family_policy(args.model)
-    continuous, by_objective = args.objective in ("flow", "edm"), f"with --objective {args.objective}"
+    continuous, by_objective = args.objective not in DISCRETE_OBJECTIVES, f"with --objective {args.objective}"
+    of_objective = OBJECTIVES.get(args.objective, ())  # an unknown one is refused later
+    by_law = args.level_law != "logit_normal" and f"with --level_law {args.level_law}"
     idle = {
         "fp16_scale_growth": not args.use_fp16 and "without --use_fp16 True",
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
@@ -155,13 +166,8 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         **dict.fromkeys(("interpolate_pos", "drop_extra"), not args.init_from and "without --init_from"),
         "min_snr_gamma": (args.use_kl and "with --use_kl True") or (continuous and by_objective),
         **dict.fromkeys(("diffusion_steps", "noise_schedule", "timestep_respacing"), continuous and by_objective),
-        **dict.fromkeys(("level_law", "time_shift"), args.objective != "flow" and by_objective),
-        **dict.fromkeys(
-            ("level_mean", "level_std"),
-            (args.objective != "flow" and by_objective)
-            or (args.level_law != "logit_normal" and f"with --level_law {args.level_law}"),
-        ),
-        **dict.fromkeys(("sigma_data", "p_mean", "p_std"), args.objective != "edm" and by_objective),
+        **dict.fromkeys(("level_mean", "level_std"), by_law),
+        **dict.fromkeys(set(OBJECTIVE_SETTINGS) - set(of_objective), by_objective),
         **dict.fromkeys(ignored_settings(args.model, policy, args.decoder), f"by {args.model} under --policy {policy}"),
         "ema_snapshot_interval": not args.ema_power and "without --ema_power",
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",

@@ -49,7 +49,7 @@ class ObjectiveConfig:
     p_std: float = setting(1.2, "of --objective edm: standard deviation of log sigma in training", "diffusion")
 
     def __post_init__(self) -> None:
-        for name, choices in (("objective", OBJECTIVES), ("level_law", ("uniform", "logit_normal"))):
+        for name, choices in (("objective", tuple(OBJECTIVES)), ("level_law", ("uniform", "logit_normal"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         for name in ("level_std", "time_shift", "sigma_data", "p_std"):
@@ -65,7 +65,7 @@ class ObjectiveConfig:
     @property
     def default_sampler(self) -> str:
         """What samples are drawn with where no flag says otherwise."""
-        return {"flow": "euler", "edm": "heun"}.get(self.objective, "ddpm")
+        return {"edm": "heun"}.get(self.objective, "ddpm" if self.is_discrete else "euler")
 
     @property
     def guided_channels(self) -> int:

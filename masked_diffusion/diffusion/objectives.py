@@ -187,7 +187,7 @@ class Continuous(Objective):
     """An objective on the path x = alpha(level) x_0 + sigma(level) eps of continuous levels, 0 for clean data.
 
     num_steps: of a sampling. A subclass says what the network is given, what it should return, and what that says of
-    x_0; its loss is the plain squared error of what the network returns.
+    x_0; its loss is the squared error of what the network returns, times :meth:`weight`.
     """
 
     def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
@@ -213,6 +213,10 @@ class Continuous(Objective):
     @abstractmethod
     def denoised(self, output: Tensor, x: Tensor, level: Tensor) -> Tensor:
         """The estimate of x_0 from what the network returned. level: (N, 1, 1, 1)."""
+
+    def weight(self, level: Tensor) -> Tensor | float:
+        """Weight in the loss of the squared error of what the network returns. level: (N, 1, 1 or H, 1 or W)."""
+        return 1.0
 
     @abstractmethod
     def slope(self, prediction: samplers.Prediction) -> Tensor:
@@ -250,7 +254,7 @@ class Continuous(Objective):
         x = self._state(x_start, wide, noise)
         output = self._network(model, x, level, wide, model_kwargs)
         target = self.target(x_start, noise, x, wide).float()
-        mse = counts((target - output) ** 2)
+        mse = counts(self.weight(wide) * (target - output) ** 2)
         terms = {"loss": mse, "mse": mse}
         if extra is not None:
             add_terms(terms, extra(self.denoised(output, x, wide), x))
@@ -273,7 +277,7 @@ class Continuous(Objective):
         def predict(x: Tensor, level: Tensor) -> samplers.Prediction:
             level = samplers.on_device_of(x, level)
             wide, x = level.view(-1, 1, 1, 1), x.double()
-            pred_xstart = self.denoised(self._network(model, x, level, wide, model_kwargs), x, wide)
+            pred_xstart = self.denoised(self._network(model, x, level, wide, model_kwargs).double(), x, wide)
             if denoised_fn is not None:
                 pred_xstart = denoised_fn(pred_xstart)
             if clip_denoised:

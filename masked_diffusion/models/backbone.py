@@ -49,7 +49,6 @@ class LatentTransformer(nn.Module):
     HAS_DECODER = FAMILIES["DiT"].has_decoder  # whether there are decoder blocks under every policy
     HAS_RELATIVE_BIAS = False
     HAS_UNUSED_VARIANCE = False  # whether the output layer has a variance's channels that nothing uses
-    OBJECTIVE = FAMILIES["DiT"].objective  # the only one that the output is a prediction of; None for any
     # Of a model without a decoder of its own, see routes.Net.
     decoder_start: int | None = None
     decode_layer: int = 0
@@ -312,7 +311,6 @@ class SiT(DiT):
     """
 
     HAS_UNUSED_VARIANCE = True
-    OBJECTIVE = FAMILIES["SiT"].objective
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor, label_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         return super().embed(x, 1 - t / 1000, y, label_noise)

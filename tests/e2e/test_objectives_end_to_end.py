@@ -1,11 +1,17 @@
 """Every objective through the scripts: a training, a resume, samples, pictures, and what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import REPO, TINY_DIGITS, call, make_colour_folder, rows, script
+
+from masked_diffusion import choices, create_diffusion
+from masked_diffusion.diffusion import objectives, samplers
+from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 
 TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
 VISUALIZE, ENCODE = "scripts/visualize.py", "scripts/encode_latents.py"
@@ -192,3 +198,47 @@ def test_settings_without_effect_are_said(monkeypatch, tmp_path, capsys):
     assert "--p_mean is ignored with --objective flow" in out
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["objective"]["time_shift"] == pytest.approx((64 / 4096) ** 0.5)
+
+
+def test_the_documented_objective_is_trained_sampled_and_not_mistaken_for_another_one(monkeypatch, tmp_path, capsys):
+    page = (REPO / "docs" / "objectives.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(block.splitlines()) <= 60
+    for table in (choices.OBJECTIVES, objectives.OBJECTIVES):
+        monkeypatch.setitem(table, "clean_flow", None)  # and is taken out again
+    for name in ("euler", "heun", "ddim"):
+        monkeypatch.setitem(choices.SAMPLERS, name, choices.SAMPLERS[name])
+        monkeypatch.setitem(samplers.SAMPLERS[name].starts, "clean_flow", None)
+    exec(block, {"__name__": "documented"})
+    flow, clean = (
+        objectives.OBJECTIVES[name](ObjectiveConfig(name, time_shift=2.0), create_diffusion, 4)
+        for name in ("flow", "clean_flow")
+    )
+    x_start, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.linspace(0.1, 0.9, 8)
+    x = flow.q_sample(x_start, t, noise)
+
+    def velocity(x_t, time):
+        return torch.tanh(x_t)
+
+    def clean_data(x_t, time):
+        return x_t - (time / 1000).view(-1, 1, 1, 1) * torch.tanh(x_t)
+
+    losses = [flow.training_losses(velocity, x_start, t, noise=noise)["mse"]]
+    losses.append(clean.training_losses(clean_data, x_start, t, noise=noise)["mse"])
+    torch.testing.assert_close(*losses)
+    predictions = [
+        objective.predictor(net, False)(x, t)[:2] for objective, net in ((flow, velocity), (clean, clean_data))
+    ]
+    torch.testing.assert_close(*predictions, rtol=1e-4, atol=1e-5)
+    flags = ["--objective", "clean_flow", "--level_law", "logit_normal", "--preview_samples", "2"]
+    assert call(monkeypatch, TRAIN, tmp_path / "run", *TINY_DIGITS, *flags, sinks="stdout") == 0
+    out = capsys.readouterr().out
+    assert "objective: clean_flow" in out and "is ignored" not in out
+    arguments = ["--model_path", tmp_path / "run" / WEIGHTS, "--num_samples", "2", "--num_sampling_steps", "2"]
+    for sampler in ("euler", "heun"):
+        assert call(monkeypatch, SAMPLE, tmp_path / sampler, *arguments, "--sampler", sampler) == 0
+    assert call(monkeypatch, SAMPLE, tmp_path / "unipc", *arguments, "--sampler", "unipc") == 2
+    assert "does not serve --objective clean_flow; choose one of ddim, heun, euler" in capsys.readouterr().err
+    arguments = ["--model_path", tmp_path / "run" / WEIGHTS, "--out", tmp_path / "folder"]
+    assert call(monkeypatch, "scripts/convert_checkpoint.py", tmp_path, *arguments) == 2
+    assert "--objective clean_flow: no scheduler of diffusers takes its predictions" in capsys.readouterr().err
