@@ -25,8 +25,8 @@ class Family(NamedTuple):
 ALL_SIZES = ("XL_2", "XL_4", "XL_8", "L_2", "L_4", "L_8", "B_2", "B_4", "B_8", "S_2", "S_4", "S_8", "Ti_2")
 FAMILIES = {
     "MDT": Family("mdt", True, ALL_SIZES),
-    "MDTv2": Family("mdtv2", True, ("XL_2", "L_2", "B_2", "S_2", "Ti_2")),
-    "DiT": Family("none", False, ALL_SIZES),
+    "MDTv2": Family("mdtv2", True, ("XL_2", "L_2", "B_2", "S_2", "Ti_2", "Mini_2", "Micro_1")),
+    "DiT": Family("none", False, (*ALL_SIZES, "Mini_2", "Micro_1")),
     "SiT": Family("none", False, ALL_SIZES, objective="flow"),
 }
 MODELS = [f"{name}_{size}" for name, family in FAMILIES.items() for size in family.sizes]

@@ -25,7 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking.cases import IN_CHILDREN, NEED_PLAIN, against_plain, check_plain, encode, plain_step, with_autoencoder
+from benchmarking.cases import (
+    IN_CHILDREN,
+    NEED_PLAIN,
+    against_plain,
+    check_plain,
+    encode,
+    plain_step,
+    policies,
+    with_autoencoder,
+)
 from benchmarking.setup import (
     DEFAULTS,
     Settings,
@@ -79,6 +88,8 @@ HELPS = {
     "in_channels": "channels of the latents",
     "mask_ratio": "share of the tokens masked in the second view; None measures training without masking",
     "decode_layer": "decoder blocks; None means 2",
+    "policy": "which tokens leave in training; None is the model's own",
+    "objective": "what the network learns to predict",
     "batch_size": "images per step",
     "repeats": "measurements, of which median, minimum and maximum are printed",
     "warmup": "rounds before the first measurement",
@@ -305,6 +316,7 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "noise": noise,
     "plain_step": plain_step,
     "against_plain": against_plain,
+    "policies": policies,
 }
 
 
@@ -345,6 +357,7 @@ def in_child(case: str, argv: Sequence[str], processes: int = 1) -> str:
 def create_argparser() -> argparse.ArgumentParser:
     defaults = {"case": "train_step,sample,data,assemble", **DEFAULTS, "device": "auto", "out": ""}
     types = {"mask_ratio": optional(finite_float), "decode_layer": optional(int), "tf32": optional(str2bool)}
+    types["policy"] = str  # "none" is one
     parser = argparse.ArgumentParser(description="Measure speed and peak memory; prints a JSON object per case.")
     add_dict_to_argparser(parser, defaults, types, HELPS)
     return parser

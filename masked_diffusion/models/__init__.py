@@ -22,6 +22,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
     "Ti": {"depth": 4, "hidden_size": 128, "num_heads": 4},  # ours: learns 8 x 8 digits in minutes on a laptop
+    # Ours: 12 blocks, which the published routes are for, for comparisons on 8 x 8 digits (scripts/study.py).
+    "Mini": {"depth": 12, "hidden_size": 64, "num_heads": 4},
+    "Micro": {"depth": 12, "hidden_size": 32, "num_heads": 2},
 }
 
 
@@ -54,6 +57,8 @@ MDTv2_L_2 = _builder(MDTv2, "L", 2)
 MDTv2_B_2 = _builder(MDTv2, "B", 2)
 MDTv2_S_2 = _builder(MDTv2, "S", 2)
 MDTv2_Ti_2 = _builder(MDTv2, "Ti", 2)
+MDTv2_Mini_2 = _builder(MDTv2, "Mini", 2)
+MDTv2_Micro_1 = _builder(MDTv2, "Micro", 1)
 DiT_XL_2 = _builder(DiT, "XL", 2)
 DiT_XL_4 = _builder(DiT, "XL", 4)
 DiT_XL_8 = _builder(DiT, "XL", 8)
@@ -67,6 +72,8 @@ DiT_S_2 = _builder(DiT, "S", 2)
 DiT_S_4 = _builder(DiT, "S", 4)
 DiT_S_8 = _builder(DiT, "S", 8)
 DiT_Ti_2 = _builder(DiT, "Ti", 2)
+DiT_Mini_2 = _builder(DiT, "Mini", 2)
+DiT_Micro_1 = _builder(DiT, "Micro", 1)
 SiT_XL_2 = _builder(SiT, "XL", 2)
 SiT_XL_4 = _builder(SiT, "XL", 4)
 SiT_XL_8 = _builder(SiT, "XL", 8)

@@ -23,13 +23,16 @@ from benchmarking.setup import (
     training_batch,
     view_of,
 )
+from studying.plan import decoder_of
 from torch import Tensor
 
+from masked_diffusion import choices
 from masked_diffusion.choices import family_of
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage
 from masked_diffusion.models import FAMILIES, MDT
-from masked_diffusion.models.policies import FULL, MASKED
+from masked_diffusion.models.cost import cost
+from masked_diffusion.models.policies import FULL, MASKED, POLICIES
 from masked_diffusion.sampling.image_sampler import ImageSampler
 
 # Measures a case in a process of its own, or several under torchrun, with further flags.
@@ -155,6 +158,45 @@ def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         "matrix_gflop_per_second": product_flops / timings["product"].median / 1e9,
         **precision,
     }
+
+
+def policies(settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """A training step under each policy, in turn with one without: ``{policy}_to_none``, medians of the rounds' ratios
+    by the clock and (``_cpu``) by the processor's time, and ``{policy}_cost``, the ratio of what is computed.
+
+    One policy at a time, so that no more than two networks are in memory. Under flow, which all policies are for.
+    """
+    device = ranks.device
+    precision = choose_precision(settings, device, tf32=False)
+
+    def of_policy(name: str) -> Settings:
+        family = family_of(settings.model)
+        fitting = choices.POLICIES[name].families
+        model = settings.model if family in fitting else settings.model.replace(family, fitting[0], 1)
+        own: dict[str, Any] = {
+            "policy": name,
+            "mask_ratio": POLICIES[name].mask_ratio,
+            "model": model,
+            "objective": "flow",
+        }
+        if name == "mdtv2":
+            own |= decoder_of(model, name)
+        return dataclasses.replace(settings, **own)
+
+    def step_of(one: Settings) -> tuple[Callable[[], Any], int]:
+        loop, batch = make_loop(one, ranks), training_batch(one)
+        return lambda: loop.train_step(*batch), cost(loop.skeleton)
+
+    fields: dict[str, float] = {}
+    plain_step, plain_cost = step_of(of_policy("none"))
+    for name in POLICIES:
+        if name == "none":
+            continue
+        step, step_cost = step_of(of_policy(name))
+        plain, timing = timed_in_turn([plain_step, step], settings, device)
+        fields |= {f"{name}_to_none{suffix}": value for suffix, value in ratios_of(timing, plain).items()}
+        fields |= {f"{name}_cost": step_cost / plain_cost, f"{name}_seconds": timing.median}
+    return {**common(plain, device), "images_per_second": settings.batch_size / plain.median, **fields, **precision}
 
 
 def ratios_of(one: Timing, other: Timing, scale: float = 1.0) -> dict[str, float]:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from masked_diffusion import dist_util
 from masked_diffusion.data.bad_images import BadImages
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
 from masked_diffusion.image_datasets import no_classes
@@ -50,6 +51,8 @@ class Settings:
     num_classes: int = 1000
     mask_ratio: float | None = 0.30
     decode_layer: int | None = None
+    policy: str | None = None
+    objective: str = "ddpm"
     batch_size: int = 4
     repeats: int = 5
     warmup: int = 2
@@ -82,11 +85,13 @@ class Settings:
 
     @property
     def model_config(self) -> ModelConfig:
-        return ModelConfig(**{name: getattr(self, name) for name in self.__dataclass_fields__ if name in MODEL_FIELDS})
+        settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name in MODEL_FIELDS}
+        return ModelConfig(**settings, learn_sigma=self.objective == "ddpm")
 
     @property
     def run_config(self) -> RunConfig:
-        return RunConfig(self.model_config, DiffusionConfig(), first_stage={})
+        objective = ObjectiveConfig(objective=self.objective)
+        return RunConfig(self.model_config, DiffusionConfig(), first_stage={}, objective=objective)
 
     @property
     def train_config(self) -> TrainConfig:
@@ -96,13 +101,15 @@ class Settings:
     @property
     def sampler_config(self) -> SamplerConfig:
         """A sampler that guides at every step."""
-        return SamplerConfig(num_sampling_steps=self.num_sampling_steps, cfg_cond=True, guidance="constant")
+        sampler = self.run_config.objective.default_sampler
+        return SamplerConfig(self.num_sampling_steps, sampler, cfg_cond=True, guidance="constant")
 
     @property
     def draw_spec(self) -> DrawSpec:
         with torch.device("meta"):
-            num_tokens = self.model_config.build().num_tokens
-        return DrawSpec(self.model_config.latent_shape, num_tokens, posterior=self.with_vae)
+            model = self.model_config.build()
+        further = {"path_drop": model.policy.path_drop > 0, "second_level": model.policy.two_levels}
+        return DrawSpec(self.model_config.latent_shape, model.num_tokens, self.with_vae, **further)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -212,6 +212,7 @@ TABLE = [
     Row(r"--guide_from (checkpoint|masked)", elsewhere="sampling/test_guides.py samples with each kind"),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
     Row(r"^python scripts/posthoc_ema\.py", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
+    Row(r"^python scripts/study\.py", elsewhere="scripts/test_study.py runs it with two arms and few steps"),
     Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),
     Row(r"^python scripts/on_track\.py", says="are in the band of"),
     Row(r"^python scripts/make_card\.py", makes="my_recipe.json"),
@@ -542,8 +543,10 @@ def sources():
         "demo",
         "visualize",
         "convert_checkpoint",
+        "study",
     )
     scripts = [REPO / f"scripts/{name}.py" for name in names]
+    scripts += sorted((REPO / "scripts" / "studying").glob("*.py"))
     return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *scripts, REPO / "infer_mdt.py"]
 
 

@@ -8,6 +8,7 @@ import torch
 from benchmarking.setup import Timing
 from support import call, script
 
+from masked_diffusion.choices import POLICIES
 from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.models import MDT
 from masked_diffusion.randomness import STREAMS
@@ -54,6 +55,16 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(MDT, "forward", spy)
     return seen
+
+
+def test_policies_are_measured_beside_training_without_one(measure, monkeypatch):
+    steps = calls_of(monkeypatch, TrainLoop, "train_step")
+    (record,) = measure("policies", "--model", "DiT_Ti_2")
+    names = [name for name in POLICIES if name != "none"]
+    assert len(steps) == 2 * ROUNDS * len(names)
+    assert all(record[f"{name}_to_none{clock}"] > 0 for name in names for clock in ("", "_cpu"))
+    # Of 4 blocks, mdt's two views, and its side block.
+    assert record["mdt_cost"] > 1.8 and record["deferred_cost"] < 0.6 and record["dual_timestep_cost"] < 1.1
 
 
 def calls_of(monkeypatch, owner, name):

@@ -1,0 +1,114 @@
+"""What a study measures of a run: the held-out error of its averaged weights, along the run, and samples."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from studying.plan import Study
+from torch import Tensor
+
+from masked_diffusion.first_stage import CachedPosterior, load_first_stage
+from masked_diffusion.image_datasets import open_dataset
+from masked_diffusion.randomness import numpy_generator
+from masked_diffusion.runs import checkpoint
+from masked_diffusion.runs.trained import Request, Trained, open_trained
+from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
+from masked_diffusion.sampling.pictures import grid
+
+BINS = 8
+BATCH = 64
+SAMPLES, SAMPLING_STEPS = 20, 25
+
+
+class HeldOut:
+    """Fixed latents, noise and levels: the middles of eight equal parts of [0, 1], each for every image.
+
+    Raises ValueError or FileNotFoundError for data that cannot be opened, or has other classes than the training's.
+    """
+
+    def __init__(self, study: Study, device: torch.device) -> None:
+        dataset = open_dataset(study.held_out_dir, image_size=study.image_size)
+        names = open_dataset(study.data_dir, image_size=study.image_size).class_names
+        if dataset.class_names != names:
+            raise ValueError(
+                f"--held_out_dir {study.held_out_dir}: its classes are not those of --data_dir {study.data_dir}; give "
+                "data of the same classes"
+            )
+        first_stage = load_first_stage(study.vae_path, device, dataset.channels)
+        if dataset.encoded_by is not None:
+            first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
+        count = min(study.held_out_images, len(dataset))
+        indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+        self.y = torch.from_numpy(dataset.labels[indices])  # (N,)
+        side = study.image_size // first_stage.downsample
+        self.latent_shape = (first_stage.latent_channels, side, side)
+        latents, noise = [], []
+        for index in indices:
+            drawn = numpy_generator("study", index).standard_normal((BINS + 1, *self.latent_shape), dtype=np.float32)
+            image = torch.from_numpy(dataset.load(index))[None].to(device)
+            latents.append(first_stage.encode(image, torch.from_numpy(drawn[BINS:]).to(device)).cpu())
+            noise.append(torch.from_numpy(drawn[:BINS]))
+        self.latents, self.noise = torch.cat(latents), torch.stack(noise)  # (N, C, H, W), (N, BINS, C, H, W)
+
+    @torch.no_grad()
+    def errors(self, trained: Trained) -> list[float]:
+        """Mean squared error of the velocity, of all tokens, in each of the bins of levels."""
+        objective, device = trained.config.build_objective(), next(trained.model.parameters()).device
+        means = []
+        for number in range(BINS):
+            total = 0.0
+            for start in range(0, len(self.latents), BATCH):
+                part = slice(start, start + BATCH)
+                x_0, noise = self.latents[part].to(device), self.noise[part, number].to(device)
+                level = torch.full((len(x_0),), (number + 0.5) / BINS, device=device)
+                total += _squared_error(objective, trained, x_0, noise, level, self.y[part].to(device))
+            means.append(total / self.latents.numel())
+        return means
+
+
+def _squared_error(objective: Any, trained: Trained, x_0: Tensor, noise: Tensor, level: Tensor, y: Tensor) -> float:
+    """Summed over a batch. An estimate D of x_0 at level t means the velocity (x - D) / t: it errs by (D - x_0) / t."""
+    predict = objective.predictor(trained.model, clip_denoised=False, model_kwargs={"y": y})
+    estimate = predict(objective.q_sample(x_0, level, noise), level).pred_xstart
+    return float((((estimate - x_0) / level.view(-1, 1, 1, 1)) ** 2).sum())
+
+
+def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict[str, Any]:
+    """The numbers of a finished run: its curve at each of its checkpoints, of which the last one decides.
+
+    Draws samples into ``samples.png``. Leaves the newest checkpoints, removes the others.
+    """
+    averages = sorted((int(match[2]), path) for path in folder.iterdir() if (match := ema_file(path)))
+    log = {int(row["step"]): row for row in read_rows(folder)}
+    curve = []
+    for step, path in averages:
+        if step not in log:  # saved where the study was stopped
+            continue
+        trained = open_trained(path, Request(), device, lambda text: None)
+        bins = held_out.errors(trained)
+        row = {name: float(log[step][name]) for name in ("tflops", "plain_samples", "seconds")}
+        curve.append({"step": step, **row, "error": float(np.mean(bins)), "bins": bins})
+    draw_samples(trained, device).save(folder / "samples.png")
+    checkpoint.prune(folder, 1, 0)
+    return {**curve[-1], "curve": curve}
+
+
+def ema_file(path: Path) -> Any:
+    return checkpoint.EMA_FILE.fullmatch(path.name)
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "progress.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_samples(trained: Trained, device: torch.device | str) -> Image.Image:
+    """Samples of all classes in turn, without guidance, of the same noise for every run."""
+    steps = {"num_sampling_steps": SAMPLING_STEPS, "sampler": trained.config.objective.default_sampler}
+    sampler = SamplerConfig.of_family(trained.config.model.model, **steps)
+    make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device)
+    labels = [number % trained.config.model.num_classes for number in range(SAMPLES)]
+    return grid(make(range(SAMPLES), labels), columns=SAMPLES // 2)

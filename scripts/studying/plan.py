@@ -1,0 +1,208 @@
+"""What a study trains: its settings, its arms, and the runs of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from masked_diffusion.choices import LAST_BLOCKS, MODELS, family_of
+from masked_diffusion.choices import POLICIES as TRAITS
+from masked_diffusion.models import MODELS as BUILDERS
+from masked_diffusion.models import create_model
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.cost import cost
+from masked_diffusion.models.policies import POLICIES
+from masked_diffusion.training.budget import Budget
+from masked_diffusion.training.train_config import TERA, TrainConfig
+
+# An arm is a policy, or a policy and a word of how it is trained.
+PLAIN, WEAKER, AGAIN = "none", "none-60", "none-again"
+CONTROLS = (WEAKER, AGAIN)
+WEAKER_SHARE = 0.6
+OTHER_SEEDS = 1000  # where they begin, whatever the number of seeds
+# A policy without a finale of its own, once more with one.
+TREAD_FINALE, TREADS_FINALE = "tread-finale", 0.1
+OBJECTIVE = "flow"
+EMA_RATE = "0.995"
+POINTS = 4  # of each run's curve
+
+
+@dataclass(frozen=True)
+class Setting:
+    """model: of the plain arm. budget: steps of the plain arm whose compute all arms have. seeds: runs of each arm."""
+
+    model: str
+    budget: float
+    seeds: int
+
+
+SETTINGS = {
+    "tokens16": Setting("DiT_Mini_2", budget=1500, seeds=3),
+    "tokens64": Setting("DiT_Micro_1", budget=700, seeds=2),
+}
+QUICK_BUDGET = 60.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs of a study have in common, as its folder records it.
+
+    budget: in steps of the plain arm. held_out_images: as many of the held-out data are measured at most.
+    """
+
+    model: str
+    data_dir: str
+    held_out_dir: str
+    vae_path: str
+    image_size: int
+    budget: float
+    batch_size: int
+    held_out_images: int
+
+    def __post_init__(self) -> None:
+        if family_of(self.model) not in ("DiT", "SiT"):
+            raise ValueError(f"--model {self.model}: all arms have one plain backbone; give a DiT_* or SiT_*")
+        if not self.budget > 0:
+            raise ValueError(f"--budget {self.budget}: must be positive, in steps of training without a policy")
+        for name in ("batch_size", "held_out_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+    def network(self, policy: str, latent_shape: Sequence[int]) -> LatentTransformer:
+        """The network of the arms of a policy, as ``image_train.py`` builds it. latent_shape: (C, H, W)."""
+        name = self.model_of(policy)
+        return create_model(
+            name,
+            input_size=latent_shape[1],
+            in_channels=latent_shape[0],
+            learn_sigma=False,
+            policy=policy,
+            mask_ratio=POLICIES[policy].mask_ratio,
+            **decoder_of(name, policy),
+        )
+
+    def tflops(self, latent_shape: Sequence[int]) -> float:
+        """The compute of the budget, a multiply-add counting as one."""
+        return self.budget * self.batch_size * cost(self.network(PLAIN, latent_shape)) / TERA
+
+    def model_of(self, policy: str) -> str:
+        """The model's name under a policy: MDTv2's needs the skips of its own family."""
+        family = family_of(self.model)
+        fitting = TRAITS[policy].families
+        return self.model if family in fitting else self.model.replace(family, fitting[0], 1)
+
+
+def decoder_of(model: str, policy: str) -> dict[str, Any]:
+    """Settings of a policy's decoder: of MDTv2 6 of 12 blocks, as in its smaller models; of MaskDiT the last blocks,
+    because a decoder of its own makes small networks dearer than plain ones."""
+    depth = BUILDERS[model].keywords["depth"]  # type: ignore[attr-defined]
+    if policy == "mdtv2" and depth <= 12:
+        return {"decode_layer": min(6, depth // 2)}
+    return {"decoder": LAST_BLOCKS} if policy == "maskdit" else {}
+
+
+def arms_of(study: Study, asked: str, latent_shape: Sequence[int]) -> list[str]:
+    """The arms that are asked for, ``all`` that can be or a comma list, plain first. latent_shape: (C, H, W).
+
+    Raises ValueError for an unknown one, and for one that is named and cannot be.
+    """
+    family = family_of(study.model)
+    fitting = [name for name, policy in TRAITS.items() if family in policy.families]
+    if study.model_of("mdtv2") in MODELS:
+        fitting.append("mdtv2")
+    known = [*fitting, *([TREAD_FINALE] if "tread" in fitting else [])]
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if asked == "all":
+        names = [name for name in known if why_not(study, Run(name, 0).policy, latent_shape) is None]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--arms {unknown[0]}: unknown; choose some of {', '.join(known)}")
+    for name in names:
+        if reason := why_not(study, Run(name, 0).policy, latent_shape):
+            raise ValueError(reason)
+    return list(dict.fromkeys([PLAIN, *names]))
+
+
+def why_not(study: Study, policy: str, latent_shape: Sequence[int]) -> str | None:
+    """Why there can be no such arm, as MaskDiT's with patches of one value; None where it can be."""
+    try:
+        model = study.network(policy, latent_shape)
+        model.policy.check_objective(OBJECTIVE, latent_shape[0] * model.patch_size**2)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. name: of its folder."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}"
+
+    @property
+    def policy(self) -> str:
+        return self.arm.partition("-")[0]
+
+    @property
+    def share(self) -> float:
+        """Of the budget that it may spend."""
+        return WEAKER_SHARE if self.arm == WEAKER else 1.0
+
+    @property
+    def finale(self) -> float:
+        return TREADS_FINALE if self.arm == TREAD_FINALE else POLICIES[self.policy].finale
+
+
+def runs_of(arms: list[str], seeds: int) -> list[Run]:
+    """All runs, the controls among them, a seed of every arm after the other: what is there early compares all arms."""
+    rounds = ([*(Run(arm, seed) for arm in [*arms, WEAKER]), Run(AGAIN, OTHER_SEEDS + seed)] for seed in range(seeds))
+    return [run for one in rounds for run in one]
+
+
+def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[str, Any]:
+    """The flags of ``image_train.py`` for a run. latent_shape: (C, H, W)."""
+    length: dict[str, Any] = {"max_compute": run.share * study.tflops(latent_shape), "finale": run.finale}
+    network = study.network(run.policy, latent_shape)
+    last_step = Budget(TrainConfig(**length), network, study.batch_size).last_step
+    assert last_step is not None
+    every = max(1, last_step // POINTS)
+    return {
+        "data_dir": study.data_dir,
+        "image_size": study.image_size,
+        "vae_path": study.vae_path,
+        "model": study.model_of(run.policy),
+        "policy": run.policy,
+        "mask_ratio": network.mask_ratio,
+        **decoder_of(study.model_of(run.policy), run.policy),
+        "objective": OBJECTIVE,
+        "level_law": "logit_normal",
+        "batch_size": study.batch_size,
+        "opt": "adamw",
+        "lr": 1e-3,
+        "lr_warmup": 50,
+        "lr_decay": 0.2,
+        "shard": "none",
+        "grad_clip": 1.0,
+        "ema_rate": EMA_RATE,
+        "ema_warmup": True,
+        "seed": run.seed,
+        "preview_samples": 0,
+        "save_interval": every,
+        "log_interval": every,
+        **length,
+    }
+
+
+def as_arguments(flags: dict[str, Any]) -> list[str]:
+    """A command line of flags; those of None are left out."""
+    return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def held_out_of(data_dir: str) -> str:
+    """The held-out part of built-in data. Raises ValueError for other data, which has to be named."""
+    if not data_dir.startswith("builtin:"):
+        raise ValueError(f"--data_dir {data_dir}: give the data to measure on with --held_out_dir")
+    return f"{data_dir}-test"
