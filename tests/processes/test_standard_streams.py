@@ -5,12 +5,12 @@ import shlex
 import sys
 
 import pytest
-from support import TINY_DIGITS, call, command, environment, rows, run_command
+from support import TINY_DIGITS, call, command, environment, rows, run_command, script
 
 from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.runs.checkpoint import damage
 
-TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
+TRAIN, SAMPLE, ENCODE = "scripts/image_train.py", "scripts/image_sample.py", "scripts/encode_latents.py"
 
 
 def full():
@@ -37,6 +37,33 @@ def test_a_training_and_a_sampling_without_stdout_and_stderr_end_as_usual(stream
     assert (tmp_path / "samples_2x8x8x3.npz").exists()
 
 
+def encoding(colour_folder, tiny_vae, out, num_workers=0):
+    flags = ["--data_dir", colour_folder, "--vae_path", tiny_vae, "--image_size", 32, "--shard_size", 5]
+    return [*flags, "--device", "cpu", "--num_workers", num_workers, "--out", out]
+
+
+@pytest.fixture(scope="module")
+def latents(colour_folder, tiny_vae, module_folder):
+    """What an encoding writes that has a stdout and a stderr."""
+    folder = module_folder("latents")
+    assert script(ENCODE).main([str(flag) for flag in encoding(colour_folder, tiny_vae, folder)]) == 0
+    return files_of(folder)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stream", [full, closed, lambda: None], ids=["full", "closed", "closed from the start"])
+def test_an_encoding_without_stdout_and_stderr_ends_as_usual(
+    stream, monkeypatch, tmp_path, latents, colour_folder, tiny_vae
+):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    assert call(monkeypatch, ENCODE, tmp_path, *encoding(colour_folder, tiny_vae, tmp_path / "latents")) == 0
+    assert files_of(tmp_path / "latents") == latents
+
+
 def test_a_log_that_cannot_be_written_is_told_to_the_others(monkeypatch, tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, sinks="stdout,log,csv") == 0
@@ -60,3 +87,10 @@ def test_a_real_training_without_stdout_and_stderr_ends_as_usual(redirection, tm
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stderr cannot be written" in (tmp_path / "log.txt").read_text()
     assert damage(tmp_path, 2) is None
+
+
+@pytest.mark.e2e
+def test_a_real_encoding_without_stdout_and_stderr_ends_as_usual(tmp_path, latents, colour_folder, tiny_vae):
+    line = shlex.join(command(ENCODE, *encoding(colour_folder, tiny_vae, tmp_path / "latents", num_workers=1)))
+    done = run_command(["bash", "-c", f"{line} >&- 2> /dev/full"], environment(tmp_path))
+    assert done.returncode == 0 and files_of(tmp_path / "latents") == latents
