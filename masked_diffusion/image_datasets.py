@@ -185,8 +185,10 @@ class SourceDataset(ImageDataset):
         random_crop: bool = False,
         random_flip: bool = True,
         fast_decode: bool = False,
+        grey: bool = False,
         extensions: Sequence[str] | None = None,
     ) -> None:
+        self.channels = 1 if grey else 3
         self.source = narrow(open_images(source) if isinstance(source, str) else source, extensions)
         self.extensions = EXTENSIONS if extensions is None else extensions
         super().__init__(image_size, *self._classes(class_cond, class_from, labels_file))
@@ -246,6 +248,8 @@ class SourceDataset(ImageDataset):
             pixels = _random_square(resized, self.image_size, rng)
         else:
             pixels = _center_square(resized, self.image_size)
+        if self.channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
         return to_model_range(pixels[:, ::-1] if flip else pixels)
 
 
@@ -340,6 +344,7 @@ def open_dataset(
     random_crop: bool = DataConfig.random_crop,
     random_flip: bool = DataConfig.random_flip,
     fast_decode: bool = DataConfig.fast_decode,
+    grey: bool = DataConfig.grey,
     image_column: str = DataConfig.image_column,
     label_column: str = DataConfig.label_column,
     max_image_bytes: int = DataConfig.max_image_bytes,
@@ -357,11 +362,8 @@ def open_dataset(
             warnings.warn(f"--{name} {value} is ignored with --class_cond False", stacklevel=2)
     options = SourceOptions(image_column, label_column, max_image_bytes, shuffle_window)
     source = open_source(data_dir, options)
-    why_no_labels = (
-        ("--class_cond False" if not class_cond else "")
-        or ("--labels_file" if labels_file else "")
-        or (f"--class_from {class_from}" if class_from != "auto" else "")
-    )
+    chosen = ["--labels_file"] * bool(labels_file) + [f"--class_from {class_from}"] * (class_from != "auto")
+    why_no_labels = "--class_cond False" if not class_cond else next(iter(chosen), "")
     _warn_of_idle_options(source, options, why_no_labels)
     if labels_file and isinstance(source, Builtin | LatentFolder):
         raise ValueError(f"--labels_file {labels_file}: {data_dir} has labels of its own; leave it out")
@@ -387,6 +389,7 @@ def open_dataset(
         random_crop=random_crop,
         random_flip=random_flip,
         fast_decode=fast_decode,
+        grey=grey,
         extensions=extensions,
     )
 

@@ -23,6 +23,7 @@ from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.gallery import masked_inputs, reconstruction, relative_bias
 from masked_diffusion.sampling.image_sampler import ImageSampler
+from masked_diffusion.sampling.inpainting import image_channels
 from masked_diffusion.sampling.pictures import check_picture_path, save_picture
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
@@ -108,7 +109,8 @@ def prepare_reconstruction(args: argparse.Namespace, explicit: set[str]) -> Call
     request = request_of(args, explicit, usual_decoder=args.vae_decoder)
     trained = open_trained(Path(args.model_path).expanduser(), request, device, warn)
     config = trained.config
-    dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond)
+    grey = image_channels(trained.first_stage) == 1
+    dataset = open_dataset(args.data_dir, image_size=config.model.image_size, class_cond=config.class_cond, grey=grey)
     if trained.recorded and in_one_form(dataset.class_names) != in_one_form(config.class_names):
         raise ValueError(f"--data_dir {args.data_dir}: has other classes than {trained.path} was trained with")
     ratio = args.mask_ratio if args.mask_ratio is not None else config.model.mask_ratio or DEFAULT_MASK_RATIO

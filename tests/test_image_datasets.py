@@ -140,6 +140,16 @@ def test_impossible_crop_fractions_are_refused(fractions):
 # Classes
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_colour_images_are_read_as_grey_where_that_is_asked_for(colour_folder, fast):
+    colour, grey = (
+        open_dataset(str(colour_folder), image_size=16, fast_decode=fast, grey=grey) for grey in (False, True)
+    )
+    pixels = ((colour.load(3) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+    expected = np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.float32)[None] / 127.5 - 1
+    assert (colour.channels, grey.channels) == (3, 1) and np.allclose(grey.load(3), expected, atol=1e-6)
+
+
 def test_numeric_classes_are_sorted_by_value():
     names, labels = class_table([f"{number}_x.png" for number in (10, 9, 0, 11, 2, 9)])
     assert names == ["0", "2", "9", "10", "11"]

@@ -21,6 +21,7 @@ class DataConfig(SourceOptions):
     fast_decode: bool = setting(
         False, "decode and resize images by faster code; pixels differ slightly from the published crops'", "data"
     )
+    grey: bool = setting(False, "read images as grey, one channel; with --vae_path none", "data")
 
 
 # The fields that say where images and their classes are, for scripts that do with them something else than training.

@@ -21,7 +21,7 @@ from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import CachedPosterior, FirstStage, load_first_stage
+from masked_diffusion.first_stage import CachedPosterior, FirstStage, PixelSpace, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
 from masked_diffusion.models.backbone import LatentTransformer
@@ -40,7 +40,7 @@ from masked_diffusion.runs.config import (
     read_config,
 )
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
-from masked_diffusion.runs.weights import fit_labels, fit_positions, freeze, recognise
+from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     choose_num_workers,
     from_args,
@@ -145,6 +145,10 @@ def open_data(
     settings = dataclasses.asdict(from_args(DataConfig, args))
     dataset = open_dataset(**settings, image_size=args.image_size, extensions=extensions)
     first_stage = load_first_stage(args.vae_path, device, dataset.channels)
+    if args.grey and not isinstance(first_stage, PixelSpace):
+        raise ValueError(
+            f"--grey True: the autoencoder of --vae_path {args.vae_path} reads colour; give --vae_path none"
+        )
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     return dataset, first_stage
@@ -341,26 +345,19 @@ def open_stream(
 def load_initial_weights(
     model: LatentTransformer, path: Path, args: argparse.Namespace, names: list[str], report: Callable[[str], None]
 ) -> None:
-    """--init_from: weights of the same model, perhaps of other classes or another resolution. Raises ValueError."""
+    """--init_from: weights of the same model, perhaps of other classes, another resolution, or grey instead of colour.
+
+    Raises ValueError.
+    """
     state = checkpoint.read_weights(path)
     former = read_config(path.parent)
     shown = recognise(state, path).named(former.model.model if former else args.model)
     if shown.model != args.model:
         raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown.model}")
-    if shown.in_channels != model.in_channels:
-        raise ValueError(
-            f"--init_from {path}: its weights are of {what_has(shown.in_channels)}, the training is of "
-            f"{what_has(model.in_channels)}; give weights and --data_dir (or --vae_path) of one kind"
-        )
+    state = fit_channels(state, model, path, report)
     state = fit_positions(state, model, path, args.interpolate_pos, report)
     state = fit_labels(state, model, path, former.class_names if former else [], names, report)
     checkpoint.load_weights(model, state, path, args.drop_extra)
-
-
-def what_has(channels: int) -> str:
-    """What a model of so many channels is of, in words."""
-    kinds = {1: "grey images (1 channel)", 3: "colour images (3 channels)"}
-    return kinds.get(channels, f"latents of {channels} channels")
 
 
 def make_run_config(
@@ -408,6 +405,7 @@ def make_run_config(
             random_flip=args.random_flip,
             random_crop=args.random_crop,
             fast_decode=args.fast_decode,
+            grey=args.grey,
             **({} if dataset.order_record is None else {"data_order": dataset.order_record}),
             schedule_sampler=args.schedule_sampler,
             freeze=args.freeze,

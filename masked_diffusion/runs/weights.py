@@ -19,6 +19,7 @@ RELATIVE_TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 RELATIVE_INDEX = "attn.rel_pos_bias.relative_position_index"
 DECODER_TOKEN = "decoder.mask_token"
 OUTPUT_BIAS = "final_layer.linear.bias"
+OUTPUT = ("final_layer.linear.weight", OUTPUT_BIAS)
 # Family -> another one whose weights have the same names and shapes, of a network that means something else.
 TWINS = {"DiT": "SiT"}
 
@@ -104,6 +105,55 @@ def _policy_of(state: dict[str, Tensor], biased: bool) -> tuple[str | None, str 
 
 def _count(state: dict[str, Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+
+
+# -- grey or colour ----------------------------------------------------------------------------------------------------
+
+GREY, COLOUR = 1, 3
+
+
+def fit_channels(
+    state: dict[str, Tensor], model: nn.Module, source: object, warn: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Weights of grey images for a ``model`` of colour images, or the other way round, in pixel space.
+
+    The patch embedding of grey is spread over three channels, or that of the three is added up: an image without colour
+    is embedded as before. The rows of the output are repeated, or averaged. Raises ValueError for other channels.
+    """
+    expected = model.state_dict()
+    channels, new_channels = (weights[PATCH_EMBEDDING].shape[1] for weights in (state, expected))
+    if channels == new_channels:
+        return state
+    former, new = what_has(channels), what_has(new_channels)
+    if {channels, new_channels} != {GREY, COLOUR}:
+        raise ValueError(
+            f"--init_from {source}: its weights are of {former}, the training is of {new}; give weights and --data_dir "
+            "(or --vae_path) of one kind"
+        )
+    how = "repeated" if channels == GREY else "averaged"
+    warn(
+        f"{source}: its weights are of {former}, the training is of {new}: its input and output channels are {how}; "
+        "train such a model on"
+    )
+    return {name: _in_channels(name, value, expected.get(name, value), new_channels) for name, value in state.items()}
+
+
+def _in_channels(name: str, value: Tensor, expected: Tensor, channels: int) -> Tensor:
+    if value.shape == expected.shape:
+        return value
+    if name == PATCH_EMBEDDING:  # (D, C, p, p)
+        return value.sum(1, keepdim=True) if channels == GREY else value.repeat(1, COLOUR, 1, 1) / COLOUR
+    if name in OUTPUT:  # a row for each place of the patch, prediction and variance, and channel, in this order
+        rows = value.unflatten(0, (-1, COLOUR if channels == GREY else GREY))
+        rows = rows.mean(1, keepdim=True) if channels == GREY else rows.repeat_interleave(COLOUR, dim=1)
+        return rows.flatten(0, 1)
+    return value
+
+
+def what_has(channels: int) -> str:
+    """What a model of so many channels is of, in words."""
+    kinds = {GREY: "grey images (1 channel)", COLOUR: "colour images (3 channels)"}
+    return kinds.get(channels, f"latents of {channels} channels")
 
 
 # -- another resolution ------------------------------------------------------------------------------------------------

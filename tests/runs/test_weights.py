@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from masked_diffusion.models import MODELS, create_model
 from masked_diffusion.runs.checkpoint import LABEL_TABLE, load_weights, read_weights
-from masked_diffusion.runs.weights import Recognised, fit_labels, fit_positions, freeze, recognise
+from masked_diffusion.runs.weights import Recognised, fit_channels, fit_labels, fit_positions, freeze, recognise
 
 FAMILIES = ["MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2", "SiT_Ti_2"]
 
@@ -183,3 +183,34 @@ def test_the_parameters_that_match_are_frozen():
 def test_a_pattern_that_freezes_nothing_or_everything_is_refused(pattern, why):
     with pytest.raises(ValueError, match=why):
         freeze(tiny(), pattern)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("name", ["MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2"])
+def test_an_image_without_colour_is_to_a_colour_model_what_it_was_to_the_grey_one(name, learn_sigma):
+    decoder = {} if name.startswith("DiT") else {"mask_ratio": 0.3, "decode_layer": 2}
+    grey, colour, back = (
+        create_model(name, input_size=8, in_channels=channels, num_classes=4, learn_sigma=learn_sigma, **decoder).eval()
+        for channels in (1, 3, 1)
+    )
+    set_golden_weights(grey)
+    messages = []
+    load_weights(colour, fit_channels(grey.state_dict(), colour, "grey.pt", messages.append), "grey.pt")
+    image, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([0, 4])
+    with torch.no_grad():
+        expected, out = grey(image, t, y), colour(image.expand(-1, 3, -1, -1), t, y)
+    assert torch.allclose(out, expected.repeat_interleave(3, dim=1), atol=1e-5) and expected.std() > 0.1
+    assert len(messages) == 1 and "its input and output channels are repeated" in messages[0]
+    load_weights(back, fit_channels(colour.state_dict(), back, "colour.pt", messages.append), "colour.pt")
+    for tensor, former in zip(back.state_dict().values(), grey.state_dict().values(), strict=True):
+        assert torch.allclose(tensor, former, atol=1e-6)
+
+
+def test_weights_of_latents_are_neither_grey_nor_colour():
+    latents, colour = (create_model("DiT_Ti_2", input_size=8, in_channels=channels) for channels in (4, 3))
+    with pytest.raises(
+        ValueError, match=r"are of latents of 4 channels, the training is of colour images \(3 channels\)"
+    ):
+        fit_channels(latents.state_dict(), colour, "latents.pt", pytest.fail)
+    state = latents.state_dict()
+    assert fit_channels(state, latents, "latents.pt", pytest.fail) is state

@@ -1,6 +1,7 @@
 """Bad input: one sentence that names the file or flag and the remedy, exit status 2, before any work."""
 
 import argparse
+import json
 import pickle
 
 import pytest
@@ -156,10 +157,24 @@ def test_a_run_from_elsewhere_does_not_describe_the_weights_of_another(monkeypat
     assert (tmp_path / "config.json").read_text() == content
 
 
-def test_weights_of_grey_images_are_no_start_for_colour_images(refused, trained, colour_folder):
-    flags = ["--data_dir", colour_folder, "--init_from", next(trained.parent.glob("model*.pt"))]
-    sentence = refused(TRAIN, *TINY_DIGITS, *flags)
-    assert "its weights are of grey images (1 channel), the training is of colour images (3 channels)" in sentence
+def test_weights_of_grey_images_start_a_training_on_colour_images_which_says_so(
+    monkeypatch, trained, colour_folder, tmp_path, capsys
+):
+    flags = ["--data_dir", colour_folder, "--init_from", next(trained.parent.glob("model*.pt")), "--max_steps", 1]
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags, sinks="log") == 0
+    said = (tmp_path / "log.txt").read_text()
+    assert "of grey images (1 channel), the training is of colour images (3 channels): its input and output" in said
+    back = ["--grey", "True", "--data_dir", colour_folder, "--init_from", tmp_path / "model000001.pt", "--max_steps", 1]
+    assert call(monkeypatch, TRAIN, tmp_path / "grey", *TINY_DIGITS, *back, sinks="log") == 0
+    assert "input and output channels are averaged" in (tmp_path / "grey" / "log.txt").read_text()
+    assert json.loads((tmp_path / "grey" / "config.json").read_text())["model"]["in_channels"] == 1
+
+
+def test_grey_images_are_for_pixel_space(refused, colour_folder, tiny_vae):
+    flags = [*TINY_DIGITS, "--grey", "True", "--data_dir", colour_folder]
+    assert f"--grey True: the autoencoder of --vae_path {tiny_vae} reads colour" in refused(
+        TRAIN, *flags, "--vae_path", tiny_vae, "--image_size", 16
+    )
 
 
 def test_training_refuses_a_folder_with_the_configuration_of_another_program(refused, tmp_path):

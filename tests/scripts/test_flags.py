@@ -23,7 +23,7 @@ CONTRACT = {
         "class_from": "auto", "labels_file": "", **COLUMNS, "shuffle_window": 10_000,
         "random_flip": True, "random_crop": False, "init_from": None,
         "num_workers": -1,
-        "fast_decode": False,
+        "fast_decode": False, "grey": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
         "eval_interval": 0, "eval_num_samples": 10000, "eval_ref": "", "eval_graph": "", "eval_backend": "torch",
