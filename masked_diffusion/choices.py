@@ -132,8 +132,8 @@ DISCRETE_OBJECTIVES = ("ddpm", "x0", "v")  # whose levels are the steps of a pro
 # Objectives, and the settings that each has and no process of steps.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(DISCRETE_OBJECTIVES, ()),
-    "flow": ("level_law", "level_mean", "level_std", "time_shift"),
-    "edm": ("sigma_data", "p_mean", "p_std"),
+    "flow": ("level_law", "level_mean", "level_std", "time_shift", "learned_uncertainty"),
+    "edm": ("sigma_data", "p_mean", "p_std", "learned_uncertainty"),
 }
 OBJECTIVE_SETTINGS = tuple(name for settings in OBJECTIVES.values() for name in settings)
 # Samplers, and the objectives that each serves.

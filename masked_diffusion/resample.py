@@ -66,8 +66,8 @@ class LossSecondMomentResampler(ScheduleSampler):
         weights /= weights.sum()
         return weights * (1 - self.uniform_prob) + self.uniform_prob / num_timesteps
 
-    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        for t, loss in zip(ts, losses, strict=True):
+    def update_with_all_losses(self, ts: Sequence[float], losses: Sequence[float]) -> None:
+        for t, loss in zip(map(int, ts), losses, strict=True):
             if not math.isfinite(loss):
                 continue  # one would leave no weight to any other timestep, for good
             if self._counts[t] == self.history_per_term:

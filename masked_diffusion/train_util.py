@@ -421,7 +421,7 @@ def teach(sampler: Levels, ranks: Ranks, t: Tensor, losses: Tensor, good: Tensor
     if sampler.learns:
         pairs = ranks.concat(torch.stack([t.double(), losses.double()], dim=1)).cpu()
         if good.item():
-            sampler.update_with_all_losses(pairs[:, 0].long().tolist(), pairs[:, 1].tolist())
+            sampler.update_with_all_losses(pairs[:, 0].tolist(), pairs[:, 1].tolist())
 
 
 def load_meter(meter: Meter, start: checkpoint.Start) -> None:

@@ -1,11 +1,14 @@
 """Laws of the noise levels that a network is trained at."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LEAST_LOSS = 1e-12  # that an uncertainty is learned of: its weight is 1 over it
 
 
 class Levels(ABC):
@@ -18,8 +21,8 @@ class Levels(ABC):
         u: (N,) float64 in [0, 1) on the CPU.
         """
 
-    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:  # noqa: B027
-        """Learn from one step's losses of the whole global batch, in sample order."""
+    def update_with_all_losses(self, ts: Sequence[float], losses: Sequence[float]) -> None:  # noqa: B027
+        """Learn from one step's losses of the whole global batch, in sample order. ts: their levels."""
 
     @property
     def learns(self) -> bool:
@@ -43,6 +46,57 @@ class InverseLaw(Levels):
     def from_uniform(self, u: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
         levels = self._inverse(u.double()).to(device, non_blocking=True)
         return levels, torch.ones(len(u), device=device)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError("the checkpoint was trained with --learned_uncertainty True; go on with it")
+
+
+class Uncertainty(InverseLaw):
+    """Levels of a continuous law, with the weight of a learned uncertainty (EDM2, 2312.02696).
+
+    EDM2 trains a small network u(level) on ``loss / e^u + u``, whose best value is e^u = the mean loss at the level.
+    This class has that mean itself, as a running mean in each of NUM_BINS parts of the law that are as probable, and
+    weighs by 1 / e^u: all levels come to matter alike. It belongs to the training's state, not to the network.
+    """
+
+    NUM_BINS = 64
+    LEAST_RATE = 1e-3  # of a new loss in its mean; the first ones count alike
+
+    def __init__(self, inverse: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(inverse)
+        self._edges = inverse(torch.arange(1, self.NUM_BINS, dtype=torch.float64) / self.NUM_BINS).double()
+        self._means = torch.ones(self.NUM_BINS, dtype=torch.float64)
+        self._counts = torch.zeros(self.NUM_BINS, dtype=torch.int64)
+
+    @property
+    def learns(self) -> bool:
+        return True
+
+    def from_uniform(self, u: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        levels, _ = super().from_uniform(u, device)
+        means = self._means[(u.double() * self.NUM_BINS).long()]
+        return levels, (1 / means).float().to(device, non_blocking=True)
+
+    def update_with_all_losses(self, ts: Sequence[float], losses: Sequence[float]) -> None:
+        bins = torch.bucketize(torch.tensor(ts, dtype=torch.float64), self._edges, right=True)
+        for i, loss in zip(bins.tolist(), losses, strict=True):
+            if not math.isfinite(loss):
+                continue  # one would leave no weight to its bin, for good
+            self._counts[i] += 1
+            rate = max(1 / self._counts[i].item(), self.LEAST_RATE)
+            self._means[i] += rate * (max(loss, LEAST_LOSS) - self._means[i])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": self._means.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"means", "counts"} or len(state["means"]) != self.NUM_BINS:
+            raise ValueError(
+                "the checkpoint was trained without --learned_uncertainty True; go on without it, or start a new run "
+                "from its weights with --init_from"
+            )
+        self._means, self._counts = state["means"].clone(), state["counts"].clone()
 
 
 def normal_quantile(u: Tensor) -> Tensor:

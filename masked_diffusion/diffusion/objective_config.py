@@ -28,8 +28,9 @@ class ObjectiveConfig:
     """What ``config.json`` says of the objective; named as the flags.
 
     level_law, level_mean, level_std, time_shift: of ``flow``; the law is ``uniform`` or ``logit_normal``. sigma_data:
-    the standard deviation of the latents, p_mean, p_std: of the logarithm of the noise's; of ``edm``. Raises ValueError
-    for unknown names, and numbers that cannot be.
+    the standard deviation of the latents, p_mean, p_std: of the logarithm of the noise's; of ``edm``.
+    learned_uncertainty: see :class:`masked_diffusion.diffusion.levels.Uncertainty`. Raises ValueError for unknown
+    names, and numbers that cannot be.
     """
 
     objective: str = setting("ddpm", "what the network learns to predict: ddpm, x0, v, flow or edm", "diffusion")
@@ -47,6 +48,12 @@ class ObjectiveConfig:
     )
     p_mean: float = setting(-1.2, "of --objective edm: mean of log sigma in training", "diffusion")
     p_std: float = setting(1.2, "of --objective edm: standard deviation of log sigma in training", "diffusion")
+
+    learned_uncertainty: bool = setting(
+        False,
+        "of --objective flow and edm: divide the loss at each level by its running mean there (EDM2's u)",
+        "diffusion",
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (("objective", tuple(OBJECTIVES)), ("level_law", ("uniform", "logit_normal"))):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from masked_diffusion.diffusion import samplers
-from masked_diffusion.diffusion.levels import InverseLaw, Levels, normal_quantile, shifted
+from masked_diffusion.diffusion.levels import InverseLaw, Levels, Uncertainty, normal_quantile, shifted
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.samplers import Predict
 from masked_diffusion.gaussian_diffusion import (
@@ -194,6 +194,14 @@ class Continuous(Objective):
         self.config = config
         self.num_steps = num_steps
 
+    def levels(self, name: str) -> Levels:
+        check_uniform(name, self.config)
+        return (Uncertainty if self.config.learned_uncertainty else InverseLaw)(self.level_of)
+
+    @abstractmethod
+    def level_of(self, u: Tensor) -> Tensor:
+        """Training levels (N,) float32 by inversion of uniforms in [0, 1), (N,) float64; rising with them."""
+
     @abstractmethod
     def alpha(self, level: Any) -> Any:
         """Scale of the clean data at a level, a number or a tensor."""
@@ -317,11 +325,7 @@ class Flow(Continuous):
     The network is given 1000 t.
     """
 
-    def levels(self, name: str) -> Levels:
-        check_uniform(name, self.config)
-        return InverseLaw(self._time_of)
-
-    def _time_of(self, u: Tensor) -> Tensor:
+    def level_of(self, u: Tensor) -> Tensor:
         config = self.config
         if config.level_law == "logit_normal":
             u = torch.sigmoid(config.level_mean + config.level_std * normal_quantile(u))
@@ -371,9 +375,8 @@ class EDM(Continuous):
             raise ValueError("--objective edm: give the standard deviation of the latents with --sigma_data")
         self.sigma_data = config.sigma_data
 
-    def levels(self, name: str) -> Levels:
-        check_uniform(name, self.config)
-        return InverseLaw(lambda u: (self.config.p_mean + self.config.p_std * normal_quantile(u)).exp().float())
+    def level_of(self, u: Tensor) -> Tensor:
+        return (self.config.p_mean + self.config.p_std * normal_quantile(u)).exp().float()
 
     def alpha(self, level: Any) -> Any:
         return level * 0 + 1

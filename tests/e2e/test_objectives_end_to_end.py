@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPO, TINY_DIGITS, call, make_colour_folder, rows, script
+from support import REPO, TINY_DIGITS, assert_same_weights, call, make_colour_folder, rows, script, weights
 
 from masked_diffusion import choices, create_diffusion
 from masked_diffusion.diffusion import objectives, samplers
@@ -142,6 +142,29 @@ def test_a_card_is_of_one_objective(runs, monkeypatch, tmp_path, capsys):
     (tmp_path / "card.json").write_text(json.dumps(card))
     call(monkeypatch, TRACK, tmp_path, runs["edm"], tmp_path / "card.json")
     assert "another recipe: objective edm, the card has ddpm" in capsys.readouterr().out
+
+
+def test_a_learned_uncertainty_weighs_the_losses_and_goes_on_after_a_stop(monkeypatch, tmp_path, capsys):
+    flags = [*TINY_DIGITS, "--objective", "edm", "--learned_uncertainty", "True", "--batch_size", "16", "--lr", "0.01"]
+    flags += ["--grad_clip", "0.1"]  # else the first weight is lost in AdamW's scale
+    for folder, steps in (("whole", ["6"]), ("parts", ["3", "6"]), ("without", ["6"])):
+        for max_steps in steps:
+            more = ["--learned_uncertainty", "False"] if folder == "without" else []
+            assert call(monkeypatch, TRAIN, tmp_path / folder, *flags, "--max_steps", max_steps, *more) == 0
+    assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
+    state = torch.load(tmp_path / "whole" / "state000006.pt", weights_only=True)["schedule_sampler"]
+    assert state["counts"].sum() == 6 * 16
+    names = [f"{folder}/model000006.pt" for folder in ("whole", "without")]
+    differing = [torch.load(tmp_path / file, weights_only=True)["final_layer.linear.weight"] for file in names]
+    assert not torch.equal(*differing)
+    assert weights(tmp_path / "whole", 6).keys() == weights(tmp_path / "without", 6).keys()
+    for folder, value, sentence in (
+        ("whole", "False", "was trained with --learned_uncertainty True; go on with it"),
+        ("without", "True", "was trained without --learned_uncertainty True; go on without it"),
+    ):
+        more = ["--max_steps", "7", "--learned_uncertainty", value]
+        assert call(monkeypatch, TRAIN, tmp_path / folder, *flags, *more) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_finished_run_is_resumed_under_its_own_objective_alone(runs, monkeypatch, capsys):

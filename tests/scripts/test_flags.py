@@ -30,7 +30,7 @@ CONTRACT = {
         "eval_sampler": "ddpm", "eval_sampling_steps": 250, "eval_cfg_scale": 0.0, "eval_batch_size": 32,
         "max_bad_share": 0.01, "opt": "adamw",
         "objective": "ddpm", "level_law": "uniform", "level_mean": 0.0, "level_std": 1.0, "time_shift": 1.0,
-        "sigma_data": None, "p_mean": -1.2, "p_std": 1.2,
+        "sigma_data": None, "p_mean": -1.2, "p_std": 1.2, "learned_uncertainty": False,
         "policy": None, "route": None, "choose": None, "path_drop": None, "decoder": None,
         "finale": None, "finale_lr": 1.0, "ratio_schedule": "const",
         "grad_clip": 0.0, "shard": "none", "use_zero": False, "min_snr_gamma": None,
