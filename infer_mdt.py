@@ -10,38 +10,23 @@ python infer_mdt.py --image photo.png --mask mask.png --labels 207    # fill wha
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from masked_diffusion import dist_util
-from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, PUBLISHED_CHANNELS, foreign_settings
-from masked_diffusion.data.class_names import ClassNames
-from masked_diffusion.runs import checkpoint
-from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.runs.request import Request
-from masked_diffusion.runs.trained import Trained, open_trained
-from masked_diffusion.sampling.few_steps import few_steps_warning
-from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
-from masked_diffusion.sampling.guides import open_away
-from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
-from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
-from masked_diffusion.sampling.pictures import check_picture_path
-from masked_diffusion.sampling.sampler_config import SamplerConfig
+from masked_diffusion.sampling.sampler_config import PICTURE_FLAGS, SamplerConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
-    apply_sampling_defaults,
-    args_to_dict,
     checkpoint_flags,
     explicit_flags,
     finite_float,
     make_parser,
-    request_of,
     run_script,
+    say,
 )
 from masked_diffusion.settings import Flag, flags_of
+
+if TYPE_CHECKING:
+    from masked_diffusion.programs.infer_mdt import Drawing
 
 V1_FILE, V2_FILE = "mdt_xl2_v1_ckpt.pt", "mdt_xl2_v2_ckpt.pt"
 # What the published script draws with this file.
@@ -68,11 +53,6 @@ PUBLISHED_V2: dict[str, Any] = {
 }
 # For one's own models, of whatever classes; no labels: all classes in turn.
 OWN: dict[str, Any] = {"num_sampling_steps": 100, "cfg_scale": 4.0, "scale_pow": 4.0, "labels": "", "out": "sample.png"}
-OWN_IMAGES = 20
-COLUMNS, MOST_COLUMNS = 3, 10
-OpenModel = Callable[..., Trained]  # called as open_trained
-SAMPLER_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]
-SWEPT = ("labels", *SAMPLER_FLAGS, "inpaint_mode")
 
 FLAGS = {
     "model_path": Flag(
@@ -93,7 +73,7 @@ FLAGS = {
         "sampling",
         str,
     ),
-    **{name: flags_of(SamplerConfig)[name] for name in SAMPLER_FLAGS},
+    **{name: flags_of(SamplerConfig)[name] for name in PICTURE_FLAGS},
     "num_sampling_steps": Flag(None, "default: 500 for the published file, else 100", "sampling", int),
     "seed": Flag(PUBLISHED["seed"], "determines the noise of each picture, with its number", "sampling"),
     "cfg_scale": Flag(
@@ -143,105 +123,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_script(lambda stack: prepare(args, explicit))
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A checked request for pictures; call it to draw them. Arguments as of ``gallery.draw``."""
+def prepare(args: argparse.Namespace, explicit: set[str], open_model: Callable[..., Any] | None = None) -> "Drawing":
+    """Check the flags, then all else that input can get wrong. Returns what draws.
 
-    rows: list[Row]
-    frames: int
-    columns: int | None
-    class_names: Sequence[str]
-    out: Path
+    open_model: reads the checkpoint, called as ``open_trained``, which is the default. Raises ValueError or OSError.
+    """
+    if bool(args.image) != bool(args.mask):
+        raise ValueError("--image and --mask: give both, the photo and what to fill in it")
+    if not args.sweep:  # else a setting is still to come
+        given = {name: value for name in PICTURE_FLAGS if (value := getattr(args, name)) is not None}
+        SamplerConfig(**given)  # what it refuses is refused here
+    # With torch, which takes seconds to import.
+    from masked_diffusion.programs import infer_mdt
+    from masked_diffusion.runs.trained import open_trained
 
-    def __call__(self) -> None:
-        draw(self.rows, self.frames, self.columns, self.class_names, self.out)
-        sys.stdout.write(f"{self.out.absolute()}\n")
-
-
-def prepare(args: argparse.Namespace, explicit: set[str], open_model: OpenModel = open_trained) -> Drawing:
-    """Check everything that input can get wrong. open_model: reads the checkpoint. Raises ValueError or OSError."""
     path = Path(args.model_path).expanduser() if args.model_path else find_model(Path.cwd())
     say(f"model: {path}")
     presets = {V1_FILE: PUBLISHED, V2_FILE: PUBLISHED_V2}.get(path.name, OWN)
     for name, value in presets.items():
         if name not in explicit:
             setattr(args, name, value)
-    out = Path(args.out).expanduser()
-    check_picture_path(out, animation=True)
-    swept, values = parse_sweep(args.sweep, SWEPT) if args.sweep else ("", [])
-    frames = num_frames(args.frames, out, bool(swept))
-    if bool(args.image) != bool(args.mask):
-        raise ValueError("--image and --mask: give both, the photo and what to fill in it")
-    device = dist_util.choose_device(args.device)
-    dist_util.allow_tf32(True)
-    usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
-    request = request_of(args, explicit, **usual)
-    trained = open_model(path, request, device, warn=lambda text: say(f"warning: {text}"))
-    for message in apply_sampling_defaults(trained.config, args, explicit | presets.keys()):
-        say(f"warning: {message}")
-    reasons = without_effect(args, swept, trained.config)
-    if swept in reasons:
-        raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
-    for name in sorted(explicit & {swept, *reasons}):
-        say(f"warning: --{name} is ignored here, because {reasons.get(name, 'it is swept over')}")
-    if "num_sampling_steps" not in explicit:
-        args.num_sampling_steps = min(args.num_sampling_steps, trained.config.most_steps or args.num_sampling_steps)
-    if swept != "num_sampling_steps":
-        frames = min(frames, args.num_sampling_steps)  # no state twice
-    variants = [(f"{swept} {value}", with_setting(args, swept, value)) for value in values] or [("", args)]
-    for text in {few_steps_warning(trained.config, sampler_of(variant, trained.config)) for _, variant in variants}:
-        if text:
-            say(f"warning: {text}")
-    few = bool(swept) or frames > 1
-    rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
-    # Small sets of classes in turn: one column per class.
-    labels = rows[0].labels
-    columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
-    if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
-        columns = trained.config.model.num_classes
-    return Drawing(rows, frames, columns, trained.config.class_names, out)
-
-
-def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> dict[str, str]:
-    """Flags that change nothing beside the others and with this model, and why."""
-    reasons = {} if args.image else {"inpaint_mode": "it needs --image and --mask"}
-    if not config.class_cond:
-        return reasons | dict.fromkeys(GUIDANCE_FLAGS, "the model was trained without classes and cannot be guided")
-    if config.model.in_channels <= GUIDED_CHANNELS:
-        reasons["cfg_channels"] = f"there are no more than {GUIDED_CHANNELS} channels to guide"
-    elif config.model.in_channels > PUBLISHED_CHANNELS:
-        reasons["cfg_channels"] = f"all channels of latents with more than {PUBLISHED_CHANNELS} are guided"
-    if swept != "guidance":
-        reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(args.guidance).items()}
-    return reasons
-
-
-def with_setting(args: argparse.Namespace, name: str, text: str) -> argparse.Namespace:
-    """The arguments with one of them as if ``--name text`` had been given."""
-    value = getattr(create_argparser().parse_args([f"--{name}={text}"]), name)
-    return argparse.Namespace(**{**vars(args), name: value})
-
-
-def row_of(
-    name: str, args: argparse.Namespace, trained: Trained, device: torch.device | str, few: bool, repeat: bool
-) -> Row:
-    """The samples of one setting. few: a row's worth at most; repeat: each label with several noises."""
-    config = trained.config
-    sampler = sampler_of(args, config)
-    labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
-    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
-    new_away, _ = open_away(sampler, trained, guide, device, lambda text: None)
-    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True, new_away=new_away)
-    if not args.image:
-        return Row(name, make, labels)
-    grey = image_channels(trained.first_stage) == 1
-    photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
-    side = side_interpolation(trained.model, config, args.inpaint_mode)
-    return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
-
-
-def sampler_of(args: argparse.Namespace, config: RunConfig) -> SamplerConfig:
-    return SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, SAMPLER_FLAGS))
+    parse = create_argparser().parse_args
+    return infer_mdt.prepare(args, explicit, presets.keys(), path, parse, open_model or open_trained)
 
 
 def find_model(folder: Path) -> Path:
@@ -249,6 +152,8 @@ def find_model(folder: Path) -> Path:
     for name in (V1_FILE, V2_FILE):
         if (folder / name).is_file():
             return folder / name
+    from masked_diffusion.runs import checkpoint
+
     averages = [path for path in folder.glob("output_*/ema_*") if checkpoint.EMA_FILE.fullmatch(path.name)]
     if not averages:
         raise FileNotFoundError(
@@ -256,23 +161,6 @@ def find_model(folder: Path) -> Path:
             "run.sh`, or give one with --model_path"
         )
     return max(averages, key=lambda path: path.stat().st_mtime)
-
-
-def labels_of(text: str, trained: Trained, few: bool) -> list[int]:
-    """Labels of the pictures to draw, the null label where the model has no classes. few: as many as fit in a row."""
-    config = trained.config
-    num_classes = config.model.num_classes
-    if text and not config.class_cond:
-        raise ValueError(f"--labels {text}: {trained.path} was trained without classes")
-    if text:
-        return ClassNames(num_classes, config.class_names).labels(text)
-    small = 1 < num_classes <= MOST_COLUMNS
-    count = OWN_IMAGES if not few else num_classes if small else COLUMNS
-    return labels_for(config, "balanced", count).tolist()
-
-
-def say(message: str) -> None:
-    sys.stderr.write(message + "\n")
 
 
 if __name__ == "__main__":

@@ -333,6 +333,11 @@ def write_any_character(*streams: TextIO) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say(message: str) -> None:
+    """One line on stderr, which is not the result."""
+    sys.stderr.write(message + "\n")
+
+
 def usage_error(error: Exception, rank: int = 0) -> int:
     """Report bad input as one line on stderr and return the exit status, 2."""
     report_error(error, rank)

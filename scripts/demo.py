@@ -27,6 +27,7 @@ import infer_mdt
 from masked_diffusion import dist_util
 from masked_diffusion.data.class_names import ClassNames, names_by_label
 from masked_diffusion.diffusion.samplers import SAMPLERS
+from masked_diffusion.programs.infer_mdt import Drawing
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import Trained, open_trained
 from masked_diffusion.sampling.demo_page import (
@@ -146,7 +147,7 @@ class InferStudio:
     def _given(self, flags: Mapping[str, Any]) -> list[str]:
         return [text for name, value in flags.items() if value != "" for text in (f"--{name}", str(value))]
 
-    def _prepare(self, argv: list[str]) -> tuple[infer_mdt.Drawing, argparse.Namespace]:
+    def _prepare(self, argv: list[str]) -> tuple[Drawing, argparse.Namespace]:
         """What infer_mdt.py would draw with these flags, by the model at hand, and the flags with their defaults."""
         parser = infer_mdt.create_argparser()
         argv = [*argv, "--out", str(Path(tempfile.gettempdir()) / "picture.png")]  # nothing is written there

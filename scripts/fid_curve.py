@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from masked_diffusion.dry_run import training_gflops
 from masked_diffusion.files import atomic_write
 from masked_diffusion.script_util import run_script
 from masked_diffusion.training.run_log import RunLog, read_run_log
@@ -57,6 +56,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def scales(run: RunLog) -> dict[str, np.ndarray]:
     """What a run is plotted against: title -> (rows,). A multiply-add counts as one, as in the papers."""
+    from masked_diffusion.dry_run import training_gflops  # with torch, which takes seconds to import
+
     config, images = run.config(), run.columns["samples"]
     gflops = training_gflops(config.model.build(), config.model.latent_shape)
     return {

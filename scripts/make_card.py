@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_diffusion.dry_run import training_gflops
 from masked_diffusion.files import write_json
 from masked_diffusion.script_util import run_script
 from masked_diffusion.training.run_log import RunLog, make_columns, read_run_log, recipe_settings
@@ -64,6 +63,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def cost(runs: list[RunLog], hardware: str) -> dict[str, object]:
     """What one run takes."""
+    from masked_diffusion.dry_run import training_gflops  # with torch, which takes seconds to import
+
     config, images = runs[0].config(), int(runs[0].columns["samples"][-1])
     gflops = training_gflops(config.model.build(), config.model.latent_shape)
     return {

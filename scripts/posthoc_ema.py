@@ -10,10 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from masked_diffusion.files import atomic_write
-from masked_diffusion.runs.posthoc_ema import Snapshots
 from masked_diffusion.script_util import finite_float, run_script
 
 
@@ -42,6 +39,9 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
         raise ValueError(f"--out {out}: it exists; give another name")
     if not run.is_dir():
         raise FileNotFoundError(f"--run {run}: no such folder; give the output folder of a training")
+    # With torch, which takes seconds to import.
+    from masked_diffusion.runs.posthoc_ema import Snapshots
+
     state, step = Snapshots(run).reconstruct(args.std, args.step)
 
     def work() -> None:
@@ -51,6 +51,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
                 file.write(save({name: value.contiguous() for name, value in state.items()}))
             else:
+                import torch
+
                 torch.save(state, file)
         sys.stdout.write(f"{out.absolute()}: the average of length {args.std} at step {step}\n")
 

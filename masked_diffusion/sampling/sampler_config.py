@@ -179,3 +179,7 @@ class SamplerConfig:
         if config.most_steps is not None and self.num_sampling_steps > config.most_steps:
             raise ValueError(f"--num_sampling_steps {self.num_sampling_steps}: the process has {config.most_steps}")
         return config.build_objective(self.num_sampling_steps)
+
+
+# Those that infer_mdt.py has as flags.
+PICTURE_FLAGS = [name for name in SamplerConfig.__dataclass_fields__ if name not in ("clip_denoised", "cfg_cond")]

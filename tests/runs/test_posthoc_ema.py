@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, script, weights
+from support import TINY_DIGITS, assert_same_weights, call, weights
 
 from masked_diffusion.runs.posthoc_ema import Snapshots, gamma_of, power_rate, solve
+from masked_diffusion.train_util import TrainLoop
 
 TRAIN, POSTHOC = "scripts/image_train.py", "scripts/posthoc_ema.py"
 STEPS = 60
@@ -103,8 +104,7 @@ def test_a_run_that_ends_between_snapshots_has_one_of_its_last_step(monkeypatch,
     assert step == 3
     assert_same_weights(found, weights(tmp_path, 3, "ema_power0.10_"), atol=1e-4)
     assert train(8) == [3, 4, 8]
-    stop = script("scripts/image_train.py").TrainLoop
-    monkeypatch.setattr(stop, "_failure", lambda loop: RuntimeError("enough") if loop.step == 10 else None)
+    monkeypatch.setattr(TrainLoop, "_failure", lambda loop: RuntimeError("enough") if loop.step == 10 else None)
     with pytest.raises(RuntimeError, match="enough"):
         train(20)
     assert [snapshot.step for snapshot in Snapshots(tmp_path).all()] == [3, 4, 8, 10]

@@ -1,0 +1,150 @@
+"""Draw a few pictures from a trained model, from checked flags."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from masked_diffusion import dist_util
+from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, PUBLISHED_CHANNELS, foreign_settings
+from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.runs.request import Request
+from masked_diffusion.runs.trained import Trained
+from masked_diffusion.sampling.few_steps import few_steps_warning
+from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
+from masked_diffusion.sampling.guides import open_away
+from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
+from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
+from masked_diffusion.sampling.pictures import check_picture_path
+from masked_diffusion.sampling.sampler_config import PICTURE_FLAGS, SamplerConfig
+from masked_diffusion.script_util import (
+    apply_sampling_defaults,
+    args_to_dict,
+    request_of,
+    say,
+)
+
+OWN_IMAGES = 20  # where there are many classes
+COLUMNS, MOST_COLUMNS = 3, 10
+SWEPT = ("labels", *PICTURE_FLAGS, "inpaint_mode")
+OpenModel = Callable[..., Trained]  # called as open_trained
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A checked request for pictures; call it to draw them. Arguments as of ``gallery.draw``."""
+
+    rows: list[Row]
+    frames: int
+    columns: int | None
+    class_names: Sequence[str]
+    out: Path
+
+    def __call__(self) -> None:
+        draw(self.rows, self.frames, self.columns, self.class_names, self.out)
+        sys.stdout.write(f"{self.out.absolute()}\n")
+
+
+def prepare(
+    args: argparse.Namespace,
+    explicit: set[str],
+    preset: Set[str],
+    path: Path,
+    parse: Callable[[list[str]], argparse.Namespace],
+    open_model: OpenModel,
+) -> Drawing:
+    """Check everything that input can get wrong. preset: flags that stand for the published settings of the file at
+    ``path``. parse: the parser of a command line. open_model: reads the checkpoint. Raises ValueError or OSError."""
+    out = Path(args.out).expanduser()
+    check_picture_path(out, animation=True)
+    swept, values = parse_sweep(args.sweep, SWEPT) if args.sweep else ("", [])
+    frames = num_frames(args.frames, out, bool(swept))
+    device = dist_util.choose_device(args.device)
+    dist_util.allow_tf32(True)
+    usual = {"usual_decoder": args.vae_decoder, "usual_decode_layer": args.decode_layer}
+    request = request_of(args, explicit, **usual)
+    trained = open_model(path, request, device, warn=lambda text: say(f"warning: {text}"))
+    for message in apply_sampling_defaults(trained.config, args, explicit | preset):
+        say(f"warning: {message}")
+    reasons = without_effect(args, swept, trained.config)
+    if swept in reasons:
+        raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
+    for name in sorted(explicit & {swept, *reasons}):
+        say(f"warning: --{name} is ignored here, because {reasons.get(name, 'it is swept over')}")
+    if "num_sampling_steps" not in explicit:
+        args.num_sampling_steps = min(args.num_sampling_steps, trained.config.most_steps or args.num_sampling_steps)
+    if swept != "num_sampling_steps":
+        frames = min(frames, args.num_sampling_steps)  # no state twice
+    variants = [(f"{swept} {value}", with_setting(args, parse, swept, value)) for value in values] or [("", args)]
+    for text in {few_steps_warning(trained.config, sampler_of(variant, trained.config)) for _, variant in variants}:
+        if text:
+            say(f"warning: {text}")
+    few = bool(swept) or frames > 1
+    rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
+    # Small sets of classes in turn: one column per class.
+    labels = rows[0].labels
+    columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
+    if not args.labels and trained.config.model.num_classes <= MOST_COLUMNS:
+        columns = trained.config.model.num_classes
+    return Drawing(rows, frames, columns, trained.config.class_names, out)
+
+
+def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> dict[str, str]:
+    """Flags that change nothing beside the others and with this model, and why."""
+    reasons = {} if args.image else {"inpaint_mode": "it needs --image and --mask"}
+    if not config.class_cond:
+        return reasons | dict.fromkeys(GUIDANCE_FLAGS, "the model was trained without classes and cannot be guided")
+    if config.model.in_channels <= GUIDED_CHANNELS:
+        reasons["cfg_channels"] = f"there are no more than {GUIDED_CHANNELS} channels to guide"
+    elif config.model.in_channels > PUBLISHED_CHANNELS:
+        reasons["cfg_channels"] = f"all channels of latents with more than {PUBLISHED_CHANNELS} are guided"
+    if swept != "guidance":
+        reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(args.guidance).items()}
+    return reasons
+
+
+def with_setting(
+    args: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace], name: str, text: str
+) -> argparse.Namespace:
+    """The arguments with one of them as if ``--name text`` had been given."""
+    value = getattr(parse([f"--{name}={text}"]), name)
+    return argparse.Namespace(**{**vars(args), name: value})
+
+
+def row_of(
+    name: str, args: argparse.Namespace, trained: Trained, device: torch.device | str, few: bool, repeat: bool
+) -> Row:
+    """The samples of one setting. few: a row's worth at most; repeat: each label with several noises."""
+    config = trained.config
+    sampler = sampler_of(args, config)
+    labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
+    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
+    new_away, _ = open_away(sampler, trained, guide, device, lambda text: None)
+    make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True, new_away=new_away)
+    if not args.image:
+        return Row(name, make, labels)
+    grey = image_channels(trained.first_stage) == 1
+    photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
+    side = side_interpolation(trained.model, config, args.inpaint_mode)
+    return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
+
+
+def sampler_of(args: argparse.Namespace, config: RunConfig) -> SamplerConfig:
+    return SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, PICTURE_FLAGS))
+
+
+def labels_of(text: str, trained: Trained, few: bool) -> list[int]:
+    """Labels of the pictures to draw, the null label where the model has no classes. few: as many as fit in a row."""
+    config = trained.config
+    num_classes = config.model.num_classes
+    if text and not config.class_cond:
+        raise ValueError(f"--labels {text}: {trained.path} was trained without classes")
+    if text:
+        return ClassNames(num_classes, config.class_names).labels(text)
+    small = 1 < num_classes <= MOST_COLUMNS
+    count = OWN_IMAGES if not few else num_classes if small else COLUMNS
+    return labels_for(config, "balanced", count).tolist()
