@@ -230,6 +230,15 @@ def test_on_flow_the_error_falls_with_the_order_of_the_method(sampler, order):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.45 if sampler == "dpmsolver++" else 0.2)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+def test_on_edm_the_error_of_a_method_of_first_order_halves(sampler):
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
+    exact_end = MEAN + STD * (80 * x_T - MEAN) / math.sqrt(STD**2 + 80**2)
+    errors = [(sample("edm", sampler, n, x_T) - exact_end).abs().max().item() for n in (64, 128, 256)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.2)
+
+
 def test_edm_with_heun_on_its_grid_follows_the_exact_path():
     x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3)
     exact_end = MEAN + STD * (80 * x_T - MEAN) / math.sqrt(STD**2 + 80**2)
@@ -239,24 +248,47 @@ def test_edm_with_heun_on_its_grid_follows_the_exact_path():
     assert (grid[0], grid[-1]) == pytest.approx((80, 0.002)) and grid[9] == pytest.approx(1.92, rel=0.02)
 
 
-def test_of_two_components_heun_keeps_the_weights():
+@pytest.mark.parametrize("name", ["flow", "edm", "v"])
+def test_of_two_components_heun_keeps_the_weights(name):
     """A mixture of N(-2, 0.1^2) and N(1, 0.1^2) with weights 0.3 and 0.7: an exact case that is not linear."""
     weights, centres = torch.tensor([0.3, 0.7], dtype=torch.float64), torch.tensor([-2.0, 1.0], dtype=torch.float64)
+    bars = torch.from_numpy(create_diffusion("").alphas_cumprod)
 
     def net(x, time):
-        t = (time.double() / 1000).view(-1, 1, 1, 1, 1)
-        x = x.double()[..., None]
-        total = (1 - t) ** 2 * 0.01 + t**2
-        share = (weights.log() - (x - (1 - t) * centres) ** 2 / (2 * total)).softmax(dim=-1)
-        x_0 = centres + (1 - t) * 0.01 * (x - (1 - t) * centres) / total
-        x_0 = (share * x_0).sum(dim=-1)
-        t = t[..., 0]
-        return (x[..., 0] - x_0) / t  # v = (x - x_0) / t
+        x, time = x.double(), time.view(-1, 1, 1, 1)
+        if name == "edm":
+            alpha, sigma = torch.ones(1, dtype=torch.float64), (4 * time.double()).exp()
+            x = x * (sigma**2 + 1).sqrt()
+        elif name == "flow":
+            alpha, sigma = 1 - time.double() / 1000, time.double() / 1000
+        else:
+            alpha, sigma = bars[time].sqrt(), (1 - bars[time]).sqrt()
+        offset = x[..., None] - alpha[..., None] * centres
+        total = (alpha**2 * 0.01 + sigma**2)[..., None]
+        share = (weights.log() - offset**2 / (2 * total)).softmax(dim=-1)
+        x_0 = (share * (centres + alpha[..., None] * 0.01 * offset / total)).sum(dim=-1)
+        eps = (x - alpha * x_0) / sigma
+        if name == "edm":
+            return (x_0 - x / (sigma**2 + 1)) * (sigma**2 + 1).sqrt() / sigma
+        return eps - x_0 if name == "flow" else alpha * eps - sigma * x_0
 
     x_T = torch.randn(20000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    samples = sample("flow", "heun", 50, x_T, net).flatten()
+    samples = sample(name, "heun", 50, x_T, net).flatten()
     assert (samples < -0.5).double().mean().item() == pytest.approx(0.3, abs=0.02)
     assert ((samples + 2).abs() < 0.5).sum() + ((samples - 1).abs() < 0.5).sum() > 19900
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_predictions_are_of_full_precision_whatever_the_network_computes_in(name, batch):
+    objective, (x_start, noise, _) = make(name), batch
+    level = some_levels(objective, 6)
+
+    def half(x, time):
+        return torch.tanh(x).bfloat16()
+
+    assert objective.training_losses(half, x_start, level, noise=noise)["loss"].dtype == torch.float32
+    prediction = objective.predictor(half, False)(x_start, level)
+    assert {prediction.pred_xstart.dtype, prediction.eps.dtype} <= {torch.float32, torch.float64}
 
 
 def test_euler_maruyama_takes_its_last_step_from_0_04_without_noise():

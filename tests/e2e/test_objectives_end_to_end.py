@@ -183,13 +183,16 @@ def test_a_finished_run_is_resumed_under_its_own_objective_alone(runs, monkeypat
         ("v", ["--objective", "flow"], "--objective flow: "),
         ("flow", ["--num_sampling_steps", "0"], "--num_sampling_steps 0: must be at least 1"),
         ("flow", ["--cfg_scale", "nan"], None),
+        ("edm", ["--sampler", "eulr"], "--sampler eulr: unknown; choose one of ddpm, ddim, dpmsolver++"),
+        ("edm", ["--sampler", "unipc"], "--sampler unipc: it does not serve --objective edm; choose one of ddim, heun"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_sample(runs, name, flags, sentence, monkeypatch, tmp_path, capsys):
     arguments = ["--model_path", runs[name] / WEIGHTS, "--num_samples", "2", *flags]
     if sentence is None:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             call(monkeypatch, SAMPLE, tmp_path, *arguments)
+        assert "expected a finite number" in capsys.readouterr().err.splitlines()[-1]
         return
     assert call(monkeypatch, SAMPLE, tmp_path, *arguments) == 2
     assert sentence in capsys.readouterr().err
@@ -201,6 +204,11 @@ def test_what_does_not_fit_is_refused_before_any_sample(runs, name, flags, sente
         (["--objective", "flow", "--learn_sigma", "True"], "--learn_sigma True: it belongs to --objective ddpm"),
         (["--objective", "v", "--predict_xstart", "True"], "--predict_xstart True: it belongs to --objective ddpm"),
         (["--objective", "edm", "--sigma_data", "0"], "--sigma_data 0.0: must be positive"),
+        (["--objective", "flows"], "--objective flows: unknown; choose one of ddpm, x0, v, flow, edm"),
+        (["--objective", "flow", "--level_law", "normal"], "--level_law normal: unknown; choose one of uniform, logit"),
+        (["--objective", "flow", "--level_std", "0"], "--level_std 0.0: must be positive"),
+        (["--objective", "flow", "--time_shift", "-1"], "--time_shift -1.0: must be positive"),
+        (["--objective", "edm", "--p_std", "-1"], "--p_std -1.0: must be positive"),
         (["--objective", "edm", "--schedule_sampler", "loss-second-moment"], "it takes uniform"),
         (
             ["--objective", "flow", "--eval_sampler", "ddpm", "--eval_interval", "1", "--eval_ref", __file__],
@@ -211,6 +219,13 @@ def test_what_does_not_fit_is_refused_before_any_sample(runs, name, flags, sente
 def test_what_does_not_fit_is_refused_before_any_step(flags, sentence, monkeypatch, tmp_path, capsys):
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["level_mean", "level_std", "sigma_data", "p_mean", "p_std", "time_shift"])
+def test_a_number_that_is_none_is_refused_in_one_sentence(flag, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, f"--{flag}", "nan")
+    assert f"argument --{flag}: expected a finite number" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_settings_without_effect_are_said(monkeypatch, tmp_path, capsys):
