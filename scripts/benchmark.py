@@ -55,6 +55,7 @@ from benchmarking.setup import (
     utilisation,
     view_of,
 )
+from benchmarking.sources import sources
 from torch import Tensor
 from torch.profiler import profile
 
@@ -311,6 +312,7 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "train_step": train_step,
     "sample": sample,
     "data": data,
+    "sources": sources,
     "encode": encode,
     "assemble": assemble,
     "noise": noise,

@@ -501,6 +501,17 @@ def test_archives_of_64_bits_and_behind_other_bytes_are_read(tmp_path, paths):
     (tmp_path / "b.zip").write_bytes(content[:end] + record + locator + last)
     for name in "ab":
         assert open_source(str(tmp_path / f"{name}.zip")).read(0) == png(3)
+    # Sizes and place of a member beyond 4 GiB stand in an extra field of the directory.
+    at = content.index(b"PK\x01\x02")
+    sizes = struct.unpack_from("<LL", content, at + 20)
+    extra = struct.pack("<HHQQQ", 1, 24, sizes[1], sizes[0], 0)
+    entry = bytearray(content[at : at + 46]) + b"a.png" + extra
+    struct.pack_into("<LL", entry, 20, 0xFFFFFFFF, 0xFFFFFFFF)
+    struct.pack_into("<HH", entry, 28, 5, len(extra))
+    struct.pack_into("<L", entry, 42, 0xFFFFFFFF)
+    tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(entry), at, 0)
+    (tmp_path / "d.zip").write_bytes(content[:at] + entry + tail)
+    assert open_source(str(tmp_path / "d.zip")).read(0) == png(3)
     shifted = Path(paths["zip"]).read_bytes()
     (tmp_path / "c.zip").write_bytes(b"PK\x03\x04 a program" + shifted)
     assert open_source(str(tmp_path / "c.zip")).read(4) == IMAGES[IN_ORDER[4]]

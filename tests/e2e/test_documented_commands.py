@@ -187,6 +187,9 @@ TABLE = [
         makes="autoencoder_flowers64/config.json",
         says="autoencoder_flowers64",
     ),
+    Row(
+        r"--data_dir latents_imagenet512|--image_size 64 --vae_path none", elsewhere="e2e/test_resolutions.py runs both"
+    ),
     Row(r"--data_dir latents_imagenet256", **trains("output_latents"), says="12 images, 3 classes (n01440764, "),
     # docs/training.md
     Row(

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_policies_are_measured_beside_training_without_one(measure, monkeypatch)
     assert all(record[f"{name}_to_none{clock}"] > 0 for name in names for clock in ("", "_cpu"))
     # Of 4 blocks, mdt's two views, and its side block.
     assert record["mdt_cost"] > 1.8 and record["deferred_cost"] < 0.6 and record["dual_timestep_cost"] < 1.1
+
+
+def test_sources_are_the_same_images_in_each_form(measure, monkeypatch):
+    import benchmarking.sources as cases
+
+    streams = {}
+    load_data = cases.load_data
+
+    def spy(**settings):
+        seen = streams.setdefault(Path(settings["data_dir"]).name + type(settings["dataset"].source).__name__, [])
+        for images, extra in load_data(**settings):
+            seen.append(images)
+            yield images, extra
+
+    monkeypatch.setattr(cases, "load_data", spy)
+    (record,) = measure("sources")
+    assert len(streams) == 6 and {len(seen) for seen in streams.values()} == {ROUNDS}
+    folder, *others = streams.values()
+    for seen in others:
+        assert all(torch.equal(images, expected) for images, expected in zip(seen, folder, strict=True))
+    for form in ("zip", "tar", "parquet", "parquet_group_per_image", "npz"):
+        assert record[f"{form}_speed"] > 0 and record[f"{form}_speed_cpu"] > 0 and record[f"{form}_median_seconds"] > 0
 
 
 def calls_of(monkeypatch, owner, name):
