@@ -40,7 +40,7 @@ from masked_diffusion.runs.config import (
     read_config,
 )
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
-from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_positions, freeze, recognise
+from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_policy, fit_positions, freeze, recognise
 from masked_diffusion.script_util import (
     choose_num_workers,
     from_args,
@@ -345,7 +345,8 @@ def open_stream(
 def load_initial_weights(
     model: LatentTransformer, path: Path, args: argparse.Namespace, names: list[str], report: Callable[[str], None]
 ) -> None:
-    """--init_from: weights of the same model, perhaps of other classes, another resolution, or grey instead of colour.
+    """--init_from: weights of the same model, perhaps of other classes, another resolution, grey instead of colour, or
+    without a policy.
 
     Raises ValueError.
     """
@@ -357,6 +358,7 @@ def load_initial_weights(
     state = fit_channels(state, model, path, report)
     state = fit_positions(state, model, path, args.interpolate_pos, report)
     state = fit_labels(state, model, path, former.class_names if former else [], names, report)
+    state = fit_policy(state, model, path, args.policy, report)
     checkpoint.load_weights(model, state, path, args.drop_extra)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from masked_diffusion.choices import LAST_BLOCKS
 from masked_diffusion.data.class_names import IMAGENET_CLASSES, ClassNames
 from masked_diffusion.models import MODELS, SIZES
+from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.runs.checkpoint import LABEL_TABLE, PATCH_EMBEDDING
 
 POSITIONS = ("pos_embed", "decoder_pos_embed")
@@ -20,6 +22,7 @@ RELATIVE_INDEX = "attn.rel_pos_bias.relative_position_index"
 DECODER_TOKEN = "decoder.mask_token"
 OUTPUT_BIAS = "final_layer.linear.bias"
 OUTPUT = ("final_layer.linear.weight", OUTPUT_BIAS)
+MOST_NAMES = 8  # of weights, in a message
 # Family -> another one whose weights have the same names and shapes, of a network that means something else.
 TWINS = {"DiT": "SiT"}
 
@@ -229,6 +232,47 @@ def fit_labels(
         + "; the others start anew, the null class is kept"
     )
     return {**state, LABEL_TABLE: table}
+
+
+# -- another policy ----------------------------------------------------------------------------------------------------
+
+
+def fit_policy(
+    state: dict[str, Tensor], model: LatentTransformer, source: object, policy: str, warn: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """Weights for a model under a policy: what the policy adds to the model, and they lack, stays fresh.
+
+    Where the model predicts no variance and they do, its channels are left out.
+    """
+    expected = model.state_dict()
+    own = [name for name in expected if name.split(".")[0] in model.rejoin.weights]
+    unlike = [name for name in own if name not in state or state[name].shape != expected[name].shape]
+    layers = {name.rpartition(".")[0] or name for name in unlike}  # whole ones: a bias goes with its weights
+    fresh = [name for name in own if (name.rpartition(".")[0] or name) in layers]
+    if fresh:
+        warn(f"weights of --policy {policy} that {source} lacks start anew: {_in_short(fresh)}")
+        state = {**state, **{name: expected[name] for name in fresh}}
+    if len(state[OUTPUT_BIAS]) == 2 * len(expected[OUTPUT_BIAS]):
+        warn(f"{source}: the channels of its variance are left out, because this training predicts none")
+        mean = {name: _without_variance(state[name], model.out_channels) for name in OUTPUT}
+        state = {**state, **mean}
+    return state
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """Names of weights; those of many as the parts of the model that they are in, and how many there are in each."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    parts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(part if count == 1 else f"{part} ({count})" for part, count in parts.items())
+
+
+def _without_variance(rows: Tensor, channels: int) -> Tensor:
+    """Rows of the output layer, (p p 2 channels, ...), without those of the variance."""
+    return rows.view(-1, 2 * channels, *rows.shape[1:])[:, :channels].flatten(0, 1)
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
 
 
 def freeze(model: nn.Module, pattern: str) -> int:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
+from masked_diffusion.models import create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.tokens import KeptTokens
 
@@ -259,3 +261,54 @@ def test_what_a_policy_cannot_have_is_one_sentence_and_status_2(train, capsys, f
 def test_an_option_without_effect_under_a_policy_is_warned_about(monkeypatch, tmp_path, capsys, flags, warning):
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, "--max_steps", "1", *flags, sinks="stdout") == 0
     assert f"warning: {warning}" in capsys.readouterr().out
+
+
+# Policy -> flags of its training, and what is said of the weights that a plain model lacks.
+WARM = {
+    "tread": (["--model", "DiT_Ti_2"], None),
+    "sprint": (["--model", "DiT_Ti_2", "--mask_ratio", "0.75"], "route_token, fuse.weight, fuse.bias"),
+    "mdt": (["--model", "DiT_Ti_2"], "decoder_pos_embed, mask_token, sideblocks.0 (10)"),
+    "deferred": (["--model", "DiT_Ti_2", "--mask_ratio", "0.75", "--learn_sigma", "False"], "channels of its variance"),
+    "maskdit": ([*FLOW, "SiT_Ti_2"], "final_layer.linear (2), final_layer.adaLN_modulation (2)"),
+    "dual_timestep": ([*FLOW, "SiT_Ti_2"], None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(module_folder):
+    """Weights of plain models without zeros, by the model's name."""
+    folder = module_folder("plain")
+    torch.manual_seed(0)
+    for name in ("DiT_Ti_2", "SiT_Ti_2"):
+        model = create_model(name, input_size=8, in_channels=1, num_classes=10)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+    return folder
+
+
+@pytest.mark.parametrize("policy", WARM)
+def test_a_training_under_any_policy_starts_from_plain_weights_and_names_the_new_ones(
+    monkeypatch, tmp_path, plain, capsys, policy
+):
+    flags, sentence = WARM[policy]
+    name = next(flag for flag in flags if flag.endswith("_Ti_2"))
+    flags = ["--policy", policy, *flags, "--init_from", plain / f"{name}.pt", "--lr", "1e-30", "--max_steps", "1"]
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags, sinks="stdout") == 0
+    said = capsys.readouterr().out
+    assert ("start anew" in said or "left out" in said) == (sentence is not None) and (sentence or "") in said
+    given, trained = torch.load(plain / f"{name}.pt", weights_only=True), weights(tmp_path, 1)
+    new = {"maskdit": "final_layer.", "deferred": "final_layer.linear."}.get(policy, "nothing")
+    same = [name for name in given if not name.startswith(new)]
+    assert all(torch.equal(given[name], trained[name]) for name in same)
+    if policy == "deferred":  # rows are (row, column, channel) of a patch
+        mean = given["final_layer.linear.weight"].view(4, 2, -1)[:, 0]
+        assert torch.equal(trained["final_layer.linear.weight"], mean)
+
+
+def test_weights_of_another_policy_are_no_plain_ones(train, capsys):
+    folder = train("sprint", "--policy", "sprint", "--model", "DiT_Ti_2", "--mask_ratio", "0.75")
+    flags = ["--policy", "tread", "--model", "DiT_Ti_2", "--init_from", folder / "model000002.pt"]
+    train("other", *flags, status=2)
+    assert "3 names are not this model's, such as fuse.bias (--drop_extra True" in capsys.readouterr().err
+    train("other", *flags, "--drop_extra", "True")
