@@ -24,8 +24,9 @@ TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 
 def flags_for(device, steps, save_interval):
     halves = ["--use_bf16", "True"] if device.type == "cuda" else []
-    return [*TINY_DIGITS, "--device", device.type, "--max_steps", steps, "--save_interval", save_interval, "--lr", "1e-3",
-            "--ema_rate", "0.9", "--diffusion_steps", 50, *halves]  # fmt: skip
+    length = ["--max_steps", steps, "--save_interval", save_interval]
+    rates = ["--lr", "1e-3", "--ema_rate", "0.9", "--diffusion_steps", 50]
+    return [*TINY_DIGITS, "--device", device.type, *length, *rates, *halves]
 
 
 def kill_after(process, folder, step):
