@@ -164,6 +164,7 @@ GUIDANCE_FLAGS = (
     "guide_path",
     "guide_labels",
     "guide_ratio",
+    "guide_strong_ratio",
     "guide_from",
     "guidance",
     "cfg_scale",
@@ -172,6 +173,10 @@ GUIDANCE_FLAGS = (
     "cfg_channels",
     "cfg_skip_tol",
 )
+# What predictions can be led away from.
+GUIDE_FROM = ("null_label", "checkpoint", "path_drop", "masked", "routed")
+NULL_KINDS = ("null_label", "path_drop")  # whose weak prediction has the null label
+SPARSE_KINDS = ("masked", "routed")  # whose weak prediction has fewer tokens
 # Guidance schedules, and the settings that each has and no other.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "power_cosine": ("scale_pow",),

@@ -9,7 +9,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -42,6 +43,8 @@ from masked_diffusion.models import DiT, create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.runs.config import DiffusionConfig, RunConfig
+from masked_diffusion.sampling.guides import own_away
+from masked_diffusion.sampling.image_sampler import Draws
 from masked_diffusion.sampling.sampler_config import CONTINUOUS_STEPS, SamplerConfig
 
 # What schedulers of diffusers call the predictions of processes of timesteps.
@@ -62,6 +65,9 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         decode_layer: int | None = None,
         policy: str | None = None,
         route: str | None = None,
+        choose: str | None = None,
+        path_drop: float | None = None,
+        mask_ratio: float | None = None,
     ) -> None:
         super().__init__()
         self.network = create_model(
@@ -73,14 +79,35 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
             decode_layer=decode_layer,
             policy=policy,
             route=route,
+            choose=choose,
+            path_drop=path_drop,
+            mask_ratio=mask_ratio,
         )
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        return_dict: bool = True,
+        **view: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """hidden_states: (N, C, H, W); timestep, class_labels: (N,). The sample is (N, C_out, H, W)."""
-        sample = self.network(hidden_states, timestep, class_labels)
+        """hidden_states: (N, C, H, W); timestep, class_labels: (N,); view: the network's further arguments, such as
+        ``draw``, which tokens leave. The sample is (N, C_out, H, W).
+        """
+        sample = self.network(hidden_states, timestep, class_labels, **view)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+@dataclass(frozen=True)
+class _GeneratorDraws:
+    """The random numbers of guidance, from where those of the images come. count: of the images."""
+
+    count: int
+    generator: torch.Generator | list[torch.Generator] | None
+
+    def randn(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        return randn_tensor((self.count, *shape), generator=self.generator, device=torch.device(device))
 
 
 class MaskedDiffusionPipeline(DiffusionPipeline):
@@ -156,6 +183,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guide_from: str = SamplerConfig.guide_from,
+        guide_ratio: float | None = SamplerConfig.guide_ratio,
+        guide_strong_ratio: float = SamplerConfig.guide_strong_ratio,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per entry of class_labels, see :meth:`labels`. The scheduler works in float32 in any case.
 
@@ -163,8 +193,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: how
         many of the latent's channels are guided; None means three of four under the objective ``ddpm``, as published,
         and else all, as in diffusers' own pipelines. output_type: ``pil``, ``np`` (N, H, W, 3) in [0, 1], ``pt``
-        (N, 3, H, W), or ``latent``. Raises ValueError for a class that the model does not have, and for a scheduler
-        that takes other predictions than the transformer's.
+        (N, 3, H, W), or ``latent``. guide_from, guide_ratio, guide_strong_ratio: as the flags of
+        ``scripts/image_sample.py``; no second checkpoint. Raises ValueError for a class or a kind of guidance that the
+        model does not have, and for a scheduler that takes other predictions than the transformer's.
         """
         self._check_scheduler()
         config, device = self.transformer.config, self._execution_device
@@ -173,8 +204,10 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self._set_timesteps(num_inference_steps, device)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        guidance = self._guidance(guidance_scale, scale_pow, cfg_channels)
-        guided_predict = guidance.lead(self._predict)
+        guide = {"guide_from": guide_from, "guide_ratio": guide_ratio, "guide_strong_ratio": guide_strong_ratio}
+        draws = _GeneratorDraws(len(y), generator)
+        guidance = self._guidance(guidance_scale, cfg_channels, draws, scale_pow=scale_pow, **guide)
+        unguided_predict, guided_predict = guidance.unled(self._predict), guidance.lead(self._predict)
         is_idle = guidance.is_idle(self.scheduler.timesteps.cpu()).tolist()
         takes_variance = self._takes_variance()
         scales_input = hasattr(self.scheduler, "scale_model_input")
@@ -182,7 +215,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         settings = {"generator": generator} if takes_generator else {}
         for t, idle in zip(self.progress_bar(self.scheduler.timesteps), is_idle, strict=True):
             x = self.scheduler.scale_model_input(latents, t) if scales_input else latents
-            output = (self._predict if idle else guided_predict)(x, t.to(device).expand(len(y)), y)
+            output = (unguided_predict if idle else guided_predict)(x, t.to(device).expand(len(y)), y)
             output = output if takes_variance else output[:, : config.in_channels]
             latents = self.scheduler.step(output, t, latents, **settings).prev_sample
         images = latents if output_type == "latent" else self._decode(latents, output_type)
@@ -213,20 +246,32 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(num_steps, device=device)
 
-    def _guidance(self, guidance_scale: float | None, scale_pow: float, cfg_channels: int | None) -> Guidance:
+    def _guidance(
+        self, guidance_scale: float | None, cfg_channels: int | None, draws: Draws, **settings: Any
+    ) -> Guidance:
         """The guidance that the model is scored with, but for what the caller asks for."""
         config, objective = self.transformer.config, self.config.objective
+        if settings["guide_from"] == "checkpoint":
+            raise ValueError(
+                "guide_from checkpoint: this pipeline has one model; sample with scripts/image_sample.py, or choose "
+                "null_label, path_drop, masked or routed"
+            )
         asked = {} if guidance_scale is None else {"cfg_scale": guidance_scale}
-        sampler = SamplerConfig.of_family(config.model, cfg_cond=True, scale_pow=scale_pow, **asked)
-        guidance = sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps)
+        sampler = SamplerConfig.of_family(config.model, cfg_cond=True, **settings, **asked)
+        away = None
+        if sampler.guide_from != "null_label":
+            network, device = self.transformer.network, self._execution_device
+            new_away, _ = own_away(sampler, network, config.mask_ratio, "this model", device, "guide_from")
+            away = new_away(draws)
+        guidance = sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps, away)
         if cfg_channels is None:
             three_of_four = objective == "ddpm" and config.in_channels == GUIDED_CHANNELS + 1
             cfg_channels = GUIDED_CHANNELS if three_of_four else config.in_channels
         guidance = dataclasses.replace(guidance, channels=cfg_channels)
         if objective != "edm":
             return guidance
-        settings = ObjectiveConfig(objective="edm", sigma_data=self.scheduler.config.sigma_data)
-        return guidance.at(EDM(settings, DiffusionConfig().build).timesteps)
+        edm = ObjectiveConfig(objective="edm", sigma_data=self.scheduler.config.sigma_data)
+        return guidance.at(EDM(edm, DiffusionConfig().build).timesteps)
 
     def _takes_variance(self) -> bool:
         """Whether the scheduler uses the network's variance channels; the others get its first channels alone."""
@@ -238,8 +283,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self.scheduler.register_to_config(variance_type=None)
         return False
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False)[0].float()
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> Tensor:
+        return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False, **view)[0].float()
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if self.vae is not None:
@@ -323,6 +368,9 @@ def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL 
         decode_layer=model.decode_layer or None,
         policy=settings.policy,
         route=settings.route,
+        choose=settings.choose,
+        path_drop=settings.path_drop,
+        mask_ratio=settings.mask_ratio,
     )
     transformer.network.load_state_dict(model.state_dict())
     statistics = ChannelStatistics.recorded(config.first_stage)

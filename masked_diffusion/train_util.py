@@ -27,6 +27,7 @@ from masked_diffusion.processes.waiting import StoppedWaitingError
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
+from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.training.averages import SnapshotSaver, averages_of
 from masked_diffusion.training.bad_steps import BadSteps
 from masked_diffusion.training.budget import Budget
@@ -53,7 +54,7 @@ class TrainLoop:
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
-    begin; its checkpoint is read here. evaluation: None for none. signals: what ends the data's waits, too.
+    begin, read here. evaluation: None for none. signals: end the data's waits, too. preview_away: as of ``Preview``.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainLoop:
         position: int,
         evaluation: Evaluation | None = None,
         signals: StopSignals | None = None,
+        preview_away: NewAway | None = None,
     ) -> None:
         self.config = config
         self.run_config = run_config
@@ -87,7 +89,6 @@ class TrainLoop:
         self.folder = folder
         self.evaluation = evaluation
         self.signals = signals or StopSignals()
-
         self.model = model.train()
         self.shared_model, self.skeleton = prepare_model(self.model, start, config, ranks, logger)
         self.optimizer = GuardedOptimizer(
@@ -107,7 +108,7 @@ class TrainLoop:
         self.saver = Saver(state, config, run_config, ranks, logger, folder, start.step)
         begins = start.step if self._goes_on_here else 0
         self.snapshots = SnapshotSaver(self.emas, config.ema_snapshot_interval, ranks, logger, folder, begins)
-        self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text)
+        self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text, preview_away)
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
         self.meter = Meter(names_of_losses(model, objective), ranks)

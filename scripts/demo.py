@@ -118,7 +118,8 @@ class InferStudio:
             sampler = SamplerConfig(
                 cfg_cond=True, guide_from=name, guide_path=self._guide_path * (name == "checkpoint")
             )
-            open_away(sampler, self._trained, Request(), self._device, lambda text: None)
+            trained = self._trained
+            open_away(sampler, trained.model, trained.config, str(trained.path), Request(), self._device)
         except ValueError:
             return False
         return True

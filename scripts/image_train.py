@@ -73,7 +73,16 @@ MOST_USED = (
     "data_dir", "image_size", "model", "mask_ratio", "decode_layer", "batch_size", "lr", "max_steps", "save_interval",
     "dry_run",
 )  # fmt: skip
-OF_THE_MACHINE = {"device", "num_workers", "data_dir", "labels_file", "vae_path", "eval_ref", "eval_graph"}
+OF_THE_MACHINE = {
+    "device",
+    "num_workers",
+    "data_dir",
+    "labels_file",
+    "vae_path",
+    "eval_ref",
+    "eval_graph",
+    "guide_path",
+}
 OF_THE_LAUNCHER = {"local_rank", "rank", "world_size", "dist_url"}
 EVAL_SETTINGS = [name for name in EvalConfig.__dataclass_fields__ if name != "eval_interval"]
 EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.py"
@@ -106,6 +115,14 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     return image_train.prepare(args, asked, EVALUATOR, stack)
 
 
+def check_guides(args: argparse.Namespace) -> None:
+    """Raise ValueError where there is a weaker model and nothing to guide away from it, or the other way round."""
+    if bool(args.guide_path) != ("checkpoint" in (args.preview_guide_from, args.eval_guide_from)):
+        raise ValueError(
+            "--guide_path and --preview_guide_from checkpoint or --eval_guide_from checkpoint: give both, or none"
+        )
+
+
 def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
     """What was asked for, alike for all ranks and attempts of a job."""
     return " ".join(f"--{name} {getattr(args, name)}" for name in sorted(explicit - OF_THE_LAUNCHER))
@@ -114,9 +131,11 @@ def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
 def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
     """Give the flags that were left out the values that the other ones stand for.
 
-    Raises ValueError where --shard and --use_zero contradict each other, and as :func:`resolve_objective`.
+    Raises ValueError where --shard and --use_zero, or the flags of guidance, contradict each other, and as
+    :func:`resolve_objective`.
     """
     resolve_objective(args, explicit)
+    check_guides(args)
     if "use_zero" in explicit:
         asked = "zero" if args.use_zero else "none"
         if "shard" in explicit and args.shard != asked:
@@ -174,7 +193,11 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "finale_lr": not args.finale and "without --finale",
         **dict.fromkeys(("finale", "ratio_schedule"), not POLICIES[policy].drops and f"under --policy {policy}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
+        "preview_guide_from": (not args.preview_samples and "with --preview_samples 0")
+        or (not args.class_cond and "with --class_cond False"),
         **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
+        "eval_guide_from": (not args.eval_interval and "without --eval_interval")
+        or (not args.eval_cfg_scale and "with --eval_cfg_scale 0"),
         "random_flip": args.data_dir.startswith("builtin:digits") and "for the embedded digits",
         "max_bad_share": args.data_dir.startswith("builtin:digits") and "for the embedded digits",
         "tf32": args.device == "cpu" and "on a CPU",

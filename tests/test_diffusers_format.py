@@ -37,6 +37,8 @@ from masked_diffusion.first_stage import ChannelStatistics, load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
+from masked_diffusion.runs.request import Request
+from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.sampling.sampler_config import SamplerConfig
@@ -100,6 +102,47 @@ def test_the_pipeline_draws_what_our_sampler_draws_with_class_names(case):
     torch.manual_seed(0)
     plain = pipeline([2, "cat"], guidance_scale=1, num_inference_steps=7, output_type="latent").images
     assert_close(plain, drawn_by_us(model, config, torch.tensor([2, 0]), 7))
+
+
+@pytest.mark.parametrize("kind", ["path_drop", "masked", "routed"])
+def test_the_pipeline_guides_with_one_model_as_our_sampler_does(kind):
+    """The draws of both come from one generator, and the noise before them."""
+    policy = {"policy": "sprint", "mask_ratio": 0.5} if kind == "path_drop" else {"mask_ratio": 0.5}
+    model, config = trained(**policy)
+    settings = {"guide_strong_ratio": 0.25} if kind == "routed" else {}
+    sampler = SamplerConfig(7, cfg_cond=True, cfg_scale=2.5, guide_from=kind, **settings)
+
+    class Draws:
+        def randn(self, shape, device):
+            return torch.randn(2, *shape)
+
+    away = open_away(sampler, model, config, "", Request(), "cpu")[0](Draws())
+    process = dataclasses.replace(config.diffusion, timestep_respacing="7").build()
+    guidance = sampler.build_guidance(3, 1000, away)
+    torch.manual_seed(0)
+    noise, y = torch.randn(2, *config.model.latent_shape), torch.tensor([2, 0])
+    idle = guidance.is_idle(torch.tensor(process.timestep_map)).tolist()
+
+    def denoise(x, t, y):
+        led = guidance.unled(model) if idle[process.timestep_map.index(int(t[0]))] else guidance.lead(model)
+        return led(x, t, y)
+
+    expected = process.p_sample_loop(denoise, noise.shape, noise, clip_denoised=False, model_kwargs={"y": y})
+    pipeline = quiet(pipeline_of(model, config, None))
+    torch.manual_seed(0)
+    settings |= {"guidance_scale": 2.5, "num_inference_steps": 7, "output_type": "latent", "guide_from": kind}
+    assert_close(pipeline([2, 0], **settings).images, expected)
+
+
+def test_the_pipeline_refuses_guidance_that_it_cannot_have():
+    pipeline = quiet(pipeline_of(*trained(), None))
+    for kind, sentence in (
+        ("checkpoint", "guide_from checkpoint: this pipeline has one model"),
+        ("path_drop", "guide_from path_drop: this model is trained without dropping paths"),
+        ("masked", "guide_from masked: nothing says how this model was masked; give --guide_ratio"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            pipeline([0], guide_from=kind)
 
 
 @pytest.mark.parametrize("objective", ["x0", "v"])

@@ -212,6 +212,17 @@ def test_the_preview_is_the_same_picture_for_the_same_weights(train):
     assert (b / "preview_000001.png").exists() and not list(train().glob("preview_*"))
 
 
+def test_the_preview_is_guided_away_from_what_is_asked_for(train):
+    weak = train("--seed", "1") / "ema_0.9999_000002.pt"
+    flags = ["--preview_samples", "4", "--preview_steps", "3", "--lr", "0.05", "--ema_rate", "0.5"]
+    kinds = (["null_label"], ["checkpoint", "--guide_path", weak], ["masked"], ["routed"])
+    folders = [train(*flags, "--preview_guide_from", *kind) for kind in kinds]
+    pictures = [(folder / "preview_000002.png").read_bytes() for folder in folders]
+    assert len(set(pictures[:3])) == 3 and pictures[2] == pictures[3]  # without a share of its own, routed is masked
+    for folder in folders[1:]:
+        assert_same_weights(weights(folders[0], 2), weights(folder, 2))
+
+
 def test_the_preview_does_not_disturb_the_training(train):
     plain, shown = train(), train("--preview_samples", "2", "--preview_steps", "2", "--save_interval", "1")
     assert_same_weights(weights(plain, 2), weights(shown, 2))
@@ -405,6 +416,8 @@ def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(
         (["--sigma_small", "True"], "--sigma_small is ignored with --learn_sigma True"),
         (["--use_kl", "True", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas is ignored with --use_kl"),
         (["--preview_steps", "3"], "--preview_steps is ignored with --preview_samples 0"),
+        (["--preview_guide_from", "masked"], "--preview_guide_from is ignored with --preview_samples 0"),
+        (["--eval_guide_from", "masked"], "--eval_guide_from is ignored without --eval_interval"),
         (["--max_bad_share", "0"], "--max_bad_share is ignored for the embedded digits"),
         (["--random_flip", "True"], "--random_flip is ignored for the embedded digits"),
     ],

@@ -7,6 +7,7 @@ Guidance wraps the model; samplers know nothing of it. This module knows no mode
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -88,12 +89,19 @@ def combine(
 class Away(Protocol):
     """What a guided prediction is led away from: the weak prediction beside the strong one.
 
-    cost: passes of the model per guided step. It decides its own batching: how many passes it makes, and of how many
-    rows each.
+    cost: passes of the model per guided step. alone: passes of a step that needs the strong prediction only. It decides
+    its own batching: how many passes it makes, and of how many rows each.
     """
 
     @property
     def cost(self) -> float: ...
+
+    @property
+    def alone(self) -> float: ...
+
+    def strong(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> Tensor:
+        """The strong prediction alone, (N, C_out, H, W). Arguments as of :meth:`both`."""
+        ...
 
     def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
         """The strong and the weak prediction, each (N, C_out, H, W).
@@ -104,8 +112,17 @@ class Away(Protocol):
         ...
 
 
+class _OfWholeModel:
+    """What is led away is the model's prediction as it is without guidance."""
+
+    alone = 1.0
+
+    def strong(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> Tensor:
+        return model(x, t, y, **view)
+
+
 @dataclass(frozen=True)
-class NullLabel:
+class NullLabel(_OfWholeModel):
     """Classifier-free guidance (2207.12598): the weak prediction is that of the null label, in the same pass."""
 
     null_label: int
@@ -119,7 +136,7 @@ class NullLabel:
 
 
 @dataclass(frozen=True)
-class OtherModel:
+class OtherModel(_OfWholeModel):
     """Autoguidance (2406.02507): the weak prediction is that of a weaker model, for the same label.
 
     null_label: give the weaker model this label instead, for both kinds of guidance in one; None for the same label.
@@ -135,17 +152,49 @@ class OtherModel:
 
 
 @dataclass(frozen=True)
-class MaskedView:
-    """The weak prediction is the model's own where tokens are masked as in training, for the same label.
+class PathDrop(_OfWholeModel):
+    """Path-drop guidance (SPRINT, 2510.21986): the weak prediction has the null label and leaves out the route.
 
-    new_view: arguments of the model for a masked view of the batch, drawn anew at each call.
+    Both are rows of one batch, so that they share the blocks outside of the route. past: of a number n, the model's
+    arguments for a batch whose last n rows do not enter the route.
     """
 
-    new_view: Callable[[], dict[str, Any]]
+    null_label: int
+    past: Callable[[int], dict[str, Any]]
     cost: float
 
     def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
-        return model(x, t, y, **view), model(x, t, y, **self.new_view())
+        labels = torch.cat([y, torch.full_like(y, self.null_label)])
+        view = {name: value.repeat(2) for name, value in view.items()} | self.past(len(x))
+        strong, weak = model(torch.cat([x, x]), torch.cat([t, t]), labels, **view).chunk(2)
+        return strong, weak
+
+
+@dataclass(frozen=True)
+class SparserSelf:
+    """Both predictions are the model's for the same label; fewer tokens go through the weak one (2601.01608).
+
+    noise: drawn anew at each call, one for both predictions: at equal rates both have the same tokens, and nothing is
+    left to guide. strong_view, weak_view: of the noise, the model's arguments; a strong_view of None is all tokens.
+    Where a caller has a view of its own, such as inpainting's, the strong prediction takes that one.
+    """
+
+    noise: Callable[[], Tensor]
+    strong_view: Callable[[Tensor], dict[str, Any]] | None
+    weak_view: Callable[[Tensor], dict[str, Any]]
+    cost: float
+    alone: float = 1.0
+
+    def strong(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> Tensor:
+        if self.strong_view is not None and not view:
+            view = self.strong_view(self.noise())
+        return model(x, t, y, **view)
+
+    def both(self, model: Denoiser, x: Tensor, t: Tensor, y: Tensor, **view: Any) -> tuple[Tensor, Tensor]:
+        noise = self.noise()
+        if self.strong_view is not None and not view:
+            view = self.strong_view(noise)
+        return model(x, t, y, **view), model(x, t, y, **self.weak_view(noise))
 
 
 @dataclass(frozen=True)
@@ -169,6 +218,10 @@ class Guidance:
     def is_idle(self, t: Tensor) -> Tensor:
         """Whether the weak prediction has no say at these timesteps, (N,) bool. t: (N,) original timesteps."""
         return (self.weight(t) - 1).abs() <= self.skip_tol
+
+    def unled(self, model: Denoiser) -> Denoiser:
+        """Wrap ``model(x, t, y)`` so that it gives the strong prediction, for timesteps at which guidance is idle."""
+        return partial(self.away.strong, model)
 
     def lead(self, model: Denoiser) -> Denoiser:
         """Wrap ``model(x, t, y)`` so that it is guided at every timestep. The caller's state stays (N, C, H, W)."""

@@ -79,7 +79,7 @@ class Rejoin:
     adds_positions = False  # decoder_pos_embed, so that the walk does not
     interpolates = False  # predicts tokens from the others
     runs_whole = False  # has a part where all stay, too: a data-parallel run would wait for its gradients
-    drops_path = False  # heeds a draw's path_drop
+    drops_path = False  # heeds a draw's path_drop and past
     comes_back = True  # to the blocks of the network
 
     def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
@@ -95,8 +95,8 @@ class Rejoin:
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
         """Lead the tokens back that were away.
 
-        h: the kept tokens (N, K, D), or all where nobody was away. stash: all tokens from before the route (N, L, D).
-        c: conditioning (N, D). Returns (N, L, D).
+        h: the kept tokens (N, K, D), or all where nobody was away; without the draw's last samples where these went
+        past the route. stash: all tokens from before the route (N, L, D). c: conditioning (N, D). Returns (N, L, D).
         """
         return h if draw.kept is None else draw.kept.put_back(h, stash)
 
@@ -186,6 +186,8 @@ class Fuse(Rejoin):
             h = draw.kept.come_back(h, net.route_token)
         if draw.path_drop is not None:
             h = torch.where(draw.path_drop[:, None, None], net.route_token.to(h.dtype), h)
+        if draw.past:
+            h = torch.cat([h, net.route_token.to(h.dtype).expand(draw.past, h.shape[1], -1)])
         return net.fuse(torch.cat([h, stash.to(h.dtype)], dim=-1))
 
 
@@ -266,6 +268,7 @@ def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:
     Returns (N, L, D), or (N, K, D) where the route brings nobody back.
     """
     stash, index, kept = h, net.rel_index, None  # kept: None while all are here
+    conditioning = c  # of the samples in the blocks
     skips, outputs = net.skips, {EMBEDDED: h}
     for number, block in enumerate(net.stack):
         if number == net.route.leave:
@@ -273,13 +276,15 @@ def walk(net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:
             if draw.kept is not None:
                 kept = draw.kept
                 h, index = kept.leave(h), kept.relative_index(net.rel_index)
+            if draw.past:
+                h, conditioning = h[: -draw.past], c[: -draw.past]
         if number == net.route.back:
             h = net.rejoin(net, h, stash, c, draw)
-            kept, index = None, net.rel_index
+            kept, index, conditioning = None, net.rel_index, c
         if number == net.decoder_start and not net.rejoin.adds_positions:
             positions = net.decoder_pos_embed
             h = h + (positions if kept is None else kept.leave(positions.expand(len(h), -1, -1)))
-        h = block(h, c, index, outputs[skips[number]] if number in skips else None, draw.group)
+        h = block(h, conditioning, index, outputs[skips[number]] if number in skips else None, draw.group)
         if number in skips.values():
             outputs[number] = h
     return h

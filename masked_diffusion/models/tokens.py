@@ -91,11 +91,14 @@ class Draw(NamedTuple):
 
     kept: the tokens that stay; None for all. path_drop: (N,) bool, the samples whose way through the route counts for
     nothing; None for none. group: (N, L) bool, the tokens that have the second of two noise levels; None for one level.
+    past: so many samples at the end of the batch do not enter the route at all, which gives what path_drop gives for
+    less work; where all tokens stay.
     """
 
     kept: KeptTokens | None = None
     path_drop: Tensor | None = None
     group: Tensor | None = None
+    past: int = 0
 
     def repeat(self, times: int) -> "Draw":
         """The same draw for ``times`` batches of the same samples, one after the other."""

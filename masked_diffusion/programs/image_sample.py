@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from masked_diffusion import dist_util, script_util
-from masked_diffusion.choices import PUBLISHED_CHANNELS, family_policy, foreign_settings
+from masked_diffusion.choices import NULL_KINDS, PUBLISHED_CHANNELS, family_policy, foreign_settings
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models.block_modes import compile_blocks
 from masked_diffusion.randomness import stream_entry
@@ -54,7 +54,9 @@ def prepare(
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
     as_denoiser = partial(half_precision, enabled=args.use_fp16)
     guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
-    new_away, guide_record = open_away(sampler, trained, guide, device, lambda text: None, as_denoiser)
+    new_away, guide_record = open_away(
+        sampler, trained.model, trained.config, str(trained.path), guide, device, as_denoiser
+    )
     new_sampler = partial(
         ImageSampler,
         as_denoiser(trained.model),
@@ -156,7 +158,7 @@ def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
     if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
         raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
     unconditional = not (args.class_cond and trained.config.class_cond)
-    if (unconditional or (args.cfg_cond and args.guide_from == "null_label")) and not trained.model.has_null_class:
+    if (unconditional or (args.cfg_cond and args.guide_from in NULL_KINDS)) and not trained.model.has_null_class:
         flag = "--cfg_cond True" if args.cfg_cond else "--class_cond False"
         raise ValueError(f"{flag}: {trained.path} has no null class in its label table")
     return labels_for(trained.config, args.labels, args.num_samples, args.seed, args.class_cond)

@@ -39,8 +39,11 @@ from masked_diffusion.runs.config import (
     extensions_of,
     read_config,
 )
+from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
 from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_policy, fit_positions, freeze, recognise
+from masked_diffusion.sampling.guides import open_away
+from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.script_util import (
     choose_num_workers,
     from_args,
@@ -48,6 +51,7 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.eval_config import EvalConfig
+from masked_diffusion.training.preview import preview_sampler
 from masked_diffusion.training.train_config import TrainConfig, training_record
 from masked_diffusion.training.training_eval import Evaluation
 
@@ -102,10 +106,8 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     signals = StopSignals()
     data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
     stack.callback(data.close)
-    evaluation = None
-    if asked.eval_config.eval_interval:
-        evaluation = Evaluation(asked.eval_config, evaluator, run_config, first_stage, ranks, output.folder)
-        evaluation.try_out(leave_no_trace=args.dry_run)
+    preview_away = open_preview_away(config, run_config, model, device)
+    evaluation = open_evaluation(args, asked.eval_config, evaluator, run_config, model, first_stage, output)
     # The folder and its lock
     messages += output.claim(run_config, args.overwrite)
     # The log of another folder's run does not go on here.
@@ -118,7 +120,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     loop = TrainLoop(
         config=config, run_config=run_config, model=model, objective=objective, schedule_sampler=schedule_sampler,
         first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
-        start=start, position=position, evaluation=evaluation, signals=signals,
+        start=start, position=position, evaluation=evaluation, signals=signals, preview_away=preview_away,
     )  # fmt: skip
     if ranks.world_size == 1 and asked.explicit & {"shard", "use_zero"} and config.shard != "none":
         idle.append(f"--shard {config.shard} is ignored in a single process")
@@ -126,6 +128,35 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
+
+
+def open_preview_away(
+    config: TrainConfig, run_config: RunConfig, model: LatentTransformer, device: torch.device
+) -> NewAway | None:
+    """What previews are guided away from; None is the null label. Raises ValueError or OSError."""
+    if not config.preview_samples:
+        return None
+    sampler = preview_sampler(config, run_config)
+    return open_away(sampler, model, run_config, "this model", Request(), device, flag="--preview_guide_from")[0]
+
+
+def open_evaluation(
+    args: argparse.Namespace,
+    config: EvalConfig,
+    evaluator: Path,
+    run_config: RunConfig,
+    model: LatentTransformer,
+    first_stage: FirstStage,
+    output: "Output",
+) -> Evaluation | None:
+    """The evaluation that ``--eval_interval`` asks for, tried out; None without. Raises ValueError or OSError."""
+    if not config.eval_interval:
+        return None
+    sampler, ranks = config.sampler(run_config, args.guide_path), output.ranks
+    guide = open_away(sampler, model, run_config, "this model", Request(), ranks.device, flag="--eval_guide_from")
+    evaluation = Evaluation(config, evaluator, run_config, first_stage, ranks, output.folder, sampler, *guide)
+    evaluation.try_out(leave_no_trace=args.dry_run)
+    return evaluation
 
 
 def former_extensions(args: argparse.Namespace, command: str) -> Sequence[str] | None:
@@ -178,7 +209,7 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
         mask_ratio=model.mask_ratio,
         route=",".join(map(str, model.route)) if model.policy.takes_route else None,
         choose=model.policy.choose if model.policy.leaves else None,
-        path_drop=model.policy.path_drop or None,
+        path_drop=model.policy.path_drop if model.rejoin.drops_path else None,
         decoder=model.decoder_form,
     )
     if args.ratio_schedule != CONSTANT and model.policy.choose == "cells":
@@ -196,7 +227,7 @@ class Output:
         if launchers.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
             raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
         self._dry_run = args.dry_run
-        self._ranks = ranks
+        self.ranks = ranks
         self._stack = stack
         self._job = launchers.job_of(os.environ, command)
         self.folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
@@ -210,18 +241,18 @@ class Output:
     def plan_start(self, args: argparse.Namespace) -> checkpoint.Start:
         """Where the training begins. Of a job that is started again, what was asked of the first start must not undo
         its work."""
-        if self._ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._dry_run)):
+        if self.ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._dry_run)):
             args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
         asked = (args.resume_checkpoint, args.init_from, args.overwrite, self._dry_run)
-        return self._ranks.from_main(lambda: checkpoint.plan_start(self.folder, *asked))
+        return self.ranks.from_main(lambda: checkpoint.plan_start(self.folder, *asked))
 
     def claim(self, run_config: RunConfig, overwrite: bool) -> list[str]:
         """Make the folder this run's, after all is checked. Returns what the user has to be told."""
-        self._ranks.from_main(self._hold)
+        self.ranks.from_main(self._hold)
         if self._dry_run:
-            return self._ranks.from_main(lambda: check_folder(self.folder, run_config, overwrite))
-        messages = self._ranks.from_main(lambda: claim_folder(self.folder, run_config))
-        self._ranks.from_main(lambda: note_job(self.folder, self._job))
+            return self.ranks.from_main(lambda: check_folder(self.folder, run_config, overwrite))
+        messages = self.ranks.from_main(lambda: claim_folder(self.folder, run_config))
+        self.ranks.from_main(lambda: note_job(self.folder, self._job))
         return messages
 
 

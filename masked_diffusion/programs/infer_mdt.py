@@ -123,7 +123,7 @@ def row_of(
     sampler = sampler_of(args, config)
     labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
     guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
-    new_away, _ = open_away(sampler, trained, guide, device, lambda text: None)
+    new_away, _ = open_away(sampler, trained.model, config, str(trained.path), guide, device)
     make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True, new_away=new_away)
     if not args.image:
         return Row(name, make, labels)

@@ -1,55 +1,106 @@
-"""What a trained model's predictions can be led away from, beside the null label: another model, or its masked self."""
+"""What a trained model's predictions can be led away from, beside the null label: another model, or less of itself."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from masked_diffusion.diffusion.guidance import Away, Denoiser, MaskedView, OtherModel
-from masked_diffusion.models.tokens import num_kept_tokens
-from masked_diffusion.randomness import SampleNoise
-from masked_diffusion.runs.config import FIXED_PROCESS_SETTINGS, LATENT_SCALES
+from masked_diffusion.diffusion.guidance import Away, Denoiser, OtherModel, PathDrop, SparserSelf
+from masked_diffusion.models.backbone import LatentTransformer
+from masked_diffusion.models.policies import POLICIES
+from masked_diffusion.models.tokens import Draw, num_kept_tokens
+from masked_diffusion.runs.config import FIXED_PROCESS_SETTINGS, LATENT_SCALES, RunConfig
 from masked_diffusion.runs.request import Request
-from masked_diffusion.runs.trained import Trained, open_trained
-from masked_diffusion.sampling.image_sampler import NewAway, SamplerConfig
+from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.sampling.image_sampler import Draws, NewAway
+from masked_diffusion.sampling.sampler_config import SamplerConfig
+
+GUIDE_FLAG = "--guide_from"
 
 
 def open_away(
     sampler: SamplerConfig,
-    trained: Trained,
+    model: LatentTransformer,
+    config: RunConfig,
+    name: str,
     request: Request,
     device: torch.device | str,
-    warn: Callable[[str], None],
     as_denoiser: Callable[[nn.Module], Denoiser] = lambda model: model,
+    flag: str = GUIDE_FLAG,
 ) -> tuple[NewAway | None, dict[str, Any]]:
     """What the settings lead a model's predictions away from, for each batch, and what a manifest says of it.
 
-    request: for the second checkpoint. as_denoiser: how a model is called, such as in half precision. None is the null
-    label. Raises ValueError or FileNotFoundError for a second checkpoint that does not fit, and a model that cannot
-    mask.
+    model: what is guided, for its structure alone; its weights are not read. name: of it, in messages. request: for the
+    second checkpoint. as_denoiser: how a second model is called, such as in half precision. flag: that asked for the
+    kind. None is the null label.
+    Raises ValueError or FileNotFoundError for a second checkpoint that does not fit, and a kind that the model or its
+    training has not.
     """
     if not sampler.cfg_cond or sampler.guide_from == "null_label":
         return None, {}
-    if sampler.guide_from == "masked":
-        return _masked(trained, sampler.guide_ratio)
+    if sampler.guide_from == "checkpoint":
+        return _other_model(sampler, model, config, name, request, device, as_denoiser)
+    masks = not config.training or config.model.mask_ratio is not None
+    return own_away(sampler, model, config.model.mask_ratio if masks else 0.0, name, device, flag)
+
+
+def own_away(
+    sampler: SamplerConfig,
+    model: LatentTransformer,
+    trained_ratio: float | None,
+    name: str,
+    device: torch.device | str,
+    flag: str = GUIDE_FLAG,
+) -> tuple[NewAway, dict[str, Any]]:
+    """The kinds that need no second model: ``path_drop``, ``masked``, ``routed``.
+
+    trained_ratio: share of the tokens that left in the training; 0 for none, None where nothing says it. Other
+    arguments, and what is returned and raised, as of :func:`open_away`.
+    """
+    if sampler.guide_from == "path_drop":
+        return _path_drop(model, name, flag)
+    return _sparser_self(sampler, model, trained_ratio, name, device, flag)
+
+
+def _other_model(
+    sampler: SamplerConfig,
+    model: LatentTransformer,
+    config: RunConfig,
+    name: str,
+    request: Request,
+    device: torch.device | str,
+    as_denoiser: Callable[[nn.Module], Denoiser],
+) -> tuple[NewAway, dict[str, Any]]:
     path = Path(sampler.guide_path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"--guide_path {path}: no such file; give the checkpoint of the weaker model")
-    other = open_trained(path, request, device, warn)
-    if difference := _difference(trained, other):
-        raise ValueError(f"--guide_path {path}: it does not fit {trained.path}: {difference}")
+    other = open_trained(path, request, device, lambda text: None)
+    if difference := _difference(config, other.config):
+        raise ValueError(f"--guide_path {path}: it does not fit {name}: {difference}")
     takes_null = sampler.guide_labels == "null"
     if takes_null and not other.model.has_null_class:
         raise ValueError(f"--guide_labels null: {path} has no null class in its label table")
-    away = OtherModel(as_denoiser(other.model), other.config.model.num_classes if takes_null else None)
+    weak = with_fitting_views(as_denoiser(other.model), model, other.model)
+    away = OtherModel(weak, other.config.model.num_classes if takes_null else None)
     return lambda draws: away, {"from": "checkpoint", "weights": other.identity(), "labels": sampler.guide_labels}
 
 
-def _difference(strong: Trained, weak: Trained) -> str | None:
+def with_fitting_views(denoiser: Denoiser, model: LatentTransformer, other: LatentTransformer) -> Denoiser:
+    """A second model's denoiser, which takes the views of the first one where it can, else sees all tokens.
+
+    denoiser: calls ``other``. Inpainting masks tokens of ``model``: a model that has other tokens, or that does not
+    interpolate, has no such view.
+    """
+    if other.rejoin.interpolates and other.num_tokens == model.num_tokens:
+        return denoiser
+    return lambda x, t, y, **view: denoiser(x, t, y)
+
+
+def _difference(strong: RunConfig, weak: RunConfig) -> str | None:
     """The first thing that makes the predictions of two models no predictions of the same; None where there is none."""
-    a, b = strong.config, weak.config
+    a, b = strong, weak
     pairs = [
         ("the shape of its latents", a.model.latent_shape, b.model.latent_shape),
         ("the number of classes", a.model.num_classes, b.model.num_classes),
@@ -68,28 +119,60 @@ def _difference(strong: Trained, weak: Trained) -> str | None:
     return next((f"{name} is {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs), None)
 
 
-def _masked(trained: Trained, ratio: float | None) -> tuple[NewAway, dict[str, Any]]:
-    """The model's own masked view. ratio: None is the training's."""
-    model, config = trained.model, trained.config
-    trained_ratio = config.model.mask_ratio
-    if not model.policy.leaves or (config.training and trained_ratio is None):
+def _path_drop(model: LatentTransformer, name: str, flag: str) -> tuple[NewAway, dict[str, Any]]:
+    """The null label, without the blocks of the route."""
+    if not model.policy.path_drop:
+        fitting = ", ".join(name for name, policy in POLICIES.items() if policy.path_drop)
         raise ValueError(
-            f"--guide_from masked: {trained.path} was trained without masking; choose --guide_from null_label"
+            f"{flag} path_drop: {name} is trained without dropping paths, which --policy {fitting} does; choose "
+            "null_label"
         )
-    ratio = trained_ratio if ratio is None else ratio
-    if ratio is None:
-        raise ValueError(f"--guide_from masked: nothing says how {trained.path} was masked; give --guide_ratio")
-    num_keep = num_kept_tokens(model.num_tokens, ratio)
-    depth, away = len(model.stack), model.route.back - model.route.leave
-    side = len(getattr(model, "sideblocks", ()))
-    cost = 1 + (depth - away + away * num_keep / model.num_tokens + side) / depth
+    depth, routed = len(model.stack), model.route.back - model.route.leave
+    away = PathDrop(model.num_classes, lambda count: {"draw": Draw(past=count)}, 1 + (depth - routed) / depth)
+    return lambda draws: away, {"from": "path_drop"}
 
-    def new_away(draws: SampleNoise) -> Away:
-        def new_view() -> dict[str, Any]:
-            device = model.pos_embed.device
-            uniform = torch.special.ndtr(draws.randn((model.num_tokens,), device))
-            return {"draw": model.policy.draw(uniform, num_keep, None)}
 
-        return MaskedView(new_view, cost)
+def _sparser_self(
+    sampler: SamplerConfig,
+    model: LatentTransformer,
+    trained_ratio: float | None,
+    name: str,
+    device: torch.device | str,
+    flag: str,
+) -> tuple[NewAway, dict[str, Any]]:
+    """The model itself where fewer tokens are on its route, all of them in the strong prediction of ``masked``."""
+    kind, strong, weak = sampler.guide_from, sampler.guide_strong_ratio, sampler.guide_ratio
+    if not model.policy.leaves or trained_ratio == 0:
+        raise ValueError(f"{flag} {kind}: {name} is trained without masking; choose null_label")
+    if model.policy.counts_kept:
+        raise ValueError(f"{flag} {kind}: {name} learns nothing of the tokens that leave; choose null_label")
+    weak = trained_ratio if weak is None else weak
+    if weak is None:
+        raise ValueError(f"{flag} {kind}: nothing says how {name} was masked; give --guide_ratio")
+    strong_keep, weak_keep = (num_kept_tokens(model.num_tokens, ratio) for ratio in (strong, weak))
+    if strong_keep <= weak_keep:
+        raise ValueError(
+            f"--guide_strong_ratio {strong}: keeps {strong_keep} of the {model.num_tokens} tokens, and the weak "
+            f"prediction keeps {weak_keep}; it must keep more"
+        )
 
-    return new_away, {"from": "masked", "ratio": ratio}
+    def view_at(num_keep: int) -> Callable[[Tensor], dict[str, Any]]:
+        return lambda noise: {"draw": model.policy.draw(noise, num_keep, None)}
+
+    strong_view = view_at(strong_keep) if strong else None
+    alone = _passes(model, strong_keep) if strong else 1.0
+
+    def new_away(draws: Draws) -> Away:
+        def noise() -> Tensor:  # uniform
+            return torch.special.ndtr(draws.randn((model.num_tokens,), device))
+
+        return SparserSelf(noise, strong_view, view_at(weak_keep), alone + _passes(model, weak_keep), alone)
+
+    return new_away, {"from": kind, "ratio": weak, **({"strong_ratio": strong} if kind == "routed" else {})}
+
+
+def _passes(model: LatentTransformer, num_keep: int) -> float:
+    """What a pass costs with so many tokens on the route, in passes with all of them, by tokens and blocks."""
+    depth, routed = len(model.stack), model.route.back - model.route.leave
+    side = len(model.sideblocks) if model.rejoin.interpolates else 0
+    return (depth - routed + routed * num_keep / model.num_tokens + side) / depth

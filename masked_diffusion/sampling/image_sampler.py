@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +19,17 @@ from masked_diffusion.sampling.inpainting import Inpainting
 from masked_diffusion.sampling.pictures import to_uint8
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 
+
+class Draws(Protocol):
+    """Random numbers of a batch's samples, in the order in which they are asked for."""
+
+    def randn(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """(N, *shape) float32 normal."""
+        ...
+
+
 # Of the draws of a batch's samples, what guidance leads them away from.
-NewAway = Callable[[SampleNoise], Away]
+NewAway = Callable[[Draws], Away]
 
 
 class ImageSampler:
@@ -55,11 +65,11 @@ class ImageSampler:
         self._level_dtype = torch.long if config.objective.is_discrete else torch.float64
         self._model = model
         self._idle_levels = set(self._grid)
-        self._new_guidance: Callable[[SampleNoise], Guidance] | None = None
+        self._new_guidance: Callable[[Draws], Guidance] | None = None
         if sampler.cfg_cond:
             build = partial(sampler.build_guidance, config.model.num_classes, config.most_steps)
 
-            def new_guidance(draws: SampleNoise) -> Guidance:
+            def new_guidance(draws: Draws) -> Guidance:
                 return build(None if new_away is None else new_away(draws)).at(self._objective.timesteps)
 
             self._new_guidance = new_guidance
@@ -70,11 +80,14 @@ class ImageSampler:
 
     def passes(self) -> float:
         """Passes of the model that an image costs; a weak prediction may be less than one."""
-        cost = 1.0 if self._new_guidance is None else self._new_guidance(SampleNoise(self._seed, [])).away.cost
+        cost = alone = 1.0
+        if self._new_guidance is not None:
+            away = self._new_guidance(SampleNoise(self._seed, [])).away
+            cost, alone = away.cost, away.alone
         costs: list[float] = []
 
         def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
-            costs.append(1.0 if level[0].item() in self._idle_levels else cost)
+            costs.append(alone if level[0].item() in self._idle_levels else cost)
             return samplers.Prediction(x_t, x_t, x_t, x_t)
 
         # Some samplers look at a level twice, or not, so they are asked.
@@ -91,7 +104,8 @@ class ImageSampler:
         models = [self._model, self._model]
         if self._new_guidance is not None:
             draws = SampleNoise(self._seed, indices, "guide", self._stream)
-            models[1] = self._new_guidance(draws).lead(self._model)
+            guidance = self._new_guidance(draws)
+            models = [guidance.unled(self._model), guidance.lead(self._model)]
         predictor: Callable[..., samplers.Predict] = self._objective.predictor
         if inpainting is not None:
             halves = SampleNoise(self._seed, indices, "halves", self._stream)

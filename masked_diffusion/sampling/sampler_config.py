@@ -4,7 +4,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from masked_diffusion.choices import ALL_CHANNELS, GUIDED_CHANNELS, SAMPLERS, check_serves, family_of, parse_guidance
+from masked_diffusion.choices import (
+    ALL_CHANNELS,
+    GUIDE_FROM,
+    GUIDED_CHANNELS,
+    SAMPLERS,
+    SPARSE_KINDS,
+    check_serves,
+    family_of,
+    parse_guidance,
+)
 from masked_diffusion.choices import SCHEDULES as SCHEDULE_SETTINGS
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.family_defaults import SAMPLING
@@ -17,7 +26,6 @@ if TYPE_CHECKING:
 # Which edition of a sampler's steps this is; those that are not named step as in 0.1.0, or were not there.
 STEPS_EDITION = {"heun": 2}
 CONTINUOUS_STEPS = 1000  # what guidance schedules count the time of a continuous objective in
-GUIDE_FROM = ("null_label", "checkpoint", "masked")
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class SamplerConfig:
     num_sampling_steps: steps of the sampling. sampler: a name of ``SAMPLERS``. cfg_cond: guide with
     the schedule ``guidance`` (see ``choices.parse_guidance``) up to cfg_scale. guide_from: what predictions are led
     away from, one of ``GUIDE_FROM``. guide_path: the weaker model of ``checkpoint``. guide_labels: ``same`` labels for
-    it, or ``null``. guide_ratio: share of the tokens that ``masked`` masks; None is the training's. cfg_interval: first
+    it, or ``null``. guide_ratio: share of the tokens that leave in the weak prediction of ``masked`` and ``routed``;
+    None is the training's. guide_strong_ratio: the share in the strong prediction of ``routed``. cfg_interval: first
     and last original timestep that ``interval`` guides at, or, where levels are continuous, shares of noise in [0, 1].
     cfg_channels: 3 latent channels are guided, or with 4 all. cfg_skip_tol: where the weight is within this of 1, no
     weak prediction is computed. Raises ValueError for other values.
@@ -42,13 +51,22 @@ class SamplerConfig:
     guide_from: str = setting(
         "null_label",
         "what predictions are led away from: null_label (classifier-free guidance), checkpoint (the weaker model of "
-        "--guide_path) or masked (the model's own masked view)",
+        "--guide_path), path_drop (the null label without the blocks of the route), masked (the model's own masked "
+        "view) or routed (fewer tokens on the route than in the strong prediction)",
         "guidance",
     )
     guide_path: str = setting("", "checkpoint of the weaker model, with --guide_from checkpoint", "guidance")
     guide_labels: str = setting("same", "what the model of --guide_path is given: same labels, or null", "guidance")
     guide_ratio: float | None = setting(
-        None, "share of the tokens that --guide_from masked masks; None is the training's", "guidance"
+        None,
+        "share of the tokens that leave in the weak prediction of --guide_from masked or routed; None is the "
+        "training's",
+        "guidance",
+    )
+    guide_strong_ratio: float = setting(
+        0.0,
+        "share of the tokens that leave in the strong prediction of --guide_from routed, less than the weak one's",
+        "guidance",
     )
     guidance: str = setting(
         "power_cosine",
@@ -101,10 +119,16 @@ class SamplerConfig:
             raise ValueError(f"--guide_labels {self.guide_labels}: choose same or null")
         if self.guide_labels == "null" and self.guide_from != "checkpoint":
             raise ValueError("--guide_labels null: needs --guide_from checkpoint")
-        if self.guide_ratio is not None and self.guide_from != "masked":
-            raise ValueError(f"--guide_ratio {self.guide_ratio}: needs --guide_from masked")
+        if self.guide_ratio is not None and self.guide_from not in SPARSE_KINDS:
+            raise ValueError(f"--guide_ratio {self.guide_ratio}: needs --guide_from masked or routed")
         if self.guide_ratio is not None and not 0 < self.guide_ratio < 1:
             raise ValueError(f"--guide_ratio {self.guide_ratio}: must be between 0 and 1, a share of the tokens")
+        if self.guide_strong_ratio and self.guide_from != "routed":
+            raise ValueError(f"--guide_strong_ratio {self.guide_strong_ratio}: needs --guide_from routed")
+        if not 0 <= self.guide_strong_ratio < 1:
+            raise ValueError(
+                f"--guide_strong_ratio {self.guide_strong_ratio}: must be in [0, 1), a share of the tokens"
+            )
 
     @classmethod
     def of_family(cls, model: str, **settings: Any) -> "SamplerConfig":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from masked_diffusion.choices import SAMPLERS, check_serves
+from masked_diffusion.choices import GUIDE_FROM, SAMPLERS, check_serves
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.settings import flags_of, setting
@@ -40,6 +40,11 @@ class EvalConfig:
     eval_sampler: str = setting(SamplerConfig.sampler, flags_of(SamplerConfig)["sampler"].help, "evaluation")
     eval_sampling_steps: int = setting(SamplerConfig.num_sampling_steps, "steps of that sampler", "evaluation")
     eval_cfg_scale: float = setting(0.0, "largest weight of the guidance; 0 = none", "evaluation")
+    eval_guide_from: str = setting(
+        "null_label",
+        "what predictions are guided away from, such as masked; see --guide_from of image_sample.py",
+        "evaluation",
+    )
     eval_batch_size: int = setting(32, "images per process that are sampled at a time", "evaluation")
 
     def __post_init__(self) -> None:
@@ -52,7 +57,8 @@ class EvalConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be {least} or more")
-        for name, choices in (("eval_backend", BACKENDS), ("eval_sampler", SAMPLERS)):
+        choices_of = {"eval_backend": BACKENDS, "eval_sampler": SAMPLERS, "eval_guide_from": GUIDE_FROM}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         if not self.eval_interval:
@@ -68,9 +74,11 @@ class EvalConfig:
                 f"--eval_graph {self.eval_graph}: no such file; evaluations/README.md says where to get the network"
             )
 
-    def sampler(self, run_config: RunConfig) -> SamplerConfig:
+    def sampler(self, run_config: RunConfig, guide_path: str = "") -> SamplerConfig:
         """The published sampling of the model's family with these settings. Raises ValueError for what the trained
-        process or model cannot do, and for a sampler that does not serve the objective."""
+        process or model cannot do, and for a sampler that does not serve the objective.
+
+        guide_path: the weaker model's checkpoint, where predictions are guided away from one."""
         check_serves(self.eval_sampler, run_config.objective.objective, "--eval_sampler")
         if (steps := run_config.most_steps) is not None and self.eval_sampling_steps > steps:
             raise ValueError(f"--eval_sampling_steps {self.eval_sampling_steps}: the process has {steps}")
@@ -82,4 +90,6 @@ class EvalConfig:
         if not self.eval_cfg_scale:
             return SamplerConfig(**settings)
         settings |= {"cfg_cond": True, "cfg_channels": run_config.objective.guided_channels}
+        settings |= {"guide_from": self.eval_guide_from}
+        settings |= {"guide_path": guide_path} if self.eval_guide_from == "checkpoint" else {}
         return SamplerConfig.of_family(run_config.model.model, cfg_scale=self.eval_cfg_scale, **settings)

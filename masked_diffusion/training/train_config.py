@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from masked_diffusion.choices import (
     CONSTANT,
+    GUIDE_FROM,
     LONGEST_STD,
     OPTIMIZERS,
     SHARDINGS,
@@ -112,6 +113,14 @@ class TrainConfig:
     weights_format: str = setting("pt", "of model and EMA files: pt or safetensors", "saving")
     preview_samples: int = setting(16, "images in the grid drawn at every save; 0 = none", "saving")
     preview_steps: int = setting(25, "sampling steps of that grid", "saving")
+    preview_guide_from: str = setting(
+        "null_label",
+        "what that grid is guided away from, such as masked; see --guide_from of image_sample.py",
+        "saving",
+    )
+    guide_path: str = setting(
+        "", "checkpoint of a weaker model, with --preview_guide_from or --eval_guide_from checkpoint", "saving"
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_interval", "save_interval", "preview_steps", "ema_snapshot_interval"):
@@ -133,7 +142,7 @@ class TrainConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share {self.max_bad_share}: must be in [0, 1], a share of the images")
-        for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS)):
+        for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS), ("preview_guide_from", GUIDE_FROM)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         self._check_end()

@@ -25,8 +25,9 @@ from masked_diffusion.first_stage import FirstStage
 from masked_diffusion.randomness import stream_entry
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig, library_versions
-from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
+from masked_diffusion.sampling.image_sampler import ImageSampler, NewAway, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.training.eval_config import METRICS, EvalConfig
 
 FOLDER_NAME = "evaluation"
@@ -52,6 +53,8 @@ class EvaluationStoppedError(EvaluationError):
 
 class Evaluation:
     """Evaluates one training. program: the evaluator's script. folder: of the run; each evaluation has a folder in it.
+    sampler: of :meth:`EvalConfig.sampler`. new_away, guide_record: of its guidance, see
+    :func:`masked_diffusion.sampling.guides.open_away`.
 
     Its methods are called by all ranks together. Raises ValueError or FileNotFoundError where it cannot work.
     """
@@ -64,6 +67,9 @@ class Evaluation:
         first_stage: FirstStage,
         ranks: Ranks,
         folder: Path,
+        sampler: SamplerConfig,
+        new_away: NewAway | None,
+        guide_record: dict[str, Any],
     ) -> None:
         if not program.is_file():
             raise FileNotFoundError(
@@ -76,7 +82,9 @@ class Evaluation:
         self._first_stage = first_stage
         self._ranks = ranks
         self._folder = folder
-        self._sampler = config.sampler(run_config)
+        self._sampler = sampler
+        self._new_away = new_away
+        self._guide_record = guide_record
         self._labels = labels_for(run_config, "random", config.eval_num_samples, self._sampler.seed)
 
     @property
@@ -158,6 +166,7 @@ class Evaluation:
             "num_samples": self.config.eval_num_samples,
             "batch_size": self.config.eval_batch_size,
             **stream_entry(self._run_config.stream),
+            **({"guide": self._guide_record} if self._guide_record else {}),
         }
 
     def _sample(self, samples: SampleSet, model: Denoiser, asked_to_stop: Callable[[], bool]) -> None:
@@ -165,7 +174,13 @@ class Evaluation:
         one of them meets is known to all."""
         ranks = self._ranks
         make = ImageSampler(
-            model, self._run_config, self._sampler, self._first_stage, ranks.device, stream=self._run_config.stream
+            model,
+            self._run_config,
+            self._sampler,
+            self._first_stage,
+            ranks.device,
+            stream=self._run_config.stream,
+            new_away=self._new_away,
         )
         for first in range(0, samples.num_batches, ranks.world_size):
             batch, failure = first + ranks.rank, None

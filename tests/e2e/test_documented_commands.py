@@ -212,7 +212,9 @@ TABLE = [
         makes="output_digits/best.json",
         without="output_digits",
     ),
-    Row(r"--guide_from (checkpoint|masked)", elsewhere="sampling/test_guides.py samples with each kind"),
+    Row(
+        r"--guide_from (checkpoint|path_drop|masked|routed)", elsewhere="sampling/test_guides.py samples with each kind"
+    ),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
     Row(r"^python scripts/posthoc_ema\.py", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
     Row(r"^python scripts/study\.py", elsewhere="scripts/test_study.py runs it with two arms and few steps"),

@@ -94,10 +94,12 @@ def test_the_published_sampling_commands_run_in_one_folder(published_weights, tm
         assert file["arr_1"].shape == (5,) and file["arr_1"].dtype == np.int64
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
-def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights, tmp_path, sampler):
+@pytest.mark.parametrize("sampler, guide_from", [("ddpm", "null_label"), ("unipc", "routed")])
+def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights, tmp_path, sampler, guide_from):
     flags = ["--model_path", published_weights, "--num_sampling_steps", 3, "--num_samples", 7,
-             "--batch_size", 2, "--cfg_cond", "True", "--sampler", sampler]  # fmt: skip
+             "--batch_size", 2, "--cfg_cond", "True", "--sampler", sampler, "--guide_from", guide_from]  # fmt: skip
+    if guide_from == "routed":
+        flags += ["--guide_strong_ratio", 0.2, "--guide_ratio", 0.6]
     for name, processes in (("one", None), ("two", 2)):
         run(SAMPLE, tmp_path / name, *flags, processes=processes)
     one, two = ((tmp_path / name / "samples_7x32x32x3.npz").read_bytes() for name in ("one", "two"))

@@ -97,9 +97,9 @@ def test_an_evaluation_in_a_training_of_0_1_0_draws_from_its_stream_and_compares
     streams = []
 
     class Spy(ImageSampler):
-        def __init__(self, *args, stream):
+        def __init__(self, *args, stream, **settings):
             streams.append(stream)
-            super().__init__(*args, stream=stream)
+            super().__init__(*args, stream=stream, **settings)
 
     monkeypatch.setattr(training_eval, "ImageSampler", Spy)
     np.savez(former / "reference.npz", arr_0=np.zeros((4, 8, 8, 3), dtype=np.uint8))

@@ -112,7 +112,7 @@ def test_classes_are_drawn_in_turn():
 
 def test_the_choices_are_what_the_model_can_do(studio):
     choices = studio.choices
-    assert choices.guides == ["null_label", "masked"] and choices.modes == ["side", "plain"]
+    assert choices.guides == ["null_label", "masked", "routed"] and choices.modes == ["side", "plain"]
     assert "ddpm" in choices.samplers and "euler" not in choices.samplers
     assert len(choices.classes) == 10 and choices.usual.cfg_scale == 4.0 and choices.usual.num_sampling_steps == 50
 

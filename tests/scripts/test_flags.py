@@ -25,6 +25,7 @@ CONTRACT = {
         "num_workers": -1,
         "fast_decode": False, "grey": False,
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "tf32": False,
+        "preview_guide_from": "null_label", "eval_guide_from": "null_label", "guide_path": "",
         "keep_checkpoints": 0, "keep_every": 0, "max_bad_steps": 10, "weights_format": "pt", "dry_run": False,
         "eval_interval": 0, "eval_num_samples": 10000, "eval_ref": "", "eval_graph": "", "eval_backend": "torch",
         "eval_sampler": "ddpm", "eval_sampling_steps": 250, "eval_cfg_scale": 0.0, "eval_batch_size": 32,
@@ -55,7 +56,7 @@ CONTRACT = {
         "num_classes": None, "tf32": True, "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None,
         "cfg_channels": 3, "cfg_skip_tol": 0.0, "interpolate_pos": False, "drop_extra": False, "compile": False,
         "guide_from": "null_label",
-        "guide_path": "", "guide_labels": "same", "guide_ratio": None,
+        "guide_path": "", "guide_labels": "same", "guide_ratio": None, "guide_strong_ratio": 0.0,
     },
     "scripts/convert_checkpoint.py": {
         "model_path": "", "out": "", "model": None,
@@ -72,7 +73,7 @@ CONTRACT = {
         "vae_decoder": "mse", "sampler": "ddpm", "guidance": "power_cosine", "cfg_interval": None, "cfg_channels": 3,
         "cfg_skip_tol": 0.0, "sweep": None, "frames": 0, "image": None, "mask": None, "inpaint_mode": "side",
         "interpolate_pos": False, "drop_extra": False, "guide_from": "null_label",
-        "guide_path": "", "guide_labels": "same", "guide_ratio": None,
+        "guide_path": "", "guide_labels": "same", "guide_ratio": None, "guide_strong_ratio": 0.0,
     },
 }  # fmt: skip
 

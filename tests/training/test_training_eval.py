@@ -66,9 +66,15 @@ def test_columns_stand_in_every_row_and_are_empty_where_nothing_was_evaluated(tr
     assert "step 2: FID " in (folder / "log.txt").read_text() and " of 5 samples" in (folder / "log.txt").read_text()
 
 
-def test_an_evaluation_is_what_sampling_its_checkpoint_gives(train, monkeypatch, tmp_path):
-    folder = train("run", "--eval_cfg_scale", "400", "--eval_interval", "2")
+@pytest.mark.parametrize("kind", ["null_label", "checkpoint", "masked", "routed"])
+def test_an_evaluation_is_what_sampling_its_checkpoint_gives(train, monkeypatch, tmp_path, kind):
+    weak = train("weak", "--eval_interval", "0", "--seed", "1") / "ema_0.5_000002.pt" if kind == "checkpoint" else None
+    path = ["--guide_path", weak] if weak else []
+    folder = train("run", "--eval_cfg_scale", "400", "--eval_interval", "2", "--eval_guide_from", kind, *path)
+    record = json.loads((folder / "evaluation" / "000002" / "manifest.json").read_text())["settings"]
+    assert record.get("guide", {}).get("from", "null_label") == kind
     sampled = ["--model_path", folder / "ema_0.5_000002.pt", "--cfg_cond", "True", "--cfg_scale", "400"]
+    sampled += ["--guide_from", kind, *path]
     sampled += ["--num_sampling_steps", "2", "--num_samples", "5", "--batch_size", "2", "--device", "cpu"]
     assert call(monkeypatch, SAMPLE, tmp_path / "samples", *sampled) == 0
     with np.load(tmp_path / "samples" / "samples_5x8x8x3.npz") as file:
