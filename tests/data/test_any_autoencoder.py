@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support import call, script
 
 from masked_diffusion.data.latent_cache import LatentCache, ShardFiles, read_record
-from masked_diffusion.first_stage import ChannelStatistics, load_first_stage
+from masked_diffusion.first_stage import CachedPosterior, ChannelStatistics, load_first_stage
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs.trained import Request, open_trained
 
@@ -180,7 +180,7 @@ def test_another_class_is_refused_with_those_that_work(folders, tmp_path):
 @pytest.mark.parametrize("name", ["flux", "dc_ae"])
 def test_normalised_latents_have_mean_0_and_deviation_1_in_each_channel(folders, caches, name):
     dataset = open_dataset(str(caches / name), image_size=SIDE)
-    first_stage = script(TRAIN).CachedPosterior(load_first_stage(str(folders / name), "cpu"), *dataset.encoded_by)
+    first_stage = CachedPosterior(load_first_stage(str(folders / name), "cpu"), *dataset.encoded_by)
     cache = LatentCache(str(caches / name))
     moments = torch.stack(
         [torch.from_numpy(cache.moments(i, mirrored)) for i in range(len(dataset)) for mirrored in (False, True)]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from golden_arrays import GOLDENS
 from PIL import Image
-from support import REPO, TINY_DIGITS, call, environment, rows, run_command, script
+from support import REPO, TINY_DIGITS, call, environment, rows, run_command
 
+from masked_diffusion.programs import read_digits
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.image_sampler import ImageSampler
@@ -201,9 +202,8 @@ def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
 
 def check_filled_digits(path):
     """Held-back digits of which two columns are known become the digit after them, in both modes."""
-    reader = script("scripts/read_digits.py")
-    classifier = reader.train_classifier("digits")
-    pixels, labels = (tensor[:50] for tensor in reader.embedded_images("digits-test"))
+    classifier = read_digits.train_classifier("digits")
+    pixels, labels = (tensor[:50] for tensor in read_digits.embedded_images("digits-test"))
     trained = open_trained(path, Request(), "cpu", warn=pytest.fail)
     make = ImageSampler(
         trained.model,
@@ -219,4 +219,4 @@ def check_filled_digits(path):
     for side in (None, SideInterpolation.of(trained.model)):
         images = torch.from_numpy(make(range(50), asked.tolist(), Inpainting(known, hole, side)))
         assert (images[:, :, :2].int() - pixels[:, :, :2].int()).abs().max() <= 1  # truncation to uint8
-        assert (reader.predict(classifier, images) == asked).float().mean() > 0.8  # 0.1 by chance
+        assert (read_digits.predict(classifier, images) == asked).float().mean() > 0.8  # 0.1 by chance

@@ -8,6 +8,7 @@ from golden_arrays import set_golden_weights
 from support import TINY_DIGITS, call, script
 
 from masked_diffusion.models import create_model
+from masked_diffusion.programs import infer_mdt
 
 TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
 SMALL = ["--vae_path", "none", "--num_samples", "2", "--num_sampling_steps", "2", "--device", "cpu"]
@@ -118,20 +119,20 @@ def test_the_masked_models_are_guided_by_the_power_cosine_schedule(monkeypatch, 
 def test_the_published_file_of_version_2_is_drawn_from_as_published(monkeypatch, tmp_path):
     weights_of(tmp_path / "mdt_xl2_v2_ckpt.pt", "MDTv2_Ti_2", num_classes=1000)
     monkeypatch.chdir(tmp_path)
-    module, seen = script(INFER), {}
-    sampler = module.ImageSampler
+    sampler, seen = infer_mdt.ImageSampler, {}
 
     def spy(model, config, settings, *args, **kwargs):
         seen.update(vars(settings), model=config.model.model)
         return sampler(model, config, settings, *args, **kwargs)
 
-    monkeypatch.setattr(module, "ImageSampler", spy)
+    monkeypatch.setattr(infer_mdt, "ImageSampler", spy)
     flags = ["--vae_path", "none", "--device", "cpu", "--num_sampling_steps", "2", "--decode_layer", "2"]
     assert call(monkeypatch, INFER, tmp_path, *flags) == 0
     expected = {"cfg_scale": 4.0, "scale_pow": 0.01, "seed": 1, "model": "MDTv2_Ti_2"}
     assert expected.items() <= seen.items()
-    assert module.PUBLISHED_V2["num_sampling_steps"] == 250
-    assert module.PUBLISHED_V2["labels"] == "19,23,106,108,278,282" and (tmp_path / "sample.jpg").is_file()
+    published = script(INFER).PUBLISHED_V2
+    assert published["num_sampling_steps"] == 250
+    assert published["labels"] == "19,23,106,108,278,282" and (tmp_path / "sample.jpg").is_file()
 
 
 def test_use_zero_is_another_name_of_shard_zero(monkeypatch, tmp_path, capsys):
