@@ -1,45 +1,29 @@
 """What a training would cost, from a step or two of it that are made and forgotten."""
 
-import copy
 import resource
 import sys
 import time
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion.choices import SHARDINGS
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.block_modes import blocks_of
+from masked_diffusion.models.cost import cost, forward_cost
 from masked_diffusion.models.policies import View
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.optimizers import MOMENTS
+from masked_diffusion.training.train_config import TERA
 
 GIGA = 1e9
 
 
-def forward_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int], view: View) -> float:
-    """Of one image through the model; a multiply-add counts as one, as in the papers' tables. Where the mask ratio is
-    drawn, it is the mean one."""
-    on_paper = copy.deepcopy(model).to("meta").eval()
-    x = torch.zeros(1, *latent_shape, device="meta")
-    zero = torch.zeros(1, dtype=torch.long, device="meta")
-    draw = on_paper.draw(torch.zeros(1, model.num_tokens, device="meta"), 0.5) if view.drops else None
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_paper(x, zero, zero, draw=draw)
-    return counter.get_total_flops() / 2 / GIGA
-
-
-def views_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> list[float]:
-    """Forward of one image, in each view of a training step."""
-    return [forward_gflops(model, latent_shape, view) for view in model.views]
-
-
-def training_gflops(model: LatentTransformer, latent_shape: tuple[int, int, int]) -> float:
-    """Forward and backward of one image in a training step; backward takes twice the forward's."""
-    return 3 * sum(views_gflops(model, latent_shape))
+def view_gflops(model: LatentTransformer, view: View) -> float:
+    """Forward of one image in a view of a training step; a multiply-add counts as one, as in the papers' tables. Where
+    the mask ratio is drawn, it is the mean one."""
+    return forward_cost(model, model.num_keep(0.5) if view.drops else None) / GIGA
 
 
 def state_gigabytes(model: LatentTransformer, opt: str, num_emas: int, shard: str, processes: int) -> float:
@@ -91,11 +75,11 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     """Train two steps, of which the second is timed, and say what a run would need. Nothing is written."""
     seconds = [_timed(loop) for _ in range(2)][1]
     model, config = loop.model, loop.config
-    gflops = views_gflops(loop.skeleton, loop.run_config.model.latent_shape)
+    gflops = [view_gflops(loop.skeleton, view) for view in loop.views]
     words = [" masked" if view.drops else " with all tokens" for view in loop.views]
     words = words if loop.model.policy.drops else [""]
     passes = ", ".join(f"{number:.4g}{word}" for number, word in zip(gflops, words, strict=True))
-    step = training_gflops(loop.skeleton, loop.run_config.model.latent_shape)
+    step = cost(loop.skeleton) / GIGA
     peak = peak_gigabytes(loop.ranks)
     where = "on the GPU" if loop.ranks.device.type == "cuda" else "on the host"
     lines = [
@@ -108,6 +92,12 @@ def try_out(loop: TrainLoop, num_images: int) -> list[str]:
     ]
     if (end := loop.budget.last_step) is None:
         return [*lines, "no end: give --max_steps, --max_compute or --lr_anneal_steps to see how long a run takes"]
+    if config.finale and loop.model.policy.drops:
+        whole = cost(loop.skeleton, loop.skeleton.num_tokens) / GIGA
+        lines.append(
+            f"finale: the last {config.finale:.0%} of the run on all tokens, {whole:.4g} GFLOPs per image in a step"
+        )
+    lines.append(f"compute of the whole run: {loop.budget.at_end().compute / TERA:.4g} TFLOPs")
     left = max(0, end - loop.start_step)
     days = left * seconds / 86400
     epochs = left * loop.global_batch / num_images

@@ -56,10 +56,10 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def scales(run: RunLog) -> dict[str, np.ndarray]:
     """What a run is plotted against: title -> (rows,). A multiply-add counts as one, as in the papers."""
-    from masked_diffusion.dry_run import training_gflops  # with torch, which takes seconds to import
+    from masked_diffusion.models.cost import cost  # with torch, which takes seconds to import
 
     config, images = run.config(), run.columns["samples"]
-    gflops = training_gflops(config.model.build(), config.model.latent_shape)
+    gflops = cost(config.model.build()) / 1e9
     return {
         "steps": run.steps,
         "images": images,

@@ -63,10 +63,10 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
 
 def cost(runs: list[RunLog], hardware: str) -> dict[str, object]:
     """What one run takes."""
-    from masked_diffusion.dry_run import training_gflops  # with torch, which takes seconds to import
+    from masked_diffusion.models.cost import cost as step_cost  # with torch, which takes seconds to import
 
     config, images = runs[0].config(), int(runs[0].columns["samples"][-1])
-    gflops = training_gflops(config.model.build(), config.model.latent_shape)
+    gflops = step_cost(config.model.build()) / 1e9
     return {
         "steps": int(runs[0].steps[-1]),
         "images": images,

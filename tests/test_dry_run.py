@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import TINY_DIGITS, call
 
-from masked_diffusion.dry_run import forward_gflops, state_gigabytes
+from masked_diffusion.dry_run import state_gigabytes, view_gflops
 from masked_diffusion.models import MODELS
 from masked_diffusion.runs.config import ModelConfig
 
@@ -47,6 +47,16 @@ def test_the_numbers_of_a_run_are_said(dry, tmp_path):
     assert days == pytest.approx(1000 * seconds / 86400, rel=0.01)
 
 
+def test_compute_and_finale_of_the_whole_run_are_said(dry, tmp_path):
+    flags = ["--model", "DiT_Ti_2", "--policy", "deferred", "--objective", "flow", "--mask_ratio", "0.75"]
+    out = dry(tmp_path, *flags, "--max_steps", "10", "--finale", "0.5", "--batch_size", "2")
+    step = float(re.search(r"a training step ([\d.]+)", out)[1])
+    share, whole = re.search(r"finale: the last (\d+)% of the run on all tokens, ([\d.]+) GFLOPs", out).groups()
+    assert share == "50" and float(whole) > 1.5 * step
+    total = float(re.search(r"compute of the whole run: ([\d.]+) TFLOPs", out)[1])
+    assert total == pytest.approx(2 * 5 * (step + float(whole)) / 1000, rel=1e-3)
+
+
 def test_without_an_end_there_are_no_days(dry, tmp_path):
     assert "no end" in dry(tmp_path, "--max_steps", "0")
 
@@ -75,7 +85,7 @@ def test_flops_are_those_of_the_papers():
     config = ModelConfig("MDT_XL_2", 256, 8, 4, 1000, mask_ratio=0.3, decode_layer=2)
     with torch.device("meta"):
         model = config.build()
-    full, masked = (forward_gflops(model, config.latent_shape, view) for view in model.views)
+    full, masked = (view_gflops(model, view) for view in model.views)
     assert full == pytest.approx(118.6, abs=0.1)
     assert masked / full == pytest.approx(0.75, abs=0.005)
 

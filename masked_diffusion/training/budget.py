@@ -114,10 +114,12 @@ class Budget:
     @property
     def last_step(self) -> int | None:
         """The step that the run ends with, None for no end. With a limit of compute, it is the last one within it."""
-        if not self._config.max_compute:
-            return self._config.last_step
-        ahead = copy.copy(self)
-        assert ahead.total is not None
-        while ahead.compute + ahead.next_cost <= ahead.total:
+        return self.at_end().step if self._config.max_compute else self._config.last_step
+
+    def at_end(self) -> "Budget":
+        """What will be spent when the run ends. Only of a run that has an end."""
+        ahead, total = copy.copy(self), self.total
+        assert total is not None
+        while ahead.spent + (ahead.next_cost if self._config.max_compute else 1) <= total:
             ahead.advance()
-        return ahead.step
+        return ahead
