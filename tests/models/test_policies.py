@@ -32,6 +32,24 @@ def inputs(count=2):
     return torch.randn(count, 1, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 5])
 
 
+@pytest.mark.parametrize("policy", [name for name, traits in choices.POLICIES.items() if "SiT" in traits.families])
+def test_a_sit_under_a_policy_is_the_dit_whose_time_and_velocity_run_the_other_way(policy):
+    dit, sit = (make(name, policy=policy) for name in ("DiT_Ti_2", "SiT_Ti_2"))
+    sit.load_state_dict(dit.state_dict())
+    x, _, y = inputs()
+    views = dit.policy.views_at(dit.mask_ratio)
+    draw = dit.draw(torch.rand(2, L), 0.5, torch.rand(2)) if any(view.drops for view in views) else None
+    t = (
+        torch.tensor([[0.2, 0.6], [0.9, 0.1]])
+        if draw is not None and draw.group is not None
+        else torch.tensor([0.2, 0.9])
+    )
+    for chosen, time in ((None, t if t.dim() == 1 else t[:, 0]), (draw, t)):
+        expected = -dit(x, time, y, draw=chosen)[:, :1]
+        torch.testing.assert_close(sit(x, 1000 * (1 - time), y, draw=chosen), expected, rtol=1e-4, atol=1e-5)
+        assert expected.abs().max() > 1e-3
+
+
 def test_a_dit_under_mdt_has_its_own_weights_and_those_of_the_interpolater_named_as_mdts():
     plain, masked, mdt = (
         set(create_model(name, **SIZE, policy=policy).state_dict())
