@@ -17,7 +17,7 @@ NUM_SAMPLES="${NUM_SAMPLES:-50000}"
 NUM_SAMPLING_STEPS="${NUM_SAMPLING_STEPS:-250}"
 BATCH_SIZE="${BATCH_SIZE:-32}"
 case "$MODEL" in
-  DiT_*) CFG_SCALE="${CFG_SCALE:-1.5}" ;;
+  DiT_* | SiT_*) CFG_SCALE="${CFG_SCALE:-1.5}" ;;
   *) CFG_SCALE="${CFG_SCALE:-3.8}" ;;
 esac
 REFERENCE="${REFERENCE:-../dataeval/VIRTUAL_imagenet256_labeled.npz}"

@@ -49,8 +49,7 @@ def check_objective(model: str, objective: str) -> None:
     own = FAMILIES[family_of(model)].objective
     if own not in (None, objective):
         raise ValueError(
-            f"--objective {objective}: {model} is a network of --objective {own} alone; leave the flag out, or choose "
-            "another --model"
+            f"--objective {objective}: {model} is a network of --objective {own} alone; use that, or another --model"
         )
 
 

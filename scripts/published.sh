@@ -15,7 +15,7 @@ esac
 model_flags=(--model "$MODEL" --image_size "${IMAGE_SIZE:=256}")
 training_flags=(--diffusion_steps "${DIFFUSION_STEPS:=1000}" ${LR:+--lr "$LR"})
 case "$MODEL" in
-  DiT_*) ;; # masks nothing and has no decoder
+  DiT_* | SiT_*) ;; # mask nothing and have no decoder
   *)
     model_flags+=(--decode_layer "$DECODE_LAYER")
     training_flags+=(--mask_ratio "${MASK_RATIO:=0.30}")

@@ -67,7 +67,10 @@ def test_a_file_of_sit_is_drawn_from_as_published_when_it_is_named(monkeypatch, 
     [
         (["--model", "SiT_S_2"], "are of DiT_Ti_2 or SiT_Ti_2, which have the same names; give one of them"),
         (["--objective", "flow"], "if they are of SiT_Ti_2, which has the same names, give --model SiT_Ti_2"),
-        (["--model", "SiT_Ti_2", "--objective", "ddpm"], "SiT_Ti_2 is a network of --objective flow alone; leave"),
+        (
+            ["--model", "SiT_Ti_2", "--objective", "ddpm"],
+            "SiT_Ti_2 is a network of --objective flow alone; use that, or",
+        ),
         (["--model", "SiT_Ti_2", "--sampler", "ddpm"], "--sampler ddpm: it does not serve --objective flow"),
     ],
 )

@@ -13,6 +13,7 @@ TRAINING = {
     "MDTv2_XL_2": "--model MDTv2_XL_2 --image_size 256 --decode_layer 4 --diffusion_steps 1000 --mask_ratio 0.30",
     "MDT_XL_2": "--model MDT_XL_2 --image_size 256 --decode_layer 2 --diffusion_steps 1000 --mask_ratio 0.30",
     "DiT_XL_2": "--model DiT_XL_2 --image_size 256 --diffusion_steps 1000",
+    "SiT_XL_2": "--model SiT_XL_2 --image_size 256 --diffusion_steps 1000",
 }
 
 
@@ -46,6 +47,7 @@ def test_run_sh_trains_with_the_published_settings(asked_for, model, folder):
         ("MDT_XL_2", 8, 4, "output_mdt_xl2"),
         ("MDTv2_XL_2", 4, 8, "output_mdtv2_xl2"),
         ("DiT_XL_2", 8, 4, "output_dit_xl2"),
+        ("SiT_XL_2", 8, 4, "output_sit_xl2"),
     ],
 )
 def test_the_scripts_for_many_machines_train_with_the_published_settings(asked_for, model, nodes, batch, folder):
@@ -57,7 +59,12 @@ def test_the_scripts_for_many_machines_train_with_the_published_settings(asked_f
 
 @pytest.mark.parametrize(
     "model, flags, cfg_scale",
-    [("MDT_XL_2", " --decode_layer 2", 3.8), ("MDTv2_XL_2", " --decode_layer 4", 3.8), ("DiT_XL_2", "", 1.5)],
+    [
+        ("MDT_XL_2", " --decode_layer 2", 3.8),
+        ("MDTv2_XL_2", " --decode_layer 4", 3.8),
+        ("DiT_XL_2", "", 1.5),
+        ("SiT_XL_2", "", 1.5),
+    ],
 )
 def test_run_sample_sh_samples_with_the_published_settings(asked_for, tmp_path, model, flags, cfg_scale):
     weights = tmp_path / "weights.pt"
