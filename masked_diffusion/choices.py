@@ -7,7 +7,7 @@ there, and its name here. ``tests/test_choices.py`` fails where the two differ.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -22,14 +22,26 @@ class Family(NamedTuple):
     objective: str | None = None
 
 
-ALL_SIZES = ("XL_2", "XL_4", "XL_8", "L_2", "L_4", "L_8", "B_2", "B_4", "B_8", "S_2", "S_4", "S_8", "Ti_2")
+# For latents of autoencoders that divide the side by 16 or more.
+ONE_TO_A_TOKEN = ("XL_1", "L_1", "B_1", "S_1", "Ti_1")
+ALL_SIZES = (
+    "XL_2", "XL_4", "XL_8", "L_2", "L_4", "L_8", "B_2", "B_4", "B_8", "S_2", "S_4", "S_8", "Ti_2", *ONE_TO_A_TOKEN,
+)  # fmt: skip
+V2_SIZES = ("XL_2", "L_2", "B_2", "S_2", "Ti_2", *ONE_TO_A_TOKEN, "Mini_2", "Micro_1")
 FAMILIES = {
     "MDT": Family("mdt", True, ALL_SIZES),
-    "MDTv2": Family("mdtv2", True, ("XL_2", "L_2", "B_2", "S_2", "Ti_2", "Mini_2", "Micro_1")),
+    "MDTv2": Family("mdtv2", True, V2_SIZES),
     "DiT": Family("none", False, (*ALL_SIZES, "Mini_2", "Micro_1")),
     "SiT": Family("none", False, ALL_SIZES, objective="flow"),
 }
 MODELS = [f"{name}_{size}" for name, family in FAMILIES.items() for size in family.sizes]
+
+
+def with_patch(model: str, downsample: int) -> str:
+    """``MDT_S`` -> ``MDT_S_2``, or ``MDT_S_1`` where the first stage divides the side by more than 8. Other names are
+    returned as they are."""
+    complete = f"{model}_{2 if downsample <= DEFAULT_DOWNSAMPLE else 1}"
+    return complete if model not in MODELS and complete in MODELS else model
 
 
 def family_of(model: str) -> str:
@@ -225,8 +237,25 @@ def check_std(std: float) -> None:
         raise ValueError(f"--std {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
 
 
-# Classes of diffusers that are first stages.
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny", "VQModel")
+# Classes of diffusers that are first stages, and the setting that lists the widths of the encoder's maps.
+AUTOENCODERS = {
+    "AutoencoderKL": "block_out_channels",
+    "AutoencoderDC": "encoder_block_out_channels",
+    "AutoencoderTiny": "encoder_block_out_channels",
+    "VQModel": "block_out_channels",
+}
+
+
+def class_of(config: Mapping[str, Any]) -> str:
+    """The class of diffusers that the ``config.json`` of an autoencoder names."""
+    return config.get("_class_name", "AutoencoderKL")
+
+
+def downsample_of(config: Mapping[str, Any]) -> int:
+    """Image side / latent side, by the config of an autoencoder of AUTOENCODERS: each width but the first halves it."""
+    return 2 ** (len(config[AUTOENCODERS[class_of(config)]]) - 1)
+
+
 DEFAULT_VAE = "stabilityai/sd-vae-ft-{}"  # "mse" in training; "ema" or "mse" in sampling
 # Of the autoencoders under DEFAULT_VAE, known without loading one.
 DEFAULT_DOWNSAMPLE = 8

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from masked_diffusion.choices import class_of, downsample_of
+
 PIXEL_SPACE = "none"
 
 
@@ -69,20 +71,18 @@ class PixelSpace:
 class Kind(NamedTuple):
     """A class of diffusers' autoencoders.
 
-    widths: the setting with the width at each side of the maps; from one to the next the side is halved. codes: names
-    the setting with the number of latent channels. posterior: whether it encodes a distribution, not latents.
+    codes: the number of latent channels by its config. posterior: whether it encodes a distribution, not latents.
     """
 
-    widths: str
     codes: Callable[[Any], int]
     posterior: bool = False
 
 
 KINDS = {
-    "AutoencoderKL": Kind("block_out_channels", lambda config: config.latent_channels, posterior=True),
-    "AutoencoderDC": Kind("encoder_block_out_channels", lambda config: config.latent_channels),
-    "AutoencoderTiny": Kind("encoder_block_out_channels", lambda config: config.latent_channels),
-    "VQModel": Kind("block_out_channels", lambda config: config.vq_embed_dim or config.latent_channels),
+    "AutoencoderKL": Kind(lambda config: config.latent_channels, posterior=True),
+    "AutoencoderDC": Kind(lambda config: config.latent_channels),
+    "AutoencoderTiny": Kind(lambda config: config.latent_channels),
+    "VQModel": Kind(lambda config: config.vq_embed_dim or config.latent_channels),
 }
 
 
@@ -99,7 +99,7 @@ class Autoencoder:
         self.vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         config, kind = vae.config, KINDS[type(vae).__name__]
         self.stochastic = kind.posterior
-        self.downsample = 2 ** (len(config[kind.widths]) - 1)
+        self.downsample = downsample_of({**config, "_class_name": type(vae).__name__})
         self.latent_channels = kind.codes(config)
         self._scale: float | Tensor = float(config.scaling_factor)
         self._shift: float | Tensor = float(getattr(config, "shift_factor", None) or 0.0)
@@ -255,7 +255,7 @@ def _class_name(source: str) -> str:
     """The class of the autoencoder in a folder or on the hub. Raises ValueError for one that is not in KINDS."""
     from diffusers import AutoencoderKL
 
-    name = AutoencoderKL.load_config(source).get("_class_name", "AutoencoderKL")
+    name = class_of(AutoencoderKL.load_config(source))
     if name not in KINDS:
         raise ValueError(f"it is a {name}, not one of {', '.join(KINDS)}")
     return name

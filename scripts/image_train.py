@@ -7,19 +7,24 @@ Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDI
 
 import argparse
 import contextlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from masked_diffusion.choices import (
+    AUTOENCODERS,
+    DEFAULT_DOWNSAMPLE,
     DEFAULT_VAE,
     DISCRETE_OBJECTIVES,
     OBJECTIVE_SETTINGS,
     OBJECTIVES,
     POLICIES,
     check_objective,
+    downsample_of,
     family_policy,
     ignored_settings,
+    with_patch,
 )
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
@@ -47,7 +52,7 @@ FLAGS = {
     **flags_of(DataConfig, ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig, EvalConfig),
     "vae_path": Flag(
         DEFAULT_VAE.format("mse"),
-        "hub name or folder of a diffusers AutoencoderKL, or none for pixel space",
+        f"hub name or folder of an autoencoder of diffusers ({', '.join(AUTOENCODERS)}), or none for pixel space",
         "model",
     ),
     "finale": flags_of(TrainConfig)["finale"]._replace(default=None),
@@ -102,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     # Settings
+    args.model = with_patch_of(args.model, args.vae_path)
     apply_family_defaults(TRAINING, args.model, args, explicit)
     idle = warnings_of(args, explicit)
     resolve(args, explicit)
@@ -121,6 +127,20 @@ def check_guides(args: argparse.Namespace) -> None:
         raise ValueError(
             "--guide_path and --preview_guide_from checkpoint or --eval_guide_from checkpoint: give both, or none"
         )
+
+
+def with_patch_of(model: str, vae_path: str) -> str:
+    """Complete a model's name that has no patch size, such as MDT_S, by the first stage in a local folder, or the
+    default one. Other names are returned as they are.
+    """
+    path = Path(vae_path).expanduser() / "config.json"
+    if path.is_file():
+        try:
+            config = json.loads(path.read_bytes())
+            return with_patch(model, downsample_of(config))
+        except (ValueError, KeyError, TypeError, AttributeError):  # loading it says what is wrong
+            return model
+    return with_patch(model, DEFAULT_DOWNSAMPLE)
 
 
 def command_of(args: argparse.Namespace, explicit: set[str]) -> str:

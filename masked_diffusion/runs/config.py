@@ -45,7 +45,11 @@ class ModelConfig:
     choose, path_drop, decoder: see :meth:`masked_diffusion.models.policies.Policy.with_options`.
     """
 
-    model: str = field(metadata=flag("MDT_S_2", "name of the model, such as MDT_S_2, MDT_B_2, MDT_XL_2", "model"))
+    model: str = field(
+        metadata=flag(
+            "MDT_S_2", "name of the model, such as MDT_S_2, MDT_XL_2; a training finds the patch of MDT_S", "model"
+        )
+    )
     image_size: int = field(metadata=flag(256, "side of the square images in pixels", "data"))
     downsample: int
     in_channels: int

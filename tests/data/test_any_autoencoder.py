@@ -174,6 +174,28 @@ def test_another_class_is_refused_with_those_that_work(folders, tmp_path):
         load_first_stage(str(tmp_path / "video"), "cpu")
 
 
+@pytest.mark.parametrize(
+    "model, name, built",
+    [
+        ("MDT_Ti", "va_vae", "MDT_Ti_1"),
+        ("DiT_S", "dc_ae", "DiT_S_2"),
+        ("MDTv2_XL", "tiny", "MDTv2_XL_2"),
+        ("MDT_Ti_2", "va_vae", "MDT_Ti_2"),
+        ("MDT_Huge", "va_vae", "MDT_Huge"),
+        ("MDT_S", "nowhere", "MDT_S_2"),
+    ],
+)
+def test_the_patch_follows_from_the_autoencoders_config_where_the_model_leaves_it_open(folders, model, name, built):
+    assert script(TRAIN).with_patch_of(model, str(folders / name)) == built
+
+
+def test_a_training_of_32_channels_of_2_by_2_has_a_token_for_each(folders, colour_folder, monkeypatch, tmp_path):
+    flags = ["--model", "MDT_Ti", "--max_steps", 1]
+    assert train(monkeypatch, tmp_path, colour_folder, folders / "va_vae", *flags) == 0
+    model = json.loads((tmp_path / "config.json").read_text())["model"]
+    assert (model["model"], model["downsample"], model["in_channels"]) == ("MDT_Ti_1", 16, 32)
+
+
 # Normalised channels
 
 
