@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from studying.plan import Study
+from studying.settings import Study
 from torch import Tensor
 
 from masked_diffusion.first_stage import CachedPosterior, load_first_stage

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from studying.settings import Study
+
 from masked_diffusion.choices import LAST_BLOCKS, MODELS, family_of
 from masked_diffusion.choices import POLICIES as TRAITS
 from masked_diffusion.models import MODELS as BUILDERS
@@ -26,69 +28,23 @@ EMA_RATE = "0.995"
 POINTS = 4  # of each run's curve
 
 
-@dataclass(frozen=True)
-class Setting:
-    """model: of the plain arm. budget: steps of the plain arm whose compute all arms have. seeds: runs of each arm."""
-
-    model: str
-    budget: float
-    seeds: int
-
-
-SETTINGS = {
-    "tokens16": Setting("DiT_Mini_2", budget=1500, seeds=3),
-    "tokens64": Setting("DiT_Micro_1", budget=700, seeds=2),
-}
-QUICK_BUDGET = 60.0
+def network_of(study: Study, policy: str, latent_shape: Sequence[int]) -> LatentTransformer:
+    """The network of the arms of a policy, as ``image_train.py`` builds it. latent_shape: (C, H, W)."""
+    name = study.model_of(policy)
+    return create_model(
+        name,
+        input_size=latent_shape[1],
+        in_channels=latent_shape[0],
+        learn_sigma=False,
+        policy=policy,
+        mask_ratio=POLICIES[policy].mask_ratio,
+        **decoder_of(name, policy),
+    )
 
 
-@dataclass(frozen=True)
-class Study:
-    """What all runs of a study have in common, as its folder records it.
-
-    budget: in steps of the plain arm. held_out_images: as many of the held-out data are measured at most.
-    """
-
-    model: str
-    data_dir: str
-    held_out_dir: str
-    vae_path: str
-    image_size: int
-    budget: float
-    batch_size: int
-    held_out_images: int
-
-    def __post_init__(self) -> None:
-        if family_of(self.model) not in ("DiT", "SiT"):
-            raise ValueError(f"--model {self.model}: all arms have one plain backbone; give a DiT_* or SiT_*")
-        if not self.budget > 0:
-            raise ValueError(f"--budget {self.budget}: must be positive, in steps of training without a policy")
-        for name in ("batch_size", "held_out_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-
-    def network(self, policy: str, latent_shape: Sequence[int]) -> LatentTransformer:
-        """The network of the arms of a policy, as ``image_train.py`` builds it. latent_shape: (C, H, W)."""
-        name = self.model_of(policy)
-        return create_model(
-            name,
-            input_size=latent_shape[1],
-            in_channels=latent_shape[0],
-            learn_sigma=False,
-            policy=policy,
-            mask_ratio=POLICIES[policy].mask_ratio,
-            **decoder_of(name, policy),
-        )
-
-    def tflops(self, latent_shape: Sequence[int]) -> float:
-        """The compute of the budget, a multiply-add counting as one."""
-        return self.budget * self.batch_size * cost(self.network(PLAIN, latent_shape)) / TERA
-
-    def model_of(self, policy: str) -> str:
-        """The model's name under a policy: MDTv2's needs the skips of its own family."""
-        family = family_of(self.model)
-        fitting = TRAITS[policy].families
-        return self.model if family in fitting else self.model.replace(family, fitting[0], 1)
+def tflops_of(study: Study, latent_shape: Sequence[int]) -> float:
+    """The compute of the budget, a multiply-add counting as one."""
+    return study.budget * study.batch_size * cost(network_of(study, PLAIN, latent_shape)) / TERA
 
 
 def decoder_of(model: str, policy: str) -> dict[str, Any]:
@@ -124,7 +80,7 @@ def arms_of(study: Study, asked: str, latent_shape: Sequence[int]) -> list[str]:
 def why_not(study: Study, policy: str, latent_shape: Sequence[int]) -> str | None:
     """Why there can be no such arm, as MaskDiT's with patches of one value; None where it can be."""
     try:
-        model = study.network(policy, latent_shape)
+        model = network_of(study, policy, latent_shape)
         model.policy.check_objective(OBJECTIVE, latent_shape[0] * model.patch_size**2)
     except ValueError as error:
         return str(error)
@@ -164,8 +120,8 @@ def runs_of(arms: list[str], seeds: int) -> list[Run]:
 
 def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[str, Any]:
     """The flags of ``image_train.py`` for a run. latent_shape: (C, H, W)."""
-    length: dict[str, Any] = {"max_compute": run.share * study.tflops(latent_shape), "finale": run.finale}
-    network = study.network(run.policy, latent_shape)
+    length: dict[str, Any] = {"max_compute": run.share * tflops_of(study, latent_shape), "finale": run.finale}
+    network = network_of(study, run.policy, latent_shape)
     last_step = Budget(TrainConfig(**length), network, study.batch_size).last_step
     assert last_step is not None
     every = max(1, last_step // POINTS)
@@ -199,10 +155,3 @@ def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[
 def as_arguments(flags: dict[str, Any]) -> list[str]:
     """A command line of flags; those of None are left out."""
     return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
-
-
-def held_out_of(data_dir: str) -> str:
-    """The held-out part of built-in data. Raises ValueError for other data, which has to be named."""
-    if not data_dir.startswith("builtin:"):
-        raise ValueError(f"--data_dir {data_dir}: give the data to measure on with --held_out_dir")
-    return f"{data_dir}-test"

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from studying.plan import AGAIN, PLAIN, TREAD_FINALE, WEAKER, Run, Study
+from studying.plan import AGAIN, PLAIN, TREAD_FINALE, WEAKER, Run
+from studying.settings import Study
 from studying.verdicts import Verdict, judge, lack_of_power, pooled_deviation
 
 from masked_diffusion.files import atomic_write

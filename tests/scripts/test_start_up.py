@@ -8,7 +8,7 @@ from support import REPO, run_command
 
 HELP = [
     *("image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema"),
-    *("read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "refactor_gate"),
+    *("read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "refactor_gate", "study"),
 ]
 # Commands, and what is said of them.
 WRONG = {
@@ -26,6 +26,7 @@ WRONG = {
     "infer_mdt.py --sampler fastest": "--sampler fastest: unknown; choose one of ddpm",
     "infer_mdt.py --image photo.png": "--image and --mask: give both",
     "scripts/encode_latents.py --dtype int8": "--dtype int8: choose one of fp32",
+    "scripts/study.py --out study --model MDT_S_2": "--model MDT_S_2: all arms have one plain backbone",
     "scripts/convert_checkpoint.py": "--model_path: give the file to read",
 }
 # Runs commands in turn, and writes after each its status and which of the slow libraries were imported by then.

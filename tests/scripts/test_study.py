@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 
+import image_train
 import pytest
-from studying.plan import AGAIN, CONTROLS, PLAIN, TREAD_FINALE, WEAKER, Run, Study, arms_of, as_arguments, runs_of
+from studying.plan import AGAIN, CONTROLS, PLAIN, TREAD_FINALE, WEAKER, Run, arms_of, as_arguments, network_of, runs_of
+from studying.settings import Study
 from studying.verdicts import judge, lack_of_power, pooled_deviation, t_quantile, undecided
-from support import call, script
+from support import call
 
 from masked_diffusion.choices import POLICIES
 from masked_diffusion.models.cost import cost
@@ -27,7 +29,6 @@ def study(monkeypatch, out, *flags):
 def quick(module_folder):
     """A finished study of two arms and the controls, one seed, killed in its second run and started again."""
     monkeypatch, out = pytest.MonkeyPatch(), module_folder("study") / "out"
-    image_train = script(STUDY).image_train
     whole, count = image_train.main, 0
 
     def killed(argv):
@@ -65,7 +66,7 @@ def test_a_killed_study_goes_on_with_the_run_it_was_in(quick):
 def test_every_arm_spends_the_same_compute_and_no_more(quick):
     out, _, _ = quick
     plain = Study("DiT_Ti_2", "builtin:digits", "builtin:digits-test", "none", 8, 4, 4, 8)
-    budget = 4 * 4 * cost(plain.network(PLAIN, (1, 8, 8))) / 1e12
+    budget = 4 * 4 * cost(network_of(plain, PLAIN, (1, 8, 8))) / 1e12
     for row in read_rows(out):
         share = 0.6 if row["arm"] == WEAKER else 1
         step = float(row["tflops"]) / int(row["steps"])

@@ -1,0 +1,60 @@
+"""What a study is of: its settings, checked without torch, which takes seconds to import."""
+
+from dataclasses import dataclass
+
+from masked_diffusion.choices import POLICIES, family_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """model: of the plain arm. budget: steps of the plain arm whose compute all arms have. seeds: runs of each arm."""
+
+    model: str
+    budget: float
+    seeds: int
+
+
+SETTINGS = {
+    "tokens16": Setting("DiT_Mini_2", budget=1500, seeds=3),
+    "tokens64": Setting("DiT_Micro_1", budget=700, seeds=2),
+}
+QUICK_BUDGET = 60.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all runs of a study have in common, as its folder records it.
+
+    budget: in steps of the plain arm. held_out_images: as many of the held-out data are measured at most.
+    """
+
+    model: str
+    data_dir: str
+    held_out_dir: str
+    vae_path: str
+    image_size: int
+    budget: float
+    batch_size: int
+    held_out_images: int
+
+    def __post_init__(self) -> None:
+        if family_of(self.model) not in ("DiT", "SiT"):
+            raise ValueError(f"--model {self.model}: all arms have one plain backbone; give a DiT_* or SiT_*")
+        if not self.budget > 0:
+            raise ValueError(f"--budget {self.budget}: must be positive, in steps of training without a policy")
+        for name in ("batch_size", "held_out_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+    def model_of(self, policy: str) -> str:
+        """The model's name under a policy: MDTv2's needs the skips of its own family."""
+        family = family_of(self.model)
+        fitting = POLICIES[policy].families
+        return self.model if family in fitting else self.model.replace(family, fitting[0], 1)
+
+
+def held_out_of(data_dir: str) -> str:
+    """The held-out part of built-in data. Raises ValueError for other data, which has to be named."""
+    if not data_dir.startswith("builtin:"):
+        raise ValueError(f"--data_dir {data_dir}: give the data to measure on with --held_out_dir")
+    return f"{data_dir}-test"
