@@ -3,6 +3,8 @@
 import importlib
 import json
 import shutil
+import time
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +14,11 @@ import pytest
 import torch
 from support import TIMES, TINY_DIGITS, assert_same_weights, call, on_two_ranks, rows, script, weights
 
+from masked_diffusion import dist_util
 from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0
 from masked_diffusion.processes.loader_processes import StoppedWaitingError
 from masked_diffusion.processes.preemption import STOPPED
+from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.checkpoint import read_weights
 from masked_diffusion.training.meter import Meter
 from masked_diffusion.training.train_config import TrainConfig
@@ -671,14 +675,16 @@ def test_pictures_are_drawn_of_a_run_that_saves_safetensors(train, monkeypatch, 
     assert script("infer_mdt.py").find_model(tmp_path).name == "ema_0.9999_000002.safetensors"
 
 
-FEW_BATCHES = (0,)  # Two ranks cannot meet twice at one address.
+FEW_BATCHES = (0, 1)
+DISK_SECONDS, COLLECTIVE_SECONDS = 5.0, 4.0
 
 
-def train_while_rank_1_is_stopped(rank, dist_url, folder):
-    """Two ranks train; the wait for rank 1's data ends after few batches. Saves the exit statuses."""
+def train_beside_a_rank_in_trouble(rank, dist_url, folder):
+    """Two ranks train: the wait for rank 1's data ends after few batches, then rank 0's disk is slower than any
+    collective may be. Saves the exit statuses."""
     torch.set_num_threads(1)
     image_train = importlib.import_module("masked_diffusion.programs.image_train")
-    load_data, statuses = image_train.load_data, []
+    load_data, save, statuses = image_train.load_data, checkpoint.save_checkpoint, []
 
     def stopped_after(batches):
         def load(*args, **kwargs):
@@ -687,20 +693,34 @@ def train_while_rank_1_is_stopped(rank, dist_url, folder):
 
         return load
 
+    def save_slowly(*args):
+        time.sleep(DISK_SECONDS)
+        save(*args)
+
+    def train(name, *flags):
+        # Two ranks cannot meet twice at one address: the second time they may find the first one's store.
+        place = ["--rank", rank, "--world_size", 2, "--local_rank", rank, "--dist_url", f"file://{folder}/meet_{name}"]
+        statuses.append(call(patch, TRAIN, folder / name, *TINY_DIGITS, *flags, *place, sinks="log"))
+
     for batches in FEW_BATCHES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(image_train, "load_data", stopped_after(batches))
-            place = ["--rank", rank, "--world_size", 2, "--local_rank", rank, "--dist_url", dist_url]
-            run = folder / str(batches)
-            statuses.append(call(patch, TRAIN, run, *TINY_DIGITS, "--max_steps", 9, *place, sinks="log"))
+            train(str(batches), "--max_steps", 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", save_slowly)
+        patch.setattr(dist_util, "COLLECTIVE_TIMEOUT", timedelta(seconds=COLLECTIVE_SECONDS))
+        patch.setattr(dist_util, "NEWS_INTERVAL", timedelta(seconds=COLLECTIVE_SECONDS / 5))
+        train("slow", "--max_steps", 1)
     torch.save(statuses, folder / f"{rank}.pt")
 
 
-def test_ranks_stop_together_however_few_batches_one_of_them_has(tmp_path):
-    assert on_two_ranks(train_while_rank_1_is_stopped, tmp_path) == [[STOPPED] * len(FEW_BATCHES)] * 2
+def test_ranks_end_together_however_few_batches_one_has_and_however_slow_the_disk_is(tmp_path):
+    statuses = [*[STOPPED] * len(FEW_BATCHES), 0]
+    assert on_two_ranks(train_beside_a_rank_in_trouble, tmp_path) == [statuses] * 2
     for batches in FEW_BATCHES:
         said = (tmp_path / str(batches) / "log.txt").read_text()
         assert f"stopped by a signal after step {batches};" in said
         assert ("no step 1: a process has no batch" in said) == (not batches)
         saved = [path.name for path in (tmp_path / str(batches)).glob("checkpoint*")]
         assert saved == [f"checkpoint{batches:06d}.json"] * bool(batches)
+    assert (tmp_path / "slow" / "checkpoint000001.json").exists()
