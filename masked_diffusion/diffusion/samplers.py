@@ -260,7 +260,10 @@ def euler_maruyama_step(
 
 
 def _flow_solver(name: str, path: Path) -> StepFunction:
-    """A solver of diffusers on the linear path, at exactly the levels of ``path``."""
+    """A solver of diffusers on the linear path, at exactly the levels of ``path``.
+
+    No step between them is so much longer than the one before as to mislead its memory, see :func:`multistep_step`.
+    """
     import diffusers
 
     scheduler = getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -273,17 +276,10 @@ def _flow_solver(name: str, path: Path) -> StepFunction:
     def step(predict: Predict, x: Tensor, level: Tensor, randn_like: RandnLike = torch.randn_like) -> Step:
         prediction = predict(x, level)
         i = path.levels.index(level[0].item())
-        if i > 0 and sigmas[i + 1] > 0 and _log_snr_step(sigmas, i) > (1 + math.sqrt(2)) * _log_snr_step(sigmas, i - 1):
-            scheduler.lower_order_nums = 0  # as in multistep_step
         v = path.slope(prediction)
         return Step(scheduler.step(v, scheduler.timesteps[i], x.double()).prev_sample, prediction.pred_xstart)
 
     return step
-
-
-def _log_snr_step(sigmas: Tensor, i: int) -> float:
-    here, there = sigmas[i], sigmas[i + 1]
-    return ((1 - there) / there / ((1 - here) / here)).log().item()
 
 
 class Sampler(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 
 from masked_diffusion import choices, create_diffusion
 from masked_diffusion.diffusion.objectives import DDPM, OBJECTIVES, ObjectiveConfig
-from masked_diffusion.diffusion.samplers import SAMPLERS, last, loop
+from masked_diffusion.diffusion.samplers import SAMPLERS, Prediction, last, loop
 from masked_diffusion.gaussian_diffusion import mean_flat
 
 
@@ -173,6 +173,47 @@ def test_a_network_that_returns_the_target_has_no_loss_and_is_read_as_the_clean_
     torch.testing.assert_close(
         alpha * prediction.pred_xstart.double() + sigma * prediction.eps.double(), x.double(), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["flow", "edm"])
+def test_target_and_denoised_are_inverse_in_float64(name):
+    objective = make(name, sigma_data=0.5) if name == "edm" else make(name)
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(64, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    level = some_levels(objective).double().view(-1, 1, 1, 1)
+    x = objective.alpha(level) * x_start + objective.sigma(level) * noise
+    target = objective.target(x_start, noise, x, level)
+    denoised = objective.denoised(target, x, level)
+    torch.testing.assert_close(denoised, x_start, rtol=1e-10, atol=1e-10)
+    prediction = Prediction(x_start, noise)
+    step = 1e-6
+    moved = objective.alpha(level + step) * x_start + objective.sigma(level + step) * noise
+    torch.testing.assert_close(objective.slope(prediction), (moved - x) / step, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_error_of_the_clean_data_with_the_weight_of_the_papers(name):
+    """One estimate of x_0, told in what each network predicts."""
+    objective = make(name)
+    level = some_levels(objective)[4:60:8]
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise, error = (torch.randn(len(level), 1, 8, 8, generator=generator) for _ in range(3))
+    alpha, sigma = (scale.view(-1, 1, 1, 1) for scale in scales(objective, level))
+    estimate = x_start.double() + 0.1 * error.double()
+    eps = (alpha * x_start + sigma * noise - alpha * estimate) / sigma
+    x = alpha * x_start + sigma * noise
+    told = {
+        "ddpm": eps,
+        "x0": estimate,
+        "v": alpha * eps - sigma * estimate,
+        "flow": eps - estimate,
+        "edm": (estimate - x / (sigma**2 + 1)) * (sigma**2 + 1).sqrt() / sigma,
+    }[name]
+    losses = objective.training_losses(lambda x, t: told.float(), x_start, level, noise=noise)["mse"].double()
+    snr = (alpha / sigma) ** 2
+    weight = {"ddpm": snr, "x0": snr * 0 + 1, "v": snr + 1, "flow": 1 / sigma**2, "edm": 1 / sigma**2 + 1}[name]
+    expected = weight.flatten() * mean_flat((estimate - x_start) ** 2)
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("name, s", [("flow", 0.6), ("v", 0.6), ("x0", 0.6), ("ddpm", 0.6), ("edm", 0.6), ("edm", 1.0)])
