@@ -221,15 +221,21 @@ class Policy:
 
         return masked_patches
 
-    def check_objective(self, name: str, patch_values: int) -> None:
+    def check_objective(self, name: str, patch_values: int, learned_uncertainty: bool = False) -> None:
         """Raise ValueError for an objective that this policy is not for, and for patches of a single value.
 
-        patch_values: numbers of the latent in a patch.
+        patch_values: numbers of the latent in a patch. learned_uncertainty: whether the loss is divided by its mean at
+        each level.
         """
         if self.objectives and name not in self.objectives:
             raise ValueError(
                 f"--objective {name}: not with this policy, which is for {', '.join(self.objectives)}; use one of "
                 "these, or another --policy"
+            )
+        if learned_uncertainty and (self.two_levels or self.mae):
+            raise ValueError(
+                "--learned_uncertainty True: not with this policy, whose loss is not the error at one noise level; "
+                "leave it out, or use another --policy"
             )
         if self.mae and patch_values < 2:
             raise ValueError(

@@ -196,7 +196,8 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
     """A fresh model, and the configuration that it turned out to have."""
     with global_generator(args.seed, "init"):
         model = run_config.model.build()
-    model.policy.check_objective(args.objective, model.in_channels * model.patch_size**2)
+    patch_values = model.in_channels * model.patch_size**2
+    model.policy.check_objective(args.objective, patch_values, args.learned_uncertainty)
     if model.policy.counts_kept and set(run_config.build_objective().loss_names) != {"loss", "mse"}:
         raise ValueError(
             f"--policy {args.policy}: only kept tokens count in its loss, and the variational term counts all; use "

@@ -220,6 +220,10 @@ def test_the_terms_of_maskdits_loss_are_logged_and_its_decoder_is_rebuilt_for_sa
     [
         (["--policy", "maskdit"], "--objective ddpm: not with this policy, which is for x0, v, flow, edm"),
         (["--policy", "dual_timestep", "--objective", "edm"], "--objective edm: not with this policy"),
+        (
+            ["--policy", "maskdit", *FLOW, "DiT_Ti_2", "--learned_uncertainty", "True"],
+            "--learned_uncertainty True: not w",
+        ),
         (["--policy", "maskdit", *FLOW, "DiT_Ti_2", "--decoder", "big"], "--decoder big: expected WIDTHxBLOCKS"),
         (["--policy", "dual_timestep", *FLOW, "DiT_Ti_2", "--mask_ratio", "0.6"], "--mask_ratio 0.6: under dual_times"),
         (
