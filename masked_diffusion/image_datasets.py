@@ -204,7 +204,9 @@ class SourceDataset(ImageDataset):
         if not class_cond:
             return no_classes(len(self.source))
         if labels_file:
-            known = read_label_file(labels_file).of(self.source.names)
+            table = read_label_file(labels_file)
+            known = table.of(self.source.names)
+            self.source.notes = [*self.source.notes, *table.notes(self.source.names)]
             if known is None:
                 raise ValueError(f"--labels_file {labels_file}: has no labels; leave it out, or fill it")
             return known

@@ -1,10 +1,14 @@
 """Reading blocks of an archive by their offset, from any process and thread."""
 
 import os
+from collections import Counter
+from collections.abc import Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from masked_diffusion.data.image_files import patiently
+from masked_diffusion.data.image_files import is_remote, patiently
+from masked_diffusion.data.listing_cache import Listing
 
 
 class ArchiveFile:
@@ -48,6 +52,16 @@ def is_outside(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a member is a hidden file or lies in a hidden folder."""
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def others_in(data_dir: str, taken: Collection[str]) -> list[str]:
+    """What is left out of a folder of archives: the files beside those that are taken, a line, if there are any."""
+    if is_remote(data_dir) or not Path(data_dir).is_dir():
+        return []
+    names = {Path(path).name for path in taken}
+    beside = [entry for entry in Path(data_dir).iterdir() if entry.is_file() and not is_hidden(entry.name)]
+    kinds = (entry.suffix.lower() or "no extension" for entry in beside if entry.name not in names)
+    return Listing(skipped=Counter(kinds)).notes
 
 
 def last_of_each(names: list[str]) -> list[int]:

@@ -11,12 +11,14 @@ from PIL import Image
 
 from masked_diffusion.data.image_files import PathTable, is_remote
 from masked_diffusion.data.label_files import classes_of
+from masked_diffusion.data.listing_cache import some
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 # Bytes of a compressed array, which is unpacked into memory at the start, and again in each loader process.
 MAX_UNPACKED_BYTES = 2**34
 IMAGES, LABELS = "arr_0", "arr_1"
+_READ = {f"{IMAGES}.npy", f"{LABELS}.npy"}
 
 
 class Arrays(ImageSource):
@@ -40,6 +42,8 @@ class Arrays(ImageSource):
             else:
                 with zipfile.ZipFile(data_dir) as archive:
                     members = {member.filename: member for member in archive.infolist()}
+                    others = sorted(name.removesuffix(".npy") for name in members.keys() - _READ)
+                    self.notes = [f"left out: arrays {some(others)}"] if others else []
                     self._images = _member(data_dir, archive, members[f"{IMAGES}.npy"])
                     if f"{LABELS}.npy" in members:
                         labels = _member(data_dir, archive, members[f"{LABELS}.npy"])
@@ -100,7 +104,7 @@ class Arrays(ImageSource):
 def _bytes_to_unpack(path: str) -> int:
     """Bytes of the largest compressed array of a file. Its directory says it, and zipfile unpacks no more than that."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        read = [m for m in archive.infolist() if m.filename in (f"{IMAGES}.npy", f"{LABELS}.npy")]
+        read = [m for m in archive.infolist() if m.filename in _READ]
         return max((m.file_size for m in read if m.compress_type != zipfile.ZIP_STORED), default=0)
     return 0
 

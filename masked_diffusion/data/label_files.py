@@ -33,6 +33,11 @@ class LabelTable:
     of_file: dict[str, int | str]
     class_names: Sequence[str] = ()
 
+    def notes(self, files: PathTable) -> list[str]:
+        """What a user should know of the table beside these images: labels of files that are not among them."""
+        number = len(self.of_file) - sum(name in self.of_file for name in files)
+        return [f"left out: {number} labels of {self.origin} without an image"] if number else []
+
     def of(self, files: PathTable) -> Classes | None:
         """The classes of images. None where the file has no labels. Raises ValueError for images without a label."""
         if not self.of_file:
@@ -87,11 +92,12 @@ def found_labels(content: bytes, origin: str, source: Source) -> Classes | None:
     naming ``origin``, for a damaged file, and for images without a label.
     """
     try:
-        return read_labels(content, origin).of(source.names)
+        table = read_labels(content, origin)
+        classes, notes = table.of(source.names), table.notes(source.names)
     except OtherJSONError:
-        note = f"labels are not used: {origin} is no list of labels but other JSON"
-        source.notes = list(dict.fromkeys([*source.notes, note]))
-        return None
+        classes, notes = None, [f"labels are not used: {origin} is no list of labels but other JSON"]
+    source.notes = list(dict.fromkeys([*source.notes, *notes]))
+    return classes
 
 
 def read_labels(content: bytes, origin: str) -> LabelTable:

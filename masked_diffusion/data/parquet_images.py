@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from masked_diffusion.data.archive_files import others_in
 from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError, is_remote
 from masked_diffusion.data.table_images import Table, choose_split, image_column
 
@@ -41,8 +42,10 @@ class Parquet(Table):
         if path.is_file():
             return [str(path)], []
         files = _parquet_files(path)
+        beside = others_in(str(files[0].parent), [str(file) for file in files])
         split_of = {str(file): match[1] if (match := _SPLIT.fullmatch(file.name)) else "" for file in files}
-        return choose_split(split_of, path, cls.kind)
+        chosen, notes = choose_split(split_of, path, cls.kind)
+        return chosen, [*notes, *beside]
 
     def _start(self) -> None:
         self._opened: dict[int, Any] = {}

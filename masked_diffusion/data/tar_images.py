@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each
+from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each, others_in
 from masked_diffusion.data.image_files import (
     EXTENSIONS,
     PathTable,
@@ -36,7 +36,7 @@ from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_path
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 from masked_diffusion.files import atomic_write, cache_folder
 
-FORMAT = 4  # of the kept lists
+FORMAT = 5  # of the kept lists
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC, _MAGIC_AT = b"ustar", 257
 _LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
@@ -74,7 +74,8 @@ class Tar(ImageSource):
         self._largest = options.max_image_bytes
         self._paths = shards_of(data_dir)
         shards = self._read_shards()
-        notes = Listing(skipped=sum((shard.skipped for shard in shards), Counter())).notes
+        notes = others_in(data_dir, self._paths)
+        notes += Listing(skipped=sum((shard.skipped for shard in shards), Counter())).notes
         notes += [note for shard in shards for note in shard.notes]
         names = [name for shard in shards for name in shard.names]
         if not names:
@@ -359,6 +360,7 @@ class _ShardListing:
         for key in self.keys:
             labels = self.label_of.get(key, {})
             self.shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
+        self.left_out["labels without an image"] = len(self.label_of.keys() - set(self.keys))
         left_out = [f"left out of {self.path}: {number} {what}" for what, number in self.left_out.items() if number]
         self.shard.notes += left_out
         return self.shard

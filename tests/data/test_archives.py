@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -259,6 +260,50 @@ def test_an_archive_is_known_by_what_it_is_and_not_by_its_name(tmp_path, paths):
 
 
 # Labels
+
+
+def with_a_label_too_many(form, root):
+    """A source of two images in which something has no place. Returns the path and the flags."""
+    flags = {}
+    if form == "tar":
+        (root / "a.tar").write_bytes(tar_of([("0.png", png(0)), ("0.cls", b"1"), ("1.cls", b"0")]))
+        (root / "README.md").touch()
+    elif form == "parquet":
+        write_table(root / "a.parquet", image=[png(0)], label=[1])
+        (root / "README.md").touch()
+    elif form == "npz":
+        np.savez(root / "a.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8), arr_1=[1], mu=np.zeros(3))
+        return root / "a.npz", flags
+    elif form == "labels_file":
+        (root / "0.png").write_bytes(png(0))
+        (root.parent / "labels.json").write_text('{"labels": [["0.png", 1], ["gone.png", 0]]}')
+        flags = {"labels_file": str(root.parent / "labels.json")}
+    else:
+        members = {"0.png": png(0), "dataset.json": '{"labels": [["0.png", 1], ["gone.png", 0]]}'}
+        if form == "zip":
+            return write_zip(root / "a.zip", members), flags
+        (root / "0.png").write_bytes(png(0))
+        (root / "dataset.json").write_text(members["dataset.json"])
+    return root, flags
+
+
+@pytest.mark.parametrize(
+    "form, notes",
+    [
+        ("folder", ["1 labels of .*dataset.json without an image"]),
+        ("zip", ["1 labels of dataset.json of --data_dir .* without an image"]),
+        ("labels_file", ["1 labels of --labels_file .*labels.json without an image"]),
+        ("tar", [r"left out: 1 files \(.md 1\)", "a.tar: 1 labels without an image"]),
+        ("parquet", [r"left out: 1 files \(.md 1\)"]),
+        ("npz", ["left out: arrays mu"]),
+    ],
+)
+def test_each_form_says_what_it_leaves_out_and_which_classes_have_no_images(tmp_path, form, notes):
+    (tmp_path / "data").mkdir()
+    path, flags = with_a_label_too_many(form, tmp_path / "data")
+    said = open_dataset(str(path), image_size=8, **flags).notes
+    assert said[-1] == "classes without images: 0" and len(said) == len(notes) + 1
+    assert all(re.search(note, line) for note, line in zip(notes, said, strict=False))
 
 
 def test_labels_that_are_numbers_stay_what_they_are(tmp_path):
