@@ -188,6 +188,13 @@ GUIDANCE_FLAGS = (
 GUIDE_FROM = ("null_label", "checkpoint", "path_drop", "masked", "routed")
 NULL_KINDS = ("null_label", "path_drop")  # whose weak prediction has the null label
 SPARSE_KINDS = ("masked", "routed")  # whose weak prediction has fewer tokens
+# Settings of some kinds alone, with these.
+GUIDE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "guide_path": ("checkpoint",),
+    "guide_labels": ("checkpoint",),
+    "guide_ratio": SPARSE_KINDS,
+    "guide_strong_ratio": ("routed",),
+}
 # Guidance schedules, and the settings that each has and no other.
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "power_cosine": ("scale_pow",),

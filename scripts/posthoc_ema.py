@@ -1,62 +1,142 @@
-"""Make a weight average of any length after a training, from the snapshots that --ema_power kept.
+"""Make weight averages of any length after a training, from the snapshots that --ema_power kept.
 
     python scripts/posthoc_ema.py --run output_mdt_s2 --std 0.07 --out output_mdt_s2/posthoc_0.07.pt
+    python scripts/posthoc_ema.py --run output_mdt_s2 --sweep 0.02:0.20:10 --out output_mdt_s2_lengths \
+        --eval_ref VIRTUAL_imagenet256_labeled.npz --num_samples 10000
 
-In the run's folder, sampling finds the model's config.json beside the new file.
+In the run's folder, sampling finds the model's config.json beside the new file. A sweep makes a series of averages,
+samples a set from each, scores the sets, and plots the scores against the length; further flags are those of
+scripts/image_sample.py. The same command goes on with a sweep that was stopped.
 """
 
 import argparse
+import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from masked_diffusion.choices import check_std
 from masked_diffusion.files import atomic_write
+from masked_diffusion.sampling.scored_sets import Point, add_scoring_flags, figure_class, open_sweep
 from masked_diffusion.script_util import finite_float, run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from masked_diffusion.runs.posthoc_ema import Snapshots
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP_ONLY = ("eval_ref", "eval_graph")
+
+
+def lengths(text: str) -> list[float]:
+    """``0.02:0.20:10`` -> ten lengths from 0.02 to 0.20. Raises argparse.ArgumentTypeError for anything else."""
+    try:
+        first, last, count = text.split(":")
+        low, high, number = float(first), float(last), int(count)
+    except ValueError:
+        low, high, number = math.nan, math.nan, 0
+    if not (number >= 2 and low < high):
+        raise argparse.ArgumentTypeError(f"expected FIRST:LAST:COUNT, such as 0.02:0.20:10, got {text!r}")
+    return [round(low + (high - low) * i / (number - 1), 6) for i in range(number)]
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make a weight average of any length after a training.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of a training with --ema_power")
-    parser.add_argument(
-        "--std", type=finite_float, required=True, help="length of the average as a share of the training, such as 0.07"
+    parser = argparse.ArgumentParser(
+        description="Make weight averages of any length after a training.", allow_abbrev=False
     )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a training with --ema_power")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--std", type=finite_float, help="length of the average as a share of the training, such as 0.07"
+    )
+    which.add_argument("--sweep", type=lengths, help="FIRST:LAST:COUNT, lengths to score, such as 0.02:0.20:10")
     parser.add_argument("--step", type=int, help="step of a snapshot to end at (default: the last one)")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .pt or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, .pt or .safetensors; folder of a sweep")
+    add_scoring_flags(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
+    args, of_sampler = create_argparser().parse_known_args(argv)
+    return run_script(lambda stack: prepare(args, of_sampler))
 
 
-def prepare(args: argparse.Namespace) -> Callable[[], None]:
+def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[], int | None]:
     """Raises ValueError or OSError for what cannot be made or written."""
-    run, out = args.run.expanduser(), args.out.expanduser()
+    run = args.run.expanduser()
+    if not run.is_dir():
+        raise FileNotFoundError(f"--run {run}: no such folder; give the output folder of a training")
+    for std in args.sweep or [args.std]:
+        check_std(std)
+    # With torch, which takes seconds to import.
+    from masked_diffusion.runs.posthoc_ema import MOST_MISFIT, Snapshots
+
+    snapshots = Snapshots(run)
+    for std in args.sweep or [args.std]:
+        if (share := snapshots.misfit(std, args.step)) > MOST_MISFIT:
+            kept = ", ".join(sorted({snapshot.std for snapshot in snapshots.all()}))
+            sys.stderr.write(
+                f"warning: length {std:g} is far from those that were kept ({kept}): the result is {share:.0%} off an "
+                "average of this length\n"
+            )
+    if args.sweep:
+        return prepare_sweep(args, of_sampler, run, snapshots)
+    idle = [f"--{name}" for name in SWEEP_ONLY if getattr(args, name) is not None]
+    if idle or of_sampler:
+        raise ValueError(f"{[*idle, *of_sampler][0]}: unknown without --sweep")
+    out = args.out.expanduser()
     if out.suffix not in (".pt", ".safetensors"):
         raise ValueError(f"--out {out}: expected a name that ends in .pt or .safetensors")
     if out.exists():
         raise ValueError(f"--out {out}: it exists; give another name")
-    if not run.is_dir():
-        raise FileNotFoundError(f"--run {run}: no such folder; give the output folder of a training")
-    # With torch, which takes seconds to import.
-    from masked_diffusion.runs.posthoc_ema import Snapshots
+    state, step = snapshots.reconstruct(args.std, args.step)
+    return partial(write, state, out, args.std, step)
 
-    state, step = Snapshots(run).reconstruct(args.std, args.step)
 
-    def work() -> None:
-        with atomic_write(out) as file:
-            if out.suffix == ".safetensors":
-                from safetensors.torch import save
+def prepare_sweep(
+    args: argparse.Namespace, of_sampler: Sequence[str], run: Path, snapshots: "Snapshots"
+) -> Callable[[], int]:
+    """Raises ValueError or OSError for what cannot be swept over."""
+    if any(part.partition("=")[0] == "--model_path" for part in of_sampler):
+        raise ValueError("--model_path: the sweep samples its own averages; leave it out")
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"--run {run}: there is no config.json, which sampling needs")
+    figure = figure_class()
+    _, step = snapshots.used_for(args.step)
+    out = args.out.expanduser()
+    sweep = open_sweep(args, "std", of_sampler, ROOT)
+    if not (out / "config.json").exists():
+        shutil.copy(run / "config.json", out)
 
-                file.write(save({name: value.contiguous() for name, value in state.items()}))
-            else:
-                import torch
+    def point(std: float) -> Point:
+        path = out / f"posthoc_{std:g}_{step:06d}.pt"
 
-                torch.save(state, file)
-        sys.stdout.write(f"{out.absolute()}: the average of length {args.std} at step {step}\n")
+        def make() -> None:
+            if not path.exists():
+                write(snapshots.reconstruct(std, step)[0], path, std, step)
 
-    return work
+        return Point(std, ["--model_path", str(path)], make)
+
+    points = [point(std) for std in args.sweep]
+    return lambda: sweep.work(points, figure)
+
+
+def write(state: "dict[str, Tensor]", out: Path, std: float, step: int) -> None:
+    """Write an average to a file whose name says the format."""
+    with atomic_write(out) as file:
+        if out.suffix == ".safetensors":
+            from safetensors.torch import save
+
+            file.write(save({name: value.contiguous() for name, value in state.items()}))
+        else:
+            import torch
+
+            torch.save(state, file)
+    sys.stdout.write(f"{out.absolute()}: the average of length {std} at step {step}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 
 from masked_diffusion import dist_util
-from masked_diffusion.choices import GUIDANCE_FLAGS, GUIDED_CHANNELS, PUBLISHED_CHANNELS, foreign_settings
+from masked_diffusion.choices import (
+    GUIDANCE_FLAGS,
+    GUIDE_SETTINGS,
+    GUIDED_CHANNELS,
+    PUBLISHED_CHANNELS,
+    foreign_settings,
+)
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.runs.request import Request
@@ -71,6 +77,8 @@ def prepare(
     for message in apply_sampling_defaults(trained.config, args, explicit | preset):
         say(f"warning: {message}")
     reasons = without_effect(args, swept, trained.config)
+    if swept == "guide_from":
+        check_guide_settings(explicit, values, args.sweep)
     if swept in reasons:
         raise ValueError(f"--sweep {args.sweep}: all rows would be equal, because {reasons[swept]}")
     for name in sorted(explicit & {swept, *reasons}):
@@ -107,12 +115,23 @@ def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> d
     return reasons
 
 
+def check_guide_settings(explicit: set[str], kinds: list[str], sweep: str) -> None:
+    """Raise ValueError for a setting of guidance that no kind of a sweep has."""
+    for name in sorted(explicit & GUIDE_SETTINGS.keys()):
+        if not set(kinds) & {*GUIDE_SETTINGS[name]}:
+            raise ValueError(f"--{name}: no row of --sweep {sweep} has a use for it; leave it out")
+
+
 def with_setting(
     args: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace], name: str, text: str
 ) -> argparse.Namespace:
-    """The arguments with one of them as if ``--name text`` had been given."""
-    value = getattr(parse([f"--{name}={text}"]), name)
-    return argparse.Namespace(**{**vars(args), name: value})
+    """The arguments with one of them as if ``--name text`` had been given.
+
+    Of a kind of guidance, settings that it does not have are as if they had not been given: another row has them.
+    """
+    usual = parse([f"--{name}={text}"])
+    foreign = [setting for setting, kinds in GUIDE_SETTINGS.items() if name == "guide_from" and text not in kinds]
+    return argparse.Namespace(**{**vars(args), **{name: getattr(usual, name) for name in (name, *foreign)}})
 
 
 def row_of(

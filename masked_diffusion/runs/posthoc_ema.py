@@ -23,6 +23,8 @@ from masked_diffusion.files import atomic_write, write_json
 from masked_diffusion.runs.checkpoint import read_file
 
 FOLDER_NAME = "ema_snapshots"
+HALF_PRECISION = 2.0**-11  # relative rounding of float16
+MOST_MISFIT = 0.1  # from which an average is said to be none of its length
 BASE_NAME, INDEX_NAME = "base.pt", "index.json"
 
 
@@ -53,10 +55,30 @@ def solve(steps: Sequence[int], stds: Sequence[float], step: int, std: float) ->
 
     steps, stds: (M,) of the snapshots.
     """
-    at, gammas = np.array(steps, dtype=np.float64), np.array([gamma_of(value) for value in stds])
-    products = inner_product(at[:, None], gammas[:, None], at, gammas)
-    wanted = inner_product(at, gammas, np.float64(step), np.float64(gamma_of(std)))
+    products, wanted, _ = _products(steps, stds, step, std)
     return np.linalg.lstsq(products, wanted, rcond=None)[0]
+
+
+def misfit(steps: Sequence[int], stds: Sequence[float], step: int, std: float) -> float:
+    """How far what :func:`solve` finds is from the average of length ``std``, as a share of it.
+
+    It is the distance of the updates' weights in the sense of least squares, and what float16 may add to it: a sum of
+    large and opposite shares enlarges the rounding of the snapshots. Arguments as of :func:`solve`.
+    """
+    products, wanted, whole = _products(steps, stds, step, std)
+    weights = solve(steps, stds, step, std)
+    left = 1 - (2 * weights @ wanted - weights @ products @ weights) / whole
+    return float(np.sqrt(max(0.0, left)) + HALF_PRECISION * np.abs(weights).sum())
+
+
+def _products(
+    steps: Sequence[int], stds: Sequence[float], step: int, std: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Inner products of the snapshots' weights: with each other (M, M), with those asked for (M,), of these alone."""
+    at, gammas = np.array(steps, dtype=np.float64), np.array([gamma_of(value) for value in stds])
+    end, gamma = np.float64(step), np.float64(gamma_of(std))
+    wanted = inner_product(at, gammas, end, gamma)
+    return inner_product(at[:, None], gammas[:, None], at, gammas), wanted, float(inner_product(end, gamma, end, gamma))
 
 
 @dataclass(frozen=True)
@@ -111,11 +133,11 @@ class Snapshots:
     def _write_index(self, snapshots: Sequence[Snapshot]) -> None:
         write_json(self.folder / INDEX_NAME, [[snapshot.step, snapshot.std] for snapshot in snapshots])
 
-    def reconstruct(self, std: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
-        """The average of length ``std`` at a step, None for the last one: a state dict in float32, and the step.
+    def used_for(self, step: int | None = None) -> tuple[list[Snapshot], int]:
+        """The snapshots that make averages at a step, None for the last one, and the step.
 
-        Raises FileNotFoundError, naming it, for a missing snapshot, and where there are none; ValueError for a length
-        or a step that cannot be had.
+        Raises FileNotFoundError, naming it, for a missing snapshot, and where there are none; ValueError for a step
+        that cannot be had.
         """
         found = self.all()
         if not found:
@@ -131,6 +153,19 @@ class Snapshots:
         missing = [name for name in (BASE_NAME, *(s.name for s in used)) if not (self.folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{self.folder / missing[0]}: this snapshot is missing; restore it, or train again")
+        return used, step
+
+    def misfit(self, std: float, step: int | None = None) -> float:
+        """How far :meth:`reconstruct` is from an average of length ``std``, see :func:`misfit`."""
+        used, step = self.used_for(step)
+        return misfit([s.step for s in used], [float(s.std) for s in used], step, std)
+
+    def reconstruct(self, std: float, step: int | None = None) -> tuple[dict[str, Tensor], int]:
+        """The average of length ``std`` at a step, None for the last one: a state dict in float32, and the step.
+
+        Raises ValueError for a length that cannot be had, and as :meth:`used_for`.
+        """
+        used, step = self.used_for(step)
         weights = solve([s.step for s in used], [float(s.std) for s in used], step, std)
         base = read_file(self.folder / BASE_NAME)
         sums = {name: weights.sum() * value.double() for name, value in base.items() if value.is_floating_point()}

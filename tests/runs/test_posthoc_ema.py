@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, weights
 
-from masked_diffusion.runs.posthoc_ema import Snapshots, gamma_of, power_rate, solve
+from masked_diffusion.runs.posthoc_ema import Snapshots, gamma_of, misfit, power_rate, solve
 from masked_diffusion.train_util import TrainLoop
 
 TRAIN, POSTHOC = "scripts/image_train.py", "scripts/posthoc_ema.py"
@@ -37,6 +37,32 @@ def test_a_running_average_of_a_power_has_the_length_that_it_is_named_after(std)
 
 def test_a_snapshot_that_is_there_is_taken_as_it_is():
     np.testing.assert_allclose(solve([10, 20, 20], [0.05, 0.05, 0.1], 20, 0.1), [0, 0, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.07, 0.15, 0.25])
+def test_a_misfit_is_the_distance_of_the_weights_of_the_updates(std):
+    steps, stds = [100, 200, 300] * 2, [0.05] * 3 + [0.1] * 3
+    t = (np.arange(300_000) + 0.5) / 1000
+
+    def weight_of(step, std):
+        gamma = gamma_of(std)
+        return np.where(t <= step, (gamma + 1) * (t / step) ** gamma / step, 0)
+
+    shares = solve(steps, stds, 300, std)
+    wanted = weight_of(300, std)
+    found = sum(share * weight_of(*one) for share, one in zip(shares, zip(steps, stds, strict=True), strict=True))
+    distance = np.sqrt(((found - wanted) ** 2).sum() / (wanted**2).sum())
+    rounding = 2.0**-11 * np.abs(shares).sum()
+    assert misfit(steps, stds, 300, std) == pytest.approx(distance + rounding, rel=1e-3)
+
+
+def test_lengths_far_from_the_kept_ones_are_warned_of(trained, monkeypatch, capsys, tmp_path):
+    kept, _ = trained
+    for std in (0.05, 0.1, 0.15, 0.01, 0.28):
+        out = tmp_path / f"{std}.pt"
+        assert call(monkeypatch, POSTHOC, tmp_path, "--run", kept, "--std", std, "--out", out) == 0
+        said = "is far from those that were kept (0.05, 0.10): the result is " in capsys.readouterr().err
+        assert said == (std in (0.01, 0.28)) == (Snapshots(kept).misfit(std) > 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -102,11 +102,25 @@ def test_a_sweep_over_labels_has_the_same_noise_in_every_row(draw):
         "sampler=ddpm,unipc",
         "seed=0,1",
         "num_sampling_steps=2,4",
+        "cfg_scale=2,8",
+        "guide_from=null_label,masked",
+        "guide_from=masked,routed --guide_strong_ratio 0.2",
     ],
 )
 def test_settings_can_be_swept_over_and_change_the_samples(draw, sweep):
-    first, second = tiles(draw("--sweep", sweep, "--labels", "1,2", "--cfg_scale", "8"), 2, 2)
+    first, second = tiles(draw("--sweep", *sweep.split(), "--labels", "1,2", "--cfg_scale", "8"), 2, 2)
     assert not np.array_equal(first, second)
+
+
+def test_each_row_of_a_sweep_over_kinds_of_guidance_has_the_settings_of_its_kind(draw, trained):
+    """Here the weaker model is the model itself, which leaves nothing to guide."""
+    common = ["--labels", "1,2", "--cfg_scale", "8", "--guidance", "constant"]
+    settings = ["--guide_path", trained, "--guide_ratio", "0.6"]
+    swept = tiles(draw("--sweep", "guide_from=null_label,checkpoint,masked", *settings, *common), 3, 2)
+    alone = ["--sweep", "cfg_scale=8,1", "--guide_from", "masked", "--guide_ratio", "0.6", *common]
+    masked, unguided = tiles(draw(*alone), 2, 2)
+    assert np.array_equal(swept[2], masked)
+    assert np.abs(swept[1] - unguided).max() <= 1 and np.abs(swept[0] - unguided).max() > 1
 
 
 def test_an_interval_can_be_swept_over(draw):
@@ -118,6 +132,9 @@ def test_an_interval_can_be_swept_over(draw):
     "text, sentence",
     [
         ("temperature=1,2", "'temperature' cannot be swept over; choose one of labels, num_sampling_steps"),
+        ("guide_from=null_label,best", "--guide_from best: unknown; choose one of null_label"),
+        ("guide_from=null_label,checkpoint", "--guide_from checkpoint and --guide_path: give both, or none"),
+        ("guide_from=null_label,path_drop", "is trained without dropping paths"),
         ("cfg_scale", "give the values"),
         ("cfg_scale= ,", "give the values"),
         ("sampler=ddim,rk4", "--sampler rk4: unknown"),
@@ -127,6 +144,11 @@ def test_an_interval_can_be_swept_over(draw):
 )
 def test_sweeps_of_nonsense_are_refused(refused, text, sentence):
     assert sentence in refused("--sweep", text)
+
+
+def test_a_setting_that_no_row_of_a_sweep_has_is_refused(refused):
+    said = refused("--sweep", "guide_from=null_label,masked", "--guide_strong_ratio", "0.1")
+    assert said.startswith("--guide_strong_ratio: no row of --sweep guide_from=null_label,masked has a use for it")
 
 
 @pytest.mark.parametrize(
