@@ -174,6 +174,16 @@ def test_a_training_that_fails_leaves_nothing_behind(colour_folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_autoencoder_that_cannot_be_written_leaves_nothing_behind(colour_folder, tmp_path, monkeypatch):
+    def fail(picture, path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("masked_diffusion.training.autoencoder_training.save_picture", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run(colour_folder, tmp_path / "out", "--steps", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
