@@ -1,6 +1,25 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+# What stands beside the package in a checkout, and in the package's folder ``beside`` in a wheel, for the command mdt.
+BESIDE = ("infer_mdt.py", "scripts/**/*.py", "evaluations/*.py", "docs/recipes/*.json")
+
+
+class BuildWithScripts(build_py):
+    """Copies the scripts into what is built; a package that is installed as ``-e`` finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        root = Path(__file__).resolve().parent
+        for path in (path for pattern in BESIDE for path in sorted(root.glob(pattern))):
+            target = Path(self.build_lib, "masked_diffusion", "beside", path.relative_to(root))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(target))
+
 
 # On x86-64 Linux this TensorFlow also runs on the CPU alone; the evaluator imports it only when it computes features.
 EVAL = ["tensorflow>=2.18", "scipy>=1.13"]
@@ -34,6 +53,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["masked_diffusion", "masked_diffusion.*"]),
+    cmdclass={"build_py": BuildWithScripts},
+    entry_points={"console_scripts": ["mdt = masked_diffusion.commands:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.9.1",

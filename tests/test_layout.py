@@ -19,7 +19,7 @@ ROOMS = [
     {"runs"},
     {"sampling"},
     {"training", "train_util", "dry_run"},
-    {"script_util", "diffusers_format", "programs", "__init__"},
+    {"commands", "script_util", "diffusers_format", "programs", "__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 MODULES = sorted(PACKAGE.rglob("*.py"))
