@@ -42,17 +42,21 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N`` -> device.
+    """``auto`` (a CUDA device where there is one), ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` -> device.
 
-    Raises ValueError for another name, for CUDA where there is none, and for a GPU that does not exist.
+    Raises ValueError for another name, for CUDA or MPS where there is none, and for a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: no MPS device is available here; use --device cpu")
+        return torch.device("mps")
     kind, _, number = name.partition(":")
     if kind != "cuda" or (number and not number.isdigit()):
-        raise ValueError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is available here; use --device cpu")
     # srun can show each process its own GPU only.

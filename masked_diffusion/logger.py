@@ -28,11 +28,15 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def output_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """``OPENAI_LOGDIR`` (``~`` expanded), or a new dated folder under the working directory. It is not made here."""
-    environ = os.environ if environ is None else environ
-    if environ.get("OPENAI_LOGDIR"):
-        return Path(environ["OPENAI_LOGDIR"]).expanduser().absolute()
+def named_folder(out: str, environ: Mapping[str, str] | None = None) -> str:
+    """The output folder that ``--out`` names, else ``OPENAI_LOGDIR``; empty where neither does."""
+    return out or (os.environ if environ is None else environ).get("OPENAI_LOGDIR", "")
+
+
+def output_folder(environ: Mapping[str, str] | None = None, out: str = "") -> Path:
+    """:func:`named_folder` (``~`` expanded), or a new dated folder under the working directory. It is not made here."""
+    if named := named_folder(out, environ):
+        return Path(named).expanduser().absolute()
     return Path(time.strftime("mdt-%Y-%m-%d-%H-%M-%S")).absolute()
 
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar, get_args
 from masked_diffusion.choices import family_of
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
+from masked_diffusion.logger import output_folder
 from masked_diffusion.processes.launchers import (
     Place,
     abort_mpi,
@@ -53,9 +54,10 @@ GROUPS = (
 )
 MACHINE_FLAGS = {
     "num_workers": Flag(-1, "loader processes per process; 0 = this one; -1 chooses by the number of cores", "machine"),
-    "device": Flag("auto", "auto, cpu, cuda or cuda:N", "machine"),
+    "device": Flag("auto", "auto, cpu, cuda, cuda:N; or mps, to sample", "machine"),
     "tf32": Flag(False, "allow TF32 matrix products on CUDA", "machine"),
 }
+OUT_FLAG = Flag("", "output folder, as OPENAI_LOGDIR, over which it wins", "saving")
 # What can be asked of a checkpoint, beside --model_path.
 RECORDED = "; the checkpoint's config.json or its weights say, where they can"
 CHECKPOINT_FLAGS = {
@@ -331,6 +333,14 @@ def write_any_character(*streams: TextIO) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def ignored_folder(out: str, environ: Mapping[str, str]) -> list[str]:
+    """What to say where --out and OPENAI_LOGDIR name two folders."""
+    other = environ.get("OPENAI_LOGDIR", "")
+    if not out or not other or output_folder(environ) == output_folder(environ, out):
+        return []
+    return [f"OPENAI_LOGDIR {other} is ignored: --out {out} is given"]
 
 
 def say(message: str) -> None:

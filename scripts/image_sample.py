@@ -2,11 +2,13 @@
 
     python scripts/image_sample.py --model_path output_mdt_s2/ema_0.9999_400000.pt --cfg_cond True --num_samples 50000
 
-Runs alone or under any launcher, with the same bytes. OPENAI_LOGDIR names the output folder.
+Runs alone or under any launcher, with the same bytes. --out, or OPENAI_LOGDIR, names the output
+folder.
 """
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,9 +22,11 @@ from masked_diffusion.script_util import (
     CHECKPOINT_FLAGS,
     COMPATIBILITY,
     MACHINE_FLAGS,
+    OUT_FLAG,
     RECORDED,
     explicit_flags,
     from_args,
+    ignored_folder,
     make_parser,
     run_script,
 )
@@ -40,6 +44,7 @@ FLAGS = {
     "model_path": Flag("", "checkpoint to sample, such as ema_0.9999_400000.pt", "sampling"),
     "num_samples": Flag(5000, "images in the .npz", "sampling"),
     "batch_size": Flag(16, "images per batch; batches are shared out over the processes", "sampling"),
+    "out": OUT_FLAG,
     "labels": Flag("random", "random, balanced, or a comma list of labels or class names", "sampling"),
     **flags_of(SamplerConfig),
     **CHECKPOINT_FLAGS,
@@ -122,7 +127,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # With torch, which takes seconds to import.
     from masked_diffusion.programs import image_sample
 
-    return image_sample.prepare(args, explicit, warnings_of(args, explicit), stack)
+    idle = [*warnings_of(args, explicit), *ignored_folder(args.out, os.environ)]
+    return image_sample.prepare(args, explicit, idle, stack)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python scripts/image_train.py --data_dir IMAGES --image_size 256 --model MDT_S_2 --mask_ratio 0.30 --decode_layer 2
 
-Runs alone, or under torchrun, torch.distributed.launch or mpiexec. OPENAI_LOGDIR names the output folder.
+Runs alone, or under torchrun, torch.distributed.launch or mpiexec. --out, or OPENAI_LOGDIR, names the output folder.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,9 +38,11 @@ from masked_diffusion.runs.request import Request
 from masked_diffusion.script_util import (
     COMPATIBILITY,
     MACHINE_FLAGS,
+    OUT_FLAG,
     apply_family_defaults,
     explicit_flags,
     from_args,
+    ignored_folder,
     make_parser,
     run_script,
 )
@@ -70,6 +73,7 @@ FLAGS = {
         False, "check everything, train two steps, say what a run would take, and write nothing", "training"
     ),
     "resume_checkpoint": Flag("auto", "auto, a model file, or empty for a fresh run", "saving"),
+    "out": OUT_FLAG,
     "overwrite": Flag(False, "move the checkpoints in the output folder aside and start anew", "saving"),
     **MACHINE_FLAGS,
     "use_zero": Flag(False, "True is --shard zero, False is --shard none; the published name of it", COMPATIBILITY),
@@ -84,6 +88,7 @@ OF_THE_MACHINE = {
     "data_dir",
     "labels_file",
     "vae_path",
+    "out",
     "eval_ref",
     "eval_graph",
     "guide_path",
@@ -109,7 +114,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     # Settings
     args.model = with_patch_of(args.model, args.vae_path)
     apply_family_defaults(TRAINING, args.model, args, explicit)
-    idle = warnings_of(args, explicit)
+    idle = [*warnings_of(args, explicit), *ignored_folder(args.out, os.environ)]
     resolve(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}

@@ -51,8 +51,16 @@ def test_every_local_rank_has_a_gpu_of_its_own(gpus):
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "tpu:0", "", "CUDA"])
 def test_an_unknown_device_is_refused_with_the_known_ones(gpus, name):
     gpus(1)
-    with pytest.raises(ValueError, match="^--device .*: expected auto, cpu, cuda or cuda:N$"):
+    with pytest.raises(ValueError, match="^--device .*: expected auto, cpu, cuda, cuda:N or mps$"):
         choose_device(name)
+
+
+def test_mps_is_taken_where_there_is_one_and_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: no MPS device is available here; use --device cpu"):
+        choose_device("mps")
 
 
 def test_cuda_is_refused_where_there_is_none(gpus):

@@ -80,7 +80,7 @@ def prepare(
         "versions": library_versions(),
     }
     with dist_util.joined_ranks(place, device, args.dist_url) as ranks:
-        folder = ranks.from_main(lambda: own_folder(stack))
+        folder = ranks.from_main(lambda: own_folder(stack, args.out))
         stream = ranks.from_main(lambda: begun_stream(folder, settings))
         settings |= stream_entry(stream)
         samples = SampleSet(folder, args.num_samples, trained.config.model.image_size, args.batch_size, settings)

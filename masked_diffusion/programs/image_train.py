@@ -23,7 +23,7 @@ from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import CachedPosterior, FirstStage, PixelSpace, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
-from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, output_folder
+from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, named_folder, output_folder
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.processes import launchers
 from masked_diffusion.processes.preemption import StopSignals
@@ -78,6 +78,8 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     config, idle = asked.config, [*asked.idle]
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
+    if device.type == "mps":
+        raise ValueError("--device mps: a training counts in float64, which MPS does not have; use --device cpu")
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
     # Data and first stage
@@ -161,7 +163,7 @@ def open_evaluation(
 
 def former_extensions(args: argparse.Namespace, command: str) -> Sequence[str] | None:
     """Those of the kinds of image files that the run to go on with reads; None for a new run, which reads all."""
-    folder, asked, overwrite = output_folder(), args.resume_checkpoint, args.overwrite
+    folder, asked, overwrite = output_folder(out=args.out), args.resume_checkpoint, args.overwrite
     if is_restart(folder, launchers.job_of(os.environ, command), leave_no_trace=True):
         asked, overwrite = asked or "auto", False
     run = checkpoint.run_to_resume(folder, asked, overwrite)
@@ -225,13 +227,13 @@ class Output:
     """The output folder of a training, which no other one writes to. A dry run leaves no trace there."""
 
     def __init__(self, args: argparse.Namespace, command: str, ranks: Ranks, stack: contextlib.ExitStack) -> None:
-        if launchers.was_restarted(os.environ) and not os.environ.get("OPENAI_LOGDIR"):
+        if launchers.was_restarted(os.environ) and not named_folder(args.out):
             raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
         self._dry_run = args.dry_run
         self.ranks = ranks
         self._stack = stack
         self._job = launchers.job_of(os.environ, command)
-        self.folder = ranks.from_main(lambda: own_folder(stack, leave_no_trace=args.dry_run))
+        self.folder = ranks.from_main(lambda: own_folder(stack, args.out, leave_no_trace=args.dry_run))
         if ranks.from_main(self.folder.is_dir):  # a new one is made when all is checked
             ranks.from_main(self._hold)
 

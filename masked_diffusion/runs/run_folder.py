@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from masked_diffusion.files import lock, move_aside, numbered, remove_unfinished, write_json
-from masked_diffusion.logger import output_folder
+from masked_diffusion.logger import named_folder, output_folder
 from masked_diffusion.processes.launchers import Job
 from masked_diffusion.processes.refusals import NotNowError
 from masked_diffusion.runs import checkpoint
@@ -21,14 +21,14 @@ LOCK_SECONDS = 10.0  # for a killed process to be gone
 LOCK_NAMES = {".training.lock", ".sampling.lock"}
 
 
-def own_folder(stack: contextlib.ExitStack, leave_no_trace: bool = False) -> Path:
-    """The folder that ``OPENAI_LOGDIR`` names or, without it, a dated one that no other start has.
+def own_folder(stack: contextlib.ExitStack, out: str = "", leave_no_trace: bool = False) -> Path:
+    """The folder that ``--out`` or ``OPENAI_LOGDIR`` names or, without them, a dated one that no other start has.
 
     The dated one is made at once, because another start may come in the same second. It goes with the stack if nothing
     was written into it. leave_no_trace: only find its name.
     """
-    folder = output_folder()
-    if os.environ.get("OPENAI_LOGDIR"):
+    folder = output_folder(out=out)
+    if named_folder(out):
         return folder
     with writing_to(folder):
         for number in count(1):

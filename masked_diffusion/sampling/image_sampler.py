@@ -59,6 +59,11 @@ class ImageSampler:
         self._device = device
         self._clip = sampler.clip_denoised
         self._objective = sampler.build_objective(config)
+        if torch.device(device).type == "mps" and not config.objective.is_discrete:
+            raise ValueError(
+                f"--device mps: samplers of --objective {config.objective.objective} compute in float64, which MPS "
+                "does not have; use --device cpu"
+            )
         entry = samplers.SAMPLERS[sampler.sampler]
         self._grid = self._objective.grid(entry.last_level)
         self._new_step = partial(entry.starts[config.objective.objective], self._objective.path(self._grid))

@@ -30,7 +30,7 @@ with held(Path(sys.argv[1]), sys.argv[2]):
 def unnamed(monkeypatch, tmp_path):
     """An empty working folder, no OPENAI_LOGDIR, and a clock that stands still."""
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-    monkeypatch.setattr("time.strftime", lambda form: "mdt-now")
+    monkeypatch.setattr("time.strftime", lambda form, *moment: "mdt-now")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -128,3 +128,13 @@ def test_samples_that_are_complete_are_named_although_nothing_may_be_written(mon
     with holding(tmp_path, "sampling"):
         assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
     assert "already complete" in capsys.readouterr().err
+
+
+def test_out_names_the_output_folder_and_wins_over_the_environment(monkeypatch, tmp_path):
+    named, other = tmp_path / "named", tmp_path / "other"
+    assert call(monkeypatch, TRAIN, other, *TINY_DIGITS, "--out", named, sinks="log") == 0
+    assert (named / "checkpoint000002.json").is_file() and not other.exists()
+    assert f"warning: OPENAI_LOGDIR {other} is ignored: --out {named} is given" in (named / "log.txt").read_text()
+    flags = ["--model_path", named / "model000002.pt", "--num_samples", "1", "--num_sampling_steps", "2"]
+    assert call(monkeypatch, SAMPLE, tmp_path / "set", *flags, "--device", "cpu", "--out", tmp_path / "set") == 0
+    assert (tmp_path / "set" / "samples_1x8x8x3.npz").is_file()

@@ -784,3 +784,9 @@ def test_a_part_of_another_size_is_refused(tmp_path):
     samples.open({})
     with pytest.raises(ValueError, match="expected uint8 images"):
         samples.write_part(0, np.zeros((2, 2, 2, 3), np.uint8))
+
+
+def test_a_continuous_objective_is_not_sampled_on_a_device_without_float64():
+    config = dataclasses.replace(run_config(), objective=ObjectiveConfig(objective="flow"))
+    with pytest.raises(ValueError, match="--device mps: samplers of --objective flow compute in float64"):
+        ImageSampler(None, config, SamplerConfig(2, "euler"), None, "mps")
