@@ -152,6 +152,7 @@ TABLE = [
         makes="sample.jpg",
     ),
     # docs/data.md
+    Row(r"^OPENAI_LOGDIR=output_flowers DATA_PATH=", elsewhere="test_archives.py and test_remote_tars.py read them"),
     Row(r"--class_from filename", **trains("output_flat"), says="12 images, 3 classes (n01440764, "),
     Row(
         r"--init_from mdt_xl2_v1_ckpt\.pt --max_steps 100000$",
