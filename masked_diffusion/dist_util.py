@@ -1,5 +1,7 @@
-"""Process groups under every launcher. The only file that asks for a device; ``processes/launchers.py`` asks which rank
-this is."""
+"""Join the processes of a run under every launcher, and choose the device.
+
+No other file asks for a device. ``processes/launchers.py`` finds out which rank this process is.
+"""
 
 import contextlib
 import hashlib
@@ -34,7 +36,7 @@ LETTING_GO = timedelta(seconds=0.5)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let CUDA matrix products round their inputs to TF32; no effect elsewhere."""
+    """Let CUDA matrix products round their inputs to TF32. This has no effect elsewhere."""
     # Torch refuses to compute once its newer setting, which also rules CPUs, and this one disagree.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = allowed
@@ -42,9 +44,10 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` (a CUDA device where there is one), ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` -> device.
+    """Turn ``auto`` (a CUDA device where there is one), ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device.
 
-    Raises ValueError for another name, for CUDA or MPS where there is none, and for a GPU that does not exist.
+    local_rank: chooses the GPU of a machine with several. Raises ValueError for another name, for CUDA or MPS where
+    there is none, and for a GPU that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +70,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 class Ranks:
-    """The processes of one run, and what they say to each other. Alone, everything is a no-op."""
+    """The processes of one run, and what they tell each other. A single process tells nobody anything."""
 
     def __init__(self, place: Place, device: torch.device) -> None:
         self.rank = place.rank
@@ -77,20 +80,21 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes logs and checkpoints."""
+        """True for the process that writes logs and checkpoints."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add a tensor up over all ranks, in place."""
+        """Add up a tensor over all ranks, in place. Collective: every rank must call it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, asked: bool) -> bool:
-        """Whether some rank asked for something; all ranks get the same answer, one call late where that saves a wait.
+        """Return whether some rank asked for something. All ranks get the same answer. Collective.
 
-        Alone, the answer is immediate. Among several, this call's question is sent off and the last one's is answered,
-        from host to host: a flag on a GPU would make the host wait for all that it has given the GPU to do.
+        Alone, the answer is immediate. Among several ranks it comes one call late: this call sends its question and
+        returns the answer to the last one. Flags travel from host to host, because a flag on a GPU would make the host
+        wait for all the work that it has given the GPU.
         """
         if self.world_size == 1:
             return asked
@@ -103,7 +107,11 @@ class Ranks:
         return bool(answered[0].item())
 
     def concat(self, tensor: Tensor) -> Tensor:
-        """(n, ...) of every rank, equal shapes -> (world_size * n, ...), in the order of the ranks."""
+        """Put tensors (n, ...) of all ranks, of equal shapes, together in the order of the ranks: (world_size * n,
+        ...).
+
+        Collective: every rank must call it.
+        """
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -111,7 +119,10 @@ class Ranks:
         return torch.cat(parts)
 
     def check_alike(self, fingerprints: Mapping[str, str], what: str) -> None:
-        """Raise ValueError, on all ranks, where a fingerprint differs from rank 0. what: this rank has, for people."""
+        """Raise ValueError on all ranks where a rank's fingerprint differs from that of rank 0. Collective.
+
+        fingerprints: by name, such as "data". what: this rank's data in words, for the message.
+        """
         digests = [hashlib.sha256(value.encode()).digest()[:7] for value in fingerprints.values()]
         mine = torch.tensor([[int.from_bytes(digest, "big") for digest in digests]], device=self.device)
         everyones = self.concat(mine).tolist()
@@ -123,7 +134,10 @@ class Ranks:
                 )
 
     def from_main(self, compute: Callable[[], Any]) -> Any:
-        """Run ``compute`` on rank 0 and give its result to all ranks. What it raises there is raised everywhere."""
+        """Run ``compute`` on rank 0 and return its result on all ranks. Collective: every rank must call it.
+
+        An error on rank 0 is raised on all ranks.
+        """
         if self.world_size == 1:
             return compute()
         box: list[Any] = [None, None]
@@ -140,9 +154,9 @@ class Ranks:
         return box[0]
 
     def from_main_patiently(self, compute: Callable[[], Any], doing: str) -> Any:
-        """:meth:`from_main` for what may take long, such as looking at a million files on a network disk.
+        """Do the same as :meth:`from_main` for long work, such as looking at a million files on a network disk.
 
-        No collective waits for it: after each ``NEWS_INTERVAL`` rank 0 tells the others that it is not done yet, and on
+        No collective waits for the work. Every ``NEWS_INTERVAL`` rank 0 tells the others that it goes on, and says on
         stderr what it is doing.
         """
         result: Future[Any] = Future()
@@ -167,7 +181,7 @@ class Ranks:
         return self.from_main(result.result)
 
     def close(self) -> None:
-        """Leave the group. The last collective has to be one that all ranks have called."""
+        """Leave the process group. All ranks must have called the last collective."""
         if self.world_size > 1 and dist.is_initialized():
             if self._asked is not None:
                 self._asked[1].wait()
@@ -177,10 +191,10 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -> Iterator[Ranks]:
-    """Join the process group of a run (nccl for tensors on GPUs, else gloo), and leave it at the end.
+    """Join the process group of a run, and leave it at the end.
 
-    dist_url: where the ranks meet; ``env://`` takes MASTER_ADDR and MASTER_PORT. Raises ValueError when they are
-    missing or when some rank has not joined within ``JOIN_TIMEOUT``.
+    Tensors on GPUs travel over nccl, others over gloo. dist_url: where the ranks meet; ``env://`` takes MASTER_ADDR and
+    MASTER_PORT. Raises ValueError when these are missing, or when a rank has not joined within ``JOIN_TIMEOUT``.
     """
     ranks = Ranks(place, device)
     if device.type == "cuda":
@@ -193,9 +207,9 @@ def joined_ranks(place: Place, device: torch.device, dist_url: str = "env://") -
 
 
 def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
-    """URL where the ranks meet when MASTER_ADDR and MASTER_PORT are not both set: what SLURM or MPI can tell.
+    """Find the URL where the ranks meet from what SLURM or MPI say, for a run without MASTER_ADDR or MASTER_PORT.
 
-    Raises ValueError, with the remedy, where nothing can be told.
+    Raises ValueError, with the remedy, where they say nothing.
     """
     if "SLURM_STEP_NODELIST" in environ and "RANK" not in environ:
         # The first of host names such as "gpu[03-05,9],login": all ranks derive the same, and nobody has to be asked.
@@ -212,7 +226,7 @@ def meeting_point(place: Place, environ: Mapping[str, str]) -> str:
 
 
 def _shared_over_mpi(one_machine: bool) -> str:
-    """Rank 0 chooses an address and tells the others."""
+    """Let rank 0 choose an address and tell the others."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -1,6 +1,7 @@
-"""The Gaussian diffusion process: tables, q, p, losses (DDPM 2006.11239, learned variances 2102.09672, ADM's numerics).
+"""Compute with the Gaussian diffusion process: its tables, q, p and losses.
 
-Tables are float64; what a formula takes of them is float32. Models are callables ``model(x_t, t, **model_kwargs)``.
+Sources: DDPM (2006.11239), learned variances (2102.09672), ADM's numerics. Tables are float64; formulas compute with
+float32 entries. A model is a callable ``model(x_t, t, **model_kwargs)``.
 """
 
 import enum
@@ -24,7 +25,7 @@ Extra = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 class ModelMeanType(enum.Enum):
-    """What the network's first C channels are."""
+    """Meaning of the network's first C channels."""
 
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
@@ -33,7 +34,7 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """Where the reverse process's variance comes from."""
+    """Origin of the reverse process's variance."""
 
     LEARNED = enum.auto()
     FIXED_SMALL = enum.auto()
@@ -160,9 +161,9 @@ class GaussianDiffusion:
         self._tables_on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """``self.table[t]`` as float32, (N, 1, ..., 1) with like's number of dimensions, where like is.
+        """Look up ``self.table[t]`` as float32, (N, 1, ..., 1), with the dimensions and on the device of ``like``.
 
-        t may be there or on the CPU. The copy of the table is made once.
+        t may be on that device or on the CPU. The table is copied to a device once.
         """
         key = (table, t.device)
         if key not in self._tables_on_device:
@@ -180,13 +181,13 @@ class GaussianDiffusion:
         return self._at("alphas_cumprod_next", t, like)
 
     def original_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps the model knows for this process's own; a spaced process maps them. t: (N,) int64."""
+        """Map this process's timesteps to those that the model knows; a spaced process differs. t: (N,) int64."""
         return t
 
     # -- q: from data to noise -----------------------------------------------------------------------------------------
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0); x_start: (N, C, H, W), t: (N,)."""
+        """Return mean, variance and log-variance of q(x_t | x_0). x_start: (N, C, H, W); t: (N,)."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         variance = 1 - self.alpha_bar(t, x_start)
         return mean, variance.expand_as(mean), self._at("log_one_minus_alphas_cumprod", t, x_start).expand_as(mean)
@@ -198,7 +199,7 @@ class GaussianDiffusion:
         return scaled + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 7)."""
+        """Return mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, Eq. 7)."""
         coef1, coef2 = self._at("posterior_mean_coef1", t, x_t), self._at("posterior_mean_coef2", t, x_t)
         mean = coef1 * x_start + coef2 * x_t
         variance = self._at("posterior_variance", t, x_t).expand_as(mean)
@@ -313,7 +314,7 @@ class GaussianDiffusion:
         counts: Reduction = mean_flat,
         extra: Extra | None = None,
     ) -> Terms:
-        """Losses at timesteps t, each (N,): ``loss``, and what it is the sum of, ``mse`` and ``vb`` where they exist.
+        """Compute the losses at timesteps t, each (N,): ``loss``, and its parts ``mse`` and ``vb`` where they exist.
 
         x_start: (N, C, H, W). t: (N,) int64 in [0, T). noise: (N, C, H, W) normal; None draws it. counts: reduces the
         squared error (N, C, H, W) to (N,); the variational terms are means over everything. extra: makes further terms
@@ -351,11 +352,11 @@ class GaussianDiffusion:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """p(x_{t-1} | x_t) and the estimate of x_0.
+        """Return p(x_{t-1} | x_t) and the estimate of x_0.
 
-        x: (N, C, H, W), t: (N,) int64, where x is or on the CPU. clip_denoised: clamp the estimate to [-1, 1].
-        denoised_fn: applied to the estimate before that. Returns ``mean, variance, log_variance, pred_xstart``, each of
-        x's shape, and ``extra``, the second entry of models that return a pair (else None).
+        x: (N, C, H, W). t: (N,) int64, on the device of x or on the CPU. clip_denoised: clamp the estimate to [-1, 1].
+        denoised_fn: applied to the estimate before the clamp. Returns ``mean, variance, log_variance, pred_xstart``,
+        each of x's shape, and ``extra``: the second entry of a model that returns a pair, else None.
         """
         output = model(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         output, extra = output if isinstance(output, tuple) else (output, None)
@@ -369,7 +370,7 @@ class GaussianDiffusion:
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """The mean shifted along ``cond_fn(x, t) = grad log p(y | x)`` (classifier guidance, 2105.05233, Alg. 1)."""
+        """Shift the mean along ``cond_fn(x, t) = grad log p(y | x)`` (classifier guidance, 2105.05233, Alg. 1)."""
         gradient = cond_fn(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
 
@@ -381,7 +382,7 @@ class GaussianDiffusion:
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The prediction with its score shifted by ``cond_fn``, for DDIM (2105.05233, Alg. 2)."""
+        """Shift the score of a prediction by ``cond_fn``, for DDIM (2105.05233, Alg. 2)."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         gradient = cond_fn(x, on_device_of(x, self.original_timesteps(t)), **(model_kwargs or {}))
         eps = eps - (1 - self.alpha_bar(t, x)).sqrt() * gradient
@@ -398,9 +399,9 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         cond_on: str = "mean",
     ) -> samplers.Predict:
-        """What the samplers need of ``model`` under this process.
+        """Wrap ``model`` into what the samplers call under this process.
 
-        cond_on: whether ``cond_fn`` shifts the ``mean`` (DDPM) or the ``score`` (DDIM).
+        cond_on: what ``cond_fn`` shifts, the ``mean`` (DDPM) or the ``score`` (DDIM).
         """
 
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
@@ -415,25 +416,30 @@ class GaussianDiffusion:
         return predict
 
     def p_sample(self, model: Model, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Terms:
-        """One DDPM step from x_t = x; further arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
+        """Take one DDPM step from x_t = x. Further arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
         return samplers.ddpm_step(self.predictor(model, *args, **kwargs), x, t)._asdict()
 
     def ddim_sample(self, model: Model, x: Tensor, t: Tensor, *args: Any, eta: float = 0.0, **kwargs: Any) -> Terms:
-        """One DDIM step from x_t = x; further arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
+        """Take one DDIM step from x_t = x. Further arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
         predict = self.predictor(model, *args, **{**kwargs, "cond_on": "score"})
         return samplers.ddim_step(self, eta, predict, x, t)._asdict()
 
     def ddim_reverse_sample(self, model: Model, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Terms:
-        """x_{t+1} of the DDIM ODE; further arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
+        """Take one step of the DDIM ODE to x_{t+1}. Arguments as :meth:`predictor`. Returns ``sample, pred_xstart``."""
         predict = self.predictor(model, *args, **{**kwargs, "cond_on": "score"})
         return samplers.ddim_reverse_step(self, predict, x, t)._asdict()
 
     def p_sample_loop(self, model: Model, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Tensor:
-        """DDPM from noise to data; arguments as :meth:`p_sample_loop_progressive`. Returns the final sample."""
+        """Sample with DDPM, from noise to data. Arguments as :meth:`p_sample_loop_progressive`. Returns the last
+        sample.
+        """
         return samplers.last(_as_steps(self.p_sample_loop_progressive(model, shape, *args, **kwargs)))
 
     def ddim_sample_loop(self, model: Model, shape: tuple[int, ...], *args: Any, **kwargs: Any) -> Tensor:
-        """DDIM from noise to data; arguments as :meth:`ddim_sample_loop_progressive`. Returns the final sample."""
+        """Sample with DDIM, from noise to data. Returns the last sample.
+
+        Arguments as :meth:`ddim_sample_loop_progressive`.
+        """
         return samplers.last(_as_steps(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs)))
 
     def p_sample_loop_progressive(
@@ -507,10 +513,10 @@ class GaussianDiffusion:
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: dict[str, Any] | None = None
     ) -> Terms:
-        """The whole variational bound in bits per dimension (DDPM, Eq. 5).
+        """Compute the whole variational bound in bits per dimension (DDPM, Eq. 5).
 
-        x_start: (N, C, H, W) in [-1, 1]. Returns ``total_bpd, prior_bpd`` (N,) and ``vb, xstart_mse, mse`` (N, T), the
-        columns from t = T - 1 to 0.
+        x_start: (N, C, H, W) in [-1, 1]. Returns ``total_bpd, prior_bpd`` (N,) and ``vb, xstart_mse, mse`` (N, T),
+        whose columns run from t = T - 1 to 0.
         """
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for i in range(self.num_timesteps - 1, -1, -1):

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a list of sinks, each a class. Rows are appended on resume, never wiped."""
+"""Write the numbers of a run to its log targets, the sinks. A resumed run appends rows to those that are there."""
 
 import contextlib
 import csv
@@ -21,7 +21,7 @@ WHOLE_NUMBERS = ("step", "samples", "skipped", "eval_num_samples")
 
 
 class Sink(Protocol):
-    """A log target. A row has the same names in a whole run, and NaN where there was nothing to average."""
+    """A log target. Rows have the same names during a whole run. NaN stands where there was nothing to average."""
 
     def row(self, values: Row) -> None: ...
     def text(self, message: str) -> None: ...
@@ -29,19 +29,19 @@ class Sink(Protocol):
 
 
 def named_folder(out: str, environ: Mapping[str, str] | None = None) -> str:
-    """The output folder that ``--out`` names, else ``OPENAI_LOGDIR``; empty where neither does."""
+    """Return the output folder that ``--out`` names, else ``OPENAI_LOGDIR``; empty where neither names one."""
     return out or (os.environ if environ is None else environ).get("OPENAI_LOGDIR", "")
 
 
 def output_folder(environ: Mapping[str, str] | None = None, out: str = "") -> Path:
-    """:func:`named_folder` (``~`` expanded), or a new dated folder under the working directory. It is not made here."""
+    """Return :func:`named_folder` (``~`` expanded), or a new dated name in the working folder. Makes no folder."""
     if named := named_folder(out, environ):
         return Path(named).expanduser().absolute()
     return Path(time.strftime("mdt-%Y-%m-%d-%H-%M-%S")).absolute()
 
 
 def _plain(values: Row) -> dict[str, int | float | None]:
-    """Values as a file should show them: counts as integers, nothing for NaN."""
+    """Turn values into what a file shows: counts become integers, NaN becomes nothing."""
     return {
         name: None if math.isnan(value) else int(value) if name in WHOLE_NUMBERS else value
         for name, value in values.items()
@@ -49,7 +49,7 @@ def _plain(values: Row) -> dict[str, int | float | None]:
 
 
 class HumanSink:
-    """A table per row, and messages, on a text stream."""
+    """Write a table per row, and messages, to a text stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -76,11 +76,11 @@ class HumanSink:
 
 
 class RowsFile:
-    """Append-only file of rows. On opening, rows of steps that are about to run again are taken out, and so are lines
-    that a full disk or a power loss has damaged.
+    """A file of rows that only grows.
 
-    damaged: what to say of these lines, empty where there are none. Subclasses say how rows become text and text
-    becomes rows.
+    When a run resumes, opening takes out the rows of the steps that will run again, and lines that a full disk or a
+    power loss has damaged. damaged: a message about such lines; empty where there are none. A subclass turns rows into
+    text and text into rows.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
@@ -137,7 +137,7 @@ class RowsFile:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a text file, with an empty one in place of a last one that is not whole.
+    """Read the lines of a text file. An empty line replaces a last line that is not whole.
 
     A number that was cut off would be another number. Bytes that are no text are replaced.
     """
@@ -146,7 +146,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def parse_csv_rows(lines: Sequence[str]) -> tuple[list[dict[str, str]], int]:
-    """Rows of numbers by the names in the first line, and the number of lines that are no such rows."""
+    """Parse rows of numbers under the names in the first line. Returns them and the number of lines that are no rows."""
     names = lines[0].split(",") if lines else []  # names and numbers, which have no commas
     rows, num_damaged = [], 0
     for line in lines[1:]:
@@ -245,7 +245,9 @@ SINKS: dict[str, Callable[[Path, int], Sink]] = {
 
 
 def chosen_sinks(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Sinks named by ``OPENAI_LOG_FORMAT`` (a comma list; unset: all). Raises ValueError for an unknown one."""
+    """Return the sinks that ``OPENAI_LOG_FORMAT`` names, a comma list; unset: all. Raises ValueError for an unknown
+    one.
+    """
     text = (os.environ if environ is None else environ).get("OPENAI_LOG_FORMAT", "")
     names = [name.strip() for name in text.split(",") if name.strip()] or list(SINKS)
     for name in names:
@@ -255,7 +257,7 @@ def chosen_sinks(environ: Mapping[str, str] | None = None) -> list[str]:
 
 
 class Logger:
-    """A run's sinks as one. Ranks other than 0 log nowhere: give them no sinks."""
+    """All sinks of a run. Give sinks to rank 0 alone; other ranks log nowhere."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = list(sinks)
@@ -263,8 +265,10 @@ class Logger:
 
     @classmethod
     def open(cls, folder: Path, start_step: int, names: Sequence[str] | None = None) -> "Logger":
-        """Open sinks (None: those of the environment) in a folder, made if needed, for a run that goes on after
-        ``start_step``."""
+        """Open sinks in a folder, for a run that goes on after ``start_step``. Makes the folder.
+
+        names: of the sinks; None takes those of the environment.
+        """
         names = chosen_sinks() if names is None else names
         folder.mkdir(parents=True, exist_ok=True)
         sinks = [SINKS[name](folder, start_step) for name in names]

@@ -1,4 +1,4 @@
-"""Finding image files in a folder or bucket, and reading one as a viewer would show it. Knows no classes or batches."""
+"""Find image files in a folder or bucket, and read one as a viewer shows it. Knows no classes and no batches."""
 
 import io
 import os
@@ -45,28 +45,28 @@ Content = TypeVar("Content")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path (gs://, az://, https://) is read through blobfile instead of the local file system."""
+    """Return whether a path (gs://, az://, https://) is read through blobfile and not from the local file system."""
     return "://" in path
 
 
 def join(folder: str, relative: str) -> str:
-    """A path below a local or remote folder; ``relative`` has forward slashes."""
+    """Join a local or remote folder and a path below it. ``relative`` has forward slashes."""
     return f"{folder.rstrip('/')}/{relative}" if relative else folder
 
 
 def list_image_files(data_dir: str) -> list[str]:
-    """Paths below ``data_dir`` of all its images, sorted. See :func:`list_folder`, also for what it raises."""
+    """List the paths of all images below ``data_dir``, sorted. Raises what :func:`list_folder` does."""
     return list_folder(data_dir).files
 
 
 def list_folder(data_dir: str) -> Listing:
-    """The images of a folder, sorted: the order that image indices refer to; and what is left out.
+    """List the images of a folder and what is left out. The images are sorted; image indices refer to this order.
 
-    Extensions count in any case; hidden files and folders are left out. Links are followed, but a folder is listed
-    once however many links lead to it (under its own name if it lies in ``data_dir`` itself), and a link that leads
-    back to a folder around it is not followed. A link to a file is a file of its own, for folders of links are how
-    subsets are made.
-    Raises FileNotFoundError for a missing folder, ValueError for a file, a folder without images or one that cannot
+    Extensions count in any case. Hidden files and folders are left out. Links are followed, but not one that leads back
+    to a folder around it. A folder is listed once, however many links lead to it: under its own name if it lies in
+    ``data_dir`` itself. A link to a file is a file of its own, because people make subsets as folders of links.
+
+    Raises FileNotFoundError for a missing folder, ValueError for a file, and for a folder that has no images or cannot
     be read.
     """
     if is_remote(data_dir):
@@ -88,12 +88,15 @@ def list_folder(data_dir: str) -> Listing:
 
 
 def looked_in(path: str) -> str:
-    """From where a relative path was looked for, for a message; empty for an absolute one."""
+    """Say for a message where a relative path was looked for. Empty for an absolute path."""
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
 def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
-    """(N,) int64 bytes of the files below a folder; -1 for remote ones, where each answer would cost a request."""
+    """Return the bytes of the files below a folder, (N,) int64.
+
+    Remote files count as -1, because each answer would cost a request.
+    """
     if is_remote(folder):
         return np.full(len(paths), -1, dtype=np.int64)
 
@@ -107,7 +110,7 @@ def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
 
 
 def take_file(listing: Listing, path: str) -> bool:
-    """Count a file among the images or, by its extension, among those left out. Returns whether it is an image."""
+    """Add a file to the images, or by its extension to what is left out. Returns whether it is an image."""
     extension = os.path.splitext(path)[1].lower()  # noqa: PTH122  (a million of them)
     if extension in EXTENSIONS:
         listing.files.append(path)
@@ -118,7 +121,7 @@ def take_file(listing: Listing, path: str) -> bool:
 
 
 def _finish(listing: Listing, folders: Iterable[str]) -> Listing:
-    """Sort a new list, and find the folders that have no image. folders: all that were met, below the root."""
+    """Sort a new list and find the folders without images. folders: all that were met, below the root."""
     listing.files.sort()
     filled = {""}
     for path in listing.files:
@@ -142,7 +145,7 @@ def _list_anew(data_dir: str) -> Listing:
 
 
 def _list_local(root: str) -> tuple[Listing, dict[str, int], bool]:
-    """The files, the folders they were found in with the number of their entries, and whether there were links."""
+    """Return the files, the folders that hold them with their numbers of entries, and whether there were links."""
     listing = Listing()
     entries_of: dict[str, int] = {}
     met_links = False
@@ -183,7 +186,7 @@ def _list_local(root: str) -> tuple[Listing, dict[str, int], bool]:
 
 
 def _leads_back(root: str, link: str) -> bool:
-    """Whether a link points to the data folder, a folder around it, or a folder around the link."""
+    """Return whether a link points to the data folder, to a folder around it, or to a folder around the link."""
     path = Path(join(root, link))
     target = path.resolve()
     return Path(root).resolve().is_relative_to(target) or path.parent.resolve().is_relative_to(target)
@@ -198,7 +201,7 @@ def _blobfile(path: str) -> Any:
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file of this name, local or remote; False, too, where a bucket gives no answer."""
+    """Return whether a local or remote file of this name exists. False, too, where a bucket gives no answer."""
     if not is_remote(path):
         return Path(path).is_file()
     try:
@@ -208,7 +211,7 @@ def is_file(path: str) -> bool:
 
 
 def open_remote(path: str, buffer_size: int) -> IO[bytes]:
-    """Open a remote file to be read in requests of so many bytes."""
+    """Open a remote file for reading in requests of so many bytes."""
     return _blobfile(path).BlobFile(path, "rb", buffer_size=buffer_size)
 
 
@@ -262,10 +265,10 @@ def _list_remote(root: str) -> Listing:
 
 
 class PathTable:
-    """Read-only list of paths in two arrays.
+    """A read-only list of paths, kept in two arrays.
 
-    A million Python strings would be copied into every loader worker (reference counts touch their pages); two
-    arrays are shared by fork and quickly sent otherwise.
+    Two arrays are shared when a process forks, and are sent quickly otherwise. A million Python strings would be copied
+    into every loader process, because counting references touches their memory.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -309,19 +312,21 @@ class UnreadableImageError(ValueError):
 
 
 def read_image(path: str) -> Image.Image:
-    """The image as a viewer shows it: an upright RGB picture, its first frame, on white where it is transparent.
+    """Read an image as a viewer shows it: upright, RGB, its first frame, on white where it is transparent.
 
-    RGB pixels are unchanged. 16-bit grey is scaled to 8 bits, not clipped.
-    Raises UnreadableImageError, naming the file and what to do, for what is damaged, missing, may not be read, or has
-    an absurd size; OSError when the storage fails, also after a few tries, which says nothing about the image.
+    RGB pixels stay as they are. 16-bit grey is scaled to 8 bits, not clipped.
+
+    Raises UnreadableImageError, with the file and what to do, for a file that is damaged, missing, not permitted, or of
+    an absurd size. Raises OSError when the storage fails, also after a few tries; that says nothing about the image.
     """
     return read_with(path, partial(read_bytes, path), lambda content, image: as_shown(image))
 
 
 def read_with(path: str, read: Callable[[], bytes], decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
-    """What ``decode`` makes of a file's content and of the image as Pillow opened it: the size is known and no absurd
-    one, and no pixel is decoded. read: gives the content. Raises as :func:`read_image` does, naming ``path``, also for
-    whatever ``decode`` raises.
+    """Open a file's content with Pillow, check its size, and return what ``decode`` makes of both.
+
+    ``decode`` is called before any pixel is decoded. read: returns the content. Raises as :func:`read_image` does,
+    naming ``path``; whatever ``decode`` raises becomes such an error.
     """
     try:
         content = read()
@@ -354,7 +359,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
-    """A local or remote file's content; where the storage fails for a moment, it is asked again after each wait.
+    """Read a local or remote file. Where the storage fails for a moment, ask again after each of ``waits`` (seconds).
 
     Raises OSError: FileNotFoundError, IsADirectoryError and PermissionError at once, others after the last try.
     """
@@ -368,7 +373,7 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
 
 
 def patiently(path: str, read: Callable[[], Content], waits: Sequence[float] = RETRY_WAITS) -> Content:
-    """What ``read`` gives; where the storage of ``path`` fails, it is asked again. Raises as :func:`read_bytes`."""
+    """Return what ``read`` returns. Ask again where the storage of ``path`` fails. Raises as :func:`read_bytes`."""
     try:
         return read()
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -385,7 +390,7 @@ def patiently(path: str, read: Callable[[], Content], waits: Sequence[float] = R
 
 
 def orientation(image: Image.Image) -> int:
-    """How an opened image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number where it is upright."""
+    """Return how an opened image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number if it is upright."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata: viewers show the pixels as stored
@@ -409,7 +414,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey (mode "I" in older Pillow) as L, or as LA where one grey value is marked transparent."""
+    """Convert 16-bit grey (mode "I" in older Pillow) to L, or to LA where one grey value is marked as transparent."""
     values = np.asarray(image).astype(np.int64)
     grey = Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:

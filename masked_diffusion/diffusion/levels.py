@@ -1,4 +1,4 @@
-"""Laws of the noise levels that a network is trained at."""
+"""Provide the distributions of the noise levels at which a network is trained."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,21 +12,21 @@ LEAST_LOSS = 1e-12  # that an uncertainty is learned of: its weight is 1 over it
 
 
 class Levels(ABC):
-    """A distribution over levels, with the importance weights that keep the loss unbiased."""
+    """A distribution of levels, with the importance weights that keep the loss unbiased."""
 
     @abstractmethod
     def from_uniform(self, u: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Levels (N,) and importance weights (N,) float32, by inversion of uniforms that somebody else drew.
+        """Return levels (N,) and importance weights (N,) float32 for uniforms that the caller drew.
 
         u: (N,) float64 in [0, 1) on the CPU.
         """
 
     def update_with_all_losses(self, ts: Sequence[float], losses: Sequence[float]) -> None:  # noqa: B027
-        """Learn from one step's losses of the whole global batch, in sample order. ts: their levels."""
+        """Learn from the losses of a step's whole global batch, in sample order. ts: their levels."""
 
     @property
     def learns(self) -> bool:
-        """Whether losses have to be collected for :meth:`update_with_all_losses`."""
+        """True when losses have to be collected for :meth:`update_with_all_losses`."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class Levels(ABC):
 
 
 class InverseLaw(Levels):
-    """Levels of a continuous law. inverse: maps uniforms (N,) float64 to levels (N,)."""
+    """Levels of a continuous distribution. inverse: maps uniforms (N,) float64 to levels (N,)."""
 
     def __init__(self, inverse: Callable[[Tensor], Tensor]) -> None:
         self._inverse = inverse
@@ -53,11 +53,12 @@ class InverseLaw(Levels):
 
 
 class Uncertainty(InverseLaw):
-    """Levels of a continuous law, with the weight of a learned uncertainty (EDM2, 2312.02696).
+    """Levels of a continuous distribution, weighted by a learned uncertainty (EDM2, 2312.02696).
 
-    EDM2 trains a small network u(level) on ``loss / e^u + u``, whose best value is e^u = the mean loss at the level.
-    This class has that mean itself, as a running mean in each of NUM_BINS parts of the law that are as probable, and
-    weighs by 1 / e^u: all levels come to matter alike. It belongs to the training's state, not to the network.
+    EDM2 trains a small network u(level) on ``loss / e^u + u``. Its best value is e^u = the mean loss at the level. This
+    class keeps that mean itself: a running mean in each of NUM_BINS equally probable parts of the distribution. The
+    weight is 1 / e^u, so that all levels come to matter alike. The means belong to the state of the training, not to
+    the network.
     """
 
     NUM_BINS = 64
@@ -100,11 +101,13 @@ class Uncertainty(InverseLaw):
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """Standard normal values of uniforms in [0, 1), in float64."""
+    """Turn uniforms in [0, 1) into standard normal values, in float64."""
     return torch.special.ndtri(u.double().clamp(1e-12, 1 - 1e-12))
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times in [0, 1] moved towards the noise: ``shift t / (1 + (shift - 1) t)``, which adds log(shift) to the logit
-    (2403.03206, section 5.3.2)."""
+    """Move times in [0, 1] towards the noise: ``shift t / (1 + (shift - 1) t)``.
+
+    This adds log(shift) to the logit (2403.03206, section 5.3.2).
+    """
     return shift * t / (1 + (shift - 1) * t)

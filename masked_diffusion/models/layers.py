@@ -1,4 +1,4 @@
-"""Layers that the three models share: embeddings, attention with relative positions, the adaLN-Zero block, the output.
+"""Provide the layers that all models share: embeddings, attention with relative positions, adaLN-Zero blocks, output.
 
 Shapes: N samples, L tokens of width D; see ``backbone.py``.
 """
@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def sincos_position_table(width: int, grid_size: int) -> np.ndarray:
-    """2-D sin-cos position table, (grid_size**2, width) float64, one row per token in row-major order.
+    """Compute a 2-D sin-cos table of positions, (grid_size**2, width) float64, one row per token in row-major order.
 
-    The first half of the channels encodes the column, the second the row; sin before cos in each (base 10000).
-    Raises ValueError when width is no multiple of 4.
+    The first half of the channels encodes the column, the second half the row. In each half sin comes before cos (base
+    10000). Raises ValueError when width is no multiple of 4.
     """
     if width % 4:
         raise ValueError(f"hidden_size {width}: the position table needs a multiple of 4")
@@ -35,7 +35,10 @@ def sincos_position_table(width: int, grid_size: int) -> np.ndarray:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timestep -> vector: sinusoidal features, in float32 whatever the weights are, then a two-layer MLP."""
+    """Turn timesteps into vectors: sinusoidal features, then a two-layer MLP.
+
+    The features are computed in float32, whatever the type of the weights.
+    """
 
     frequency_bits: Tensor
 
@@ -57,9 +60,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> vector; in training, labels become the null class with probability ``dropout_prob``.
+    """Turn class labels into vectors. In training, a label becomes the null class with probability ``dropout_prob``.
 
-    The null class is the table's last row, which exists only when ``dropout_prob > 0``.
+    The null class is the table's last row. The row exists only when ``dropout_prob > 0``.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -69,9 +72,9 @@ class LabelEmbedder(nn.Module):
         self.dropout_prob = dropout_prob
 
     def forward(self, y: Tensor, label_noise: Tensor | None = None) -> Tensor:
-        """y: (N,) int64 in [0, num_classes], num_classes being null. Returns (N, D).
+        """Embed labels. y: (N,) int64 in [0, num_classes], num_classes being null. Returns (N, D).
 
-        label_noise: (N,) uniform in [0, 1), which decides the dropout in training; None draws it here.
+        label_noise: (N,) uniform in [0, 1), decides the dropout in training; None draws it here.
         """
         if self.training and self.dropout_prob > 0:
             if label_noise is None:
@@ -86,7 +89,7 @@ class LabelEmbedder(nn.Module):
 
 
 def relative_position_index(grid_size: int) -> Tensor:
-    """Row of the bias table for each pair of tokens of a square grid, (L, L) int64 (BEiT, 2106.08254)."""
+    """Compute the row of the bias table for each pair of tokens of a square grid, (L, L) int64 (BEiT, 2106.08254)."""
     rows, columns = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     row_offset = rows[:, None] - rows[None, :] + grid_size - 1
@@ -95,9 +98,9 @@ def relative_position_index(grid_size: int) -> Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """One learned number per head and relative position, added to the attention logits.
+    """Learn a number per head and relative position, which is added to the attention logits.
 
-    The table has three rows more than there are relative positions (BEiT's, for a class token). They are unused and
+    The table has three rows more than there are relative positions (BEiT's, for a class token). They are unused, and
     kept because published checkpoints have them.
     """
 
@@ -112,7 +115,7 @@ class RelativePositionBias(nn.Module):
 
     @torch.no_grad()
     def expand(self) -> None:
-        """Look up the bias of all tokens once, for all passes to come. Later changes of the table have no effect."""
+        """Look up the bias of all tokens once for all later passes. Later changes of the table have no effect."""
         self.expanded = None
         self.expanded = self(self.relative_position_index)
 
@@ -129,10 +132,11 @@ class RelativePositionBias(nn.Module):
 
 
 class _LookUp(torch.autograd.Function):
-    """Columns of a table (heads, T) by their index (M,): (heads, M).
+    """Pick columns of a table (heads, T) by their index (M,): (heads, M).
 
-    An int32 index is kept for backward, at half the memory, and widened in passing: torch's kernels for it take several
-    times as long on a CPU. So does F.embedding, whose result has to be transposed, too. No GPU was measured.
+    The backward pass keeps an int32 index, which takes half the memory, and widens it in passing. Torch's own kernels
+    for int32 take several times as long on a CPU. So does F.embedding, whose result has to be transposed, too. No GPU
+    was measured.
     """
 
     @staticmethod
@@ -148,7 +152,7 @@ class _LookUp(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with a ``grid_size``, biased by relative position."""
+    """Multi-head self-attention. With a ``grid_size`` it is biased by relative positions."""
 
     def __init__(self, hidden_size: int, num_heads: int, grid_size: int | None) -> None:
         super().__init__()
@@ -170,15 +174,15 @@ class Attention(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (N, L, D); shift, scale: (N, 1 or L, D)."""
+    """Scale and shift tokens. x: (N, L, D); shift, scale: (N, 1 or L, D)."""
     return x * (1 + scale) + shift
 
 
 def modulation(layer: nn.Module, c: Tensor, group: Tensor | None) -> Tensor:
-    """Shifts, scales and gates from a conditioning: (N, 1, M), alike for all tokens of a sample.
+    """Compute shifts, scales and gates from a conditioning: (N, 1, M), the same for all tokens of a sample.
 
-    c: (N, D), or (2, N, D) of two noise levels. Then group, (N, L) bool, says which tokens have the second one, and the
-    result is (N, L, M): each level's is computed once per sample, not per token.
+    c: (N, D), or (2, N, D) for two noise levels. With two levels, group, (N, L) bool, marks the tokens that have the
+    second one, and the result is (N, L, M). Each level is computed once per sample, not per token.
     """
     if c.dim() == 2 or group is None:
         return layer(c)[:, None]
@@ -194,7 +198,7 @@ def zero_(module: nn.Module) -> None:
 
 
 def linear_weights(module: nn.Module) -> int:
-    """Number of weights of a module's Linear layers, which is the multiply-adds of one token's or sample's pass."""
+    """Count the weights of a module's Linear layers: the multiply-adds of one token's or one sample's pass."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
@@ -203,11 +207,11 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT, 2212.09748).
+    """A transformer block with adaLN-Zero conditioning (DiT, 2212.09748).
 
-    grid_size: side of the token grid for a relative-position bias; None for none. takes_skip: merge the output of an
+    grid_size: side of the token grid for a relative-position bias; None for no bias. takes_skip: merge the output of an
     earlier layer into the input, as a U-Net does (U-ViT, 2209.12152). condition_size: width of the conditioning; None
-    for hidden_size. ``recomputes``: keep only the input for backward.
+    for hidden_size. ``recomputes``: keep only the input for the backward pass.
     """
 
     recomputes = False
@@ -266,7 +270,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens -> patches: (N, L, D) -> (N, L, patch_size**2 * out_channels). condition_size: see :class:`Block`."""
+    """Turn tokens into patches: (N, L, D) -> (N, L, patch_size**2 * out_channels). condition_size: see :class:`Block`."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, condition_size: int | None = None) -> None:
         super().__init__()

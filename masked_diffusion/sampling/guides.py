@@ -1,4 +1,4 @@
-"""What a trained model's predictions can be led away from, beside the null label: another model, or less of itself."""
+"""Open what guidance leads predictions away from, beside the null label: another model, or less of the model itself."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +30,15 @@ def open_away(
     as_denoiser: Callable[[nn.Module], Denoiser] = lambda model: model,
     flag: str = GUIDE_FLAG,
 ) -> tuple[NewAway | None, dict[str, Any]]:
-    """What the settings lead a model's predictions away from, for each batch, and what a manifest says of it.
+    """Open what the settings lead predictions away from. Returns what makes it for a batch, and its entry in a
+    manifest.
 
-    model: what is guided, for its structure alone; its weights are not read. name: of it, in messages. request: for the
-    second checkpoint. as_denoiser: how a second model is called, such as in half precision. flag: that asked for the
-    kind. None is the null label.
-    Raises ValueError or FileNotFoundError for a second checkpoint that does not fit, and a kind that the model or its
-    training has not.
+    model: the guided model; only its structure is looked at, not its weights. name: of the model, for messages.
+    request: opens the second checkpoint. as_denoiser: how a second model is called, such as in half precision. flag:
+    the flag that asked for the kind. The null label needs nothing: None is returned for it.
+
+    Raises ValueError or FileNotFoundError for a second checkpoint that does not fit, and for a kind that the model or
+    its training does not have.
     """
     if not sampler.cfg_cond or sampler.guide_from == "null_label":
         return None, {}
@@ -54,10 +56,10 @@ def own_away(
     device: torch.device | str,
     flag: str = GUIDE_FLAG,
 ) -> tuple[NewAway, dict[str, Any]]:
-    """The kinds that need no second model: ``path_drop``, ``masked``, ``routed``.
+    """Open a kind that needs no second model: ``path_drop``, ``masked`` or ``routed``.
 
     trained_ratio: share of the tokens that left in the training; 0 for none, None where nothing says it. Other
-    arguments, and what is returned and raised, as of :func:`open_away`.
+    arguments, results and errors as of :func:`open_away`.
     """
     if sampler.guide_from == "path_drop":
         return _path_drop(model, name, flag)
@@ -88,9 +90,9 @@ def _other_model(
 
 
 def with_fitting_views(denoiser: Denoiser, model: LatentTransformer, other: LatentTransformer) -> Denoiser:
-    """A second model's denoiser, which takes the views of the first one where it can, else sees all tokens.
+    """Wrap a second model's denoiser: it takes the views of the first model where it can, and else sees all tokens.
 
-    denoiser: calls ``other``. Inpainting masks tokens of ``model``: a model that has other tokens, or that does not
+    denoiser: calls ``other``. Inpainting masks tokens of ``model``. A model with other tokens, or one that does not
     interpolate, has no such view.
     """
     if other.rejoin.interpolates and other.num_tokens == model.num_tokens:
@@ -99,7 +101,7 @@ def with_fitting_views(denoiser: Denoiser, model: LatentTransformer, other: Late
 
 
 def _difference(strong: RunConfig, weak: RunConfig) -> str | None:
-    """The first thing that makes the predictions of two models no predictions of the same; None where there is none."""
+    """Name the first thing by which two models predict different things; None where they predict the same."""
     a, b = strong, weak
     pairs = [
         ("the shape of its latents", a.model.latent_shape, b.model.latent_shape),
@@ -120,7 +122,7 @@ def _difference(strong: RunConfig, weak: RunConfig) -> str | None:
 
 
 def _path_drop(model: LatentTransformer, name: str, flag: str) -> tuple[NewAway, dict[str, Any]]:
-    """The null label, without the blocks of the route."""
+    """Predict with the null label and without the blocks of the route."""
     if not model.policy.path_drop:
         fitting = ", ".join(name for name, policy in POLICIES.items() if policy.path_drop)
         raise ValueError(
@@ -140,7 +142,7 @@ def _sparser_self(
     device: torch.device | str,
     flag: str,
 ) -> tuple[NewAway, dict[str, Any]]:
-    """The model itself where fewer tokens are on its route, all of them in the strong prediction of ``masked``."""
+    """Predict with the model itself and fewer tokens on its route. The strong prediction of ``masked`` has all tokens."""
     kind, strong, weak = sampler.guide_from, sampler.guide_strong_ratio, sampler.guide_ratio
     if not model.policy.leaves or trained_ratio == 0:
         raise ValueError(f"{flag} {kind}: {name} is trained without masking; choose null_label")
@@ -172,7 +174,7 @@ def _sparser_self(
 
 
 def _passes(model: LatentTransformer, num_keep: int) -> float:
-    """What a pass costs with so many tokens on the route, in passes with all of them, by tokens and blocks."""
+    """Compute the cost of a pass with so many tokens on the route, in passes with all tokens."""
     depth, routed = len(model.stack), model.route.back - model.route.leave
     side = len(model.sideblocks) if model.rejoin.interpolates else 0
     return (depth - routed + routed * num_keep / model.num_tokens + side) / depth
