@@ -146,7 +146,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def parse_csv_rows(lines: Sequence[str]) -> tuple[list[dict[str, str]], int]:
-    """Parse rows of numbers under the names in the first line. Returns them and the number of lines that are no rows."""
+    """Parse rows of numbers under the names in the first line. Returns them, and how many lines are no rows."""
     names = lines[0].split(",") if lines else []  # names and numbers, which have no commas
     rows, num_damaged = [], 0
     for line in lines[1:]:

@@ -390,7 +390,7 @@ def patiently(path: str, read: Callable[[], Content], waits: Sequence[float] = R
 
 
 def orientation(image: Image.Image) -> int:
-    """Return how an opened image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number if it is upright."""
+    """Return how an image is turned, by its EXIF tag: a key of TO_UPRIGHT, or another number if it is upright."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata: viewers show the pixels as stored

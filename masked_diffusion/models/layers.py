@@ -270,7 +270,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Turn tokens into patches: (N, L, D) -> (N, L, patch_size**2 * out_channels). condition_size: see :class:`Block`."""
+    """Turn tokens (N, L, D) into patches (N, L, patch_size**2 * out_channels). condition_size: see :class:`Block`."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int, condition_size: int | None = None) -> None:
         super().__init__()

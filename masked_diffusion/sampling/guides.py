@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from masked_diffusion.data.class_names import in_one_form
 from masked_diffusion.diffusion.guidance import Away, Denoiser, OtherModel, PathDrop, SparserSelf
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import POLICIES
@@ -116,13 +117,14 @@ def _difference(strong: RunConfig, weak: RunConfig) -> str | None:
         *((name, a.first_stage.get(name), b.first_stage.get(name)) for name in LATENT_SCALES),
     ]
     if a.class_names and b.class_names:
-        pairs.append(("the list of class names", a.class_names[:5], b.class_names[:5]))
-        pairs.append(("the list of class names", hash(tuple(a.class_names)), hash(tuple(b.class_names))))
-    return next((f"{name} is {theirs} instead of {ours}" for name, ours, theirs in pairs if ours != theirs), None)
+        ours, theirs = in_one_form(a.class_names), in_one_form(b.class_names)
+        pairs.append(("the list of class names", ours[:5], theirs[:5]))
+        pairs.append(("the list of class names", hash(tuple(ours)), hash(tuple(theirs))))
+    return next((f"{name} is {weaks} instead of {own}" for name, own, weaks in pairs if own != weaks), None)
 
 
 def _path_drop(model: LatentTransformer, name: str, flag: str) -> tuple[NewAway, dict[str, Any]]:
-    """Predict with the null label and without the blocks of the route."""
+    """Lead away from the null label without the blocks of the route."""
     if not model.policy.path_drop:
         fitting = ", ".join(name for name, policy in POLICIES.items() if policy.path_drop)
         raise ValueError(
@@ -142,7 +144,10 @@ def _sparser_self(
     device: torch.device | str,
     flag: str,
 ) -> tuple[NewAway, dict[str, Any]]:
-    """Predict with the model itself and fewer tokens on its route. The strong prediction of ``masked`` has all tokens."""
+    """Lead away from the model itself with fewer tokens on its route.
+
+    The strong prediction of ``masked`` has all tokens.
+    """
     kind, strong, weak = sampler.guide_from, sampler.guide_strong_ratio, sampler.guide_ratio
     if not model.policy.leaves or trained_ratio == 0:
         raise ValueError(f"{flag} {kind}: {name} is trained without masking; choose null_label")

@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from functools import partial
 
 import numpy as np
@@ -17,13 +18,16 @@ from masked_diffusion.diffusion.guidance import (
     beta_weight,
     constant_weight,
 )
+from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.first_stage import PixelSpace
 from masked_diffusion.models.layers import Block
 from masked_diffusion.models.mdt import MDT
 from masked_diffusion.models.tokens import Draw, KeptTokens
 from masked_diffusion.randomness import SampleNoise
+from masked_diffusion.runs.config import ModelConfig, RunConfig
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import open_trained
+from masked_diffusion.sampling import guides
 from masked_diffusion.sampling.guides import open_away, with_fitting_views
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.inpainting import Inpainting, SideInterpolation
@@ -373,3 +377,13 @@ def test_a_guided_mixture_has_the_means_and_the_spreads_of_the_closed_form(kind)
         for y, a in enumerate(means):
             assert narrowed[labels == y].mean() == pytest.approx(a, rel=0.01)
             assert narrowed[labels == y].std() == pytest.approx(0.3**weight * 0.4 ** (1 - weight), rel=0.01)
+
+
+def test_class_names_in_the_other_form_of_unicode_do_not_keep_a_weaker_model_from_guiding():
+    model = ModelConfig(model="MDT_Ti_2", image_size=8, downsample=1, in_channels=1, num_classes=2)
+    strong, weak, other = (
+        RunConfig(model, DiffusionConfig(), {}, class_names=[unicodedata.normalize(form, name), "thé"])
+        for form, name in (("NFC", "café"), ("NFD", "café"), ("NFC", "cafe"))
+    )
+    assert strong.class_names != weak.class_names and guides._difference(strong, weak) is None
+    assert "list of class names" in guides._difference(strong, other)
