@@ -1,4 +1,6 @@
-"""Interface of a source of data: names, sizes, labels, and the bytes of an image. ``sources.py`` lists the sources."""
+"""Define the interface of a source of data: names, sizes, labels, and bytes of images. ``sources.py`` lists the
+sources.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -17,7 +19,7 @@ from masked_diffusion.settings import setting
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is read. Each kind looks at what concerns it."""
+    """Settings of how a source is read. Each kind of source uses those that concern it."""
 
     image_column: str = setting("", "column of the images in parquet and arrow files; empty finds it", "data")
     label_column: str = setting("", "column of the labels in parquet and arrow files; empty looks for label", "data")
@@ -53,11 +55,11 @@ class Blocks(NamedTuple):
 
 
 class Source:
-    """Where the items of a data set lie. A source knows no crops, no flips and no order but that of its names.
+    """A place where the items of a data set lie. It knows no crops, no flips, and no order but that of its names.
 
-    data_dir: what the user gave. names: of the items, below data_dir, with forward slashes; sorted, for an item's
-    place in them is its identity. notes: what a user should know of it, such as what is left out; a line each.
-    made_up_folders: where the folders in the names are archives, why there are no classes, such as "3 of 9 images have
+    data_dir: what the user gave. names: of the items, below data_dir, with forward slashes. They are sorted: an item's
+    place among them is its identity. notes: what a user should know, such as what is left out, a line each.
+    made_up_folders: why there are no classes where the folders in the names are archives, such as "3 of 9 images have
     no label"; else empty.
     """
 
@@ -67,23 +69,27 @@ class Source:
     made_up_folders: str = ""
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
-        """Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for what cannot be used."""
+        """Open the data. Raises FileNotFoundError or ValueError, naming --data_dir and the remedy, for what cannot be
+        used.
+        """
         raise NotImplementedError
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:
-        """Whether data_dir is of this kind, complete or not. Looks at the data, and raises nothing."""
+        """Return whether data_dir is of this kind, complete or not. Looks at the data, and raises nothing."""
         raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.names)
 
     def name_of(self, index: int) -> str:
-        """What to call an item in messages and lists."""
+        """Return the name of an item for messages and lists."""
         return join(self.data_dir, self.names[index])
 
     def sizes(self) -> np.ndarray:
-        """(N,) int64 bytes of each item as :meth:`ImageSource.read` gives it; -1 where that costs a request each."""
+        """Return the bytes of each item as :meth:`ImageSource.read` gives it, (N,) int64; -1 where an answer costs a
+        request.
+        """
         raise NotImplementedError
 
     def blocks(self) -> Blocks | None:
@@ -91,7 +97,7 @@ class Source:
         return None
 
     def classes(self) -> Classes | None:
-        """The classes that the source itself knows; None where names are all there is to read them from."""
+        """Return the classes that the source itself knows; None where only the names can tell."""
         return None
 
 
@@ -99,22 +105,22 @@ class ImageSource(Source):
     """A source of image files."""
 
     def read(self, index: int) -> bytes:
-        """The content of an image file.
+        """Read the content of an image file.
 
-        Raises UnreadableImageError where there is none to be had, however often it is tried, FileNotFoundError,
+        Raises UnreadableImageError where there is no content, however often it is tried. Raises FileNotFoundError,
         IsADirectoryError or PermissionError for a file of its own, and another OSError when the storage fails.
         """
         raise NotImplementedError
 
     def picture(self, index: int) -> Image.Image:
-        """The image as a viewer shows it, upright RGB. Raises what ``image_files.read_with`` does."""
+        """Read an image as a viewer shows it, upright RGB. Raises what ``image_files.read_with`` does."""
         return read_with(self.name_of(index), partial(self.read, index), lambda content, image: as_shown(image))
 
 
 class Narrowed(ImageSource):
-    """The images of another source but for those of some kinds, for a run that began when these were not read.
+    """The images of another source, without some kinds of files, for a run that began when these were not read.
 
-    Raises ValueError where no image is left. left_out: extensions in lower case.
+    left_out: extensions in lower case. Raises ValueError where no image is left.
     """
 
     def __init__(self, source: ImageSource, left_out: Collection[str]) -> None:
@@ -157,7 +163,7 @@ class Narrowed(ImageSource):
 
 
 def narrow(source: ImageSource, extensions: Collection[str] | None) -> ImageSource:
-    """A source without the kinds of images that are read now and are not among ``extensions``; None leaves none out."""
+    """Leave out the images of kinds that are read now and are not among ``extensions``. None leaves nothing out."""
     left_out = set() if extensions is None else set(EXTENSIONS) - set(extensions)
     if not any(name.lower().endswith(tuple(left_out)) for name in (source.names if left_out else ())):
         return source

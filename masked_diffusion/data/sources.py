@@ -1,7 +1,7 @@
-"""The sources behind ``--data_dir``: where the bytes of images, or the latents made of them, are read.
+"""Open what ``--data_dir`` names: a source of images, or of the latents made of them.
 
-A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, flips and labels from names are
-``image_datasets.py``'s.
+A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, flips and labels from names belong to
+``image_datasets.py``.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ BUILTIN = "builtin:"
 class Builtin(ImageSource):
     """scikit-learn's 1797 handwritten digits, 8x8 grey, classes "0" … "9".
 
-    ``builtin:digits-test`` is the held-back part, every fifth image of each digit; ``builtin:digits`` the other four
-    fifths. images: (N, 8, 8) uint8. Raises ValueError for another name, or when scikit-learn is not installed.
+    ``builtin:digits-test`` holds every fifth image of each digit, ``builtin:digits`` the other four fifths. images: (N,
+    8, 8) uint8. Raises ValueError for another name, or when scikit-learn is not installed.
     """
 
     PARTS = {"builtin:digits": False, "builtin:digits-test": True}
@@ -122,7 +122,7 @@ BUILTIN_NAMES = (*Builtin.PARTS, *Shapes.PARTS)
 
 
 class LatentFolder(Source):
-    """Latents that ``scripts/encode_latents.py`` made, read through ``cache``. Raises what ``LatentCache`` does."""
+    """Latents that ``scripts/encode_latents.py`` made. Raises what ``LatentCache`` does."""
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
@@ -144,14 +144,14 @@ class LatentFolder(Source):
         return None if names is None else Classes(names, self.cache.labels)
 
     def images(self) -> ImageSource:
-        """The images that the latents were made of. Raises what :func:`open_images` does."""
+        """Open the images that the latents were made of. Raises what :func:`open_images` does."""
         options = dataclasses.replace(USUAL, **self.cache.record.columns)
         return open_images(self.cache.record.data_dir, options, self.cache.extensions)
 
     def check_source(self) -> None:
-        """Compare names and sizes of the images with what was encoded, if they are still there; reads no image.
+        """Compare the names and sizes of the images, if they are still there, with what was encoded. Reads no image.
 
-        Raises ValueError where they differ. Images in a bucket are not looked at: listing them takes minutes.
+        Raises ValueError where they differ. Images in a bucket are not looked at, because listing them takes minutes.
         """
         if is_remote(self.cache.record.data_dir):
             return
@@ -164,7 +164,7 @@ class LatentFolder(Source):
 
 
 class Folder(ImageSource):
-    """Image files of a local or remote folder and the folders below it. Raises what ``list_folder`` does."""
+    """Image files in a local or remote folder and below it. Raises what ``list_folder`` does."""
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         listing = list_folder(data_dir)
@@ -204,7 +204,7 @@ SOURCES: tuple[type[Source], ...] = (
 
 
 def open_source(data_dir: str, options: SourceOptions = USUAL) -> Source:
-    """The source that ``--data_dir`` names. ``~`` is expanded.
+    """Open the source that ``--data_dir`` names. ``~`` is expanded.
 
     Raises FileNotFoundError or ValueError, one sentence naming --data_dir and the remedy, when there is none.
     """
@@ -216,7 +216,7 @@ def open_source(data_dir: str, options: SourceOptions = USUAL) -> Source:
 
 
 def open_images(data_dir: str, options: SourceOptions = USUAL, extensions: Sequence[str] | None = None) -> ImageSource:
-    """The source of images that ``--data_dir`` names. extensions: see :func:`narrow`.
+    """Open the source of images that ``--data_dir`` names. extensions: see :func:`narrow`.
 
     Raises what :func:`open_source` does, ValueError for latents.
     """
@@ -230,5 +230,5 @@ def open_images(data_dir: str, options: SourceOptions = USUAL, extensions: Seque
 
 
 def absolute(data_dir: str) -> str:
-    """A data_dir that means the same from any working directory."""
+    """Return a data_dir that means the same from any working directory."""
     return data_dir if is_remote(data_dir) or Builtin.claims(data_dir) else str(Path(data_dir).absolute())

@@ -1,4 +1,5 @@
-"""Objectives: at which noise levels a network is trained, what it predicts there, and what that says of clean data.
+"""Define the objectives: at which noise levels a network is trained, what it predicts, and what that says of clean
+data.
 
 A level is an objective's own measure of noise: an int64 timestep for ``ddpm``, ``x0`` and ``v``, the time in [0, 1] for
 ``flow``, the standard deviation of the noise for ``edm``. Code outside of an objective never looks into a level. It
@@ -43,11 +44,11 @@ class Objective(ABC):
     @property
     @abstractmethod
     def loss_names(self) -> list[str]:
-        """The terms that :meth:`training_losses` returns, ``loss`` first."""
+        """Return the names of the terms of :meth:`training_losses`, ``loss`` first."""
 
     @abstractmethod
     def levels(self, name: str) -> Levels:
-        """The distribution of training levels called ``name``. Raises ValueError for one that it does not have."""
+        """Return the law of training levels called ``name``. Raises ValueError for one that it does not have."""
 
     @abstractmethod
     def training_losses(
@@ -69,7 +70,7 @@ class Objective(ABC):
 
     @abstractmethod
     def q_sample(self, x_start: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """The state at a level: clean data with this noise."""
+        """Return the state at a level: clean data with this noise."""
 
     @abstractmethod
     def predictor(
@@ -80,38 +81,40 @@ class Objective(ABC):
         *,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Predict:
-        """What samplers need of ``model``; arguments as :meth:`GaussianDiffusion.predictor`."""
+        """Wrap ``model`` into what samplers call. Arguments as :meth:`GaussianDiffusion.predictor`."""
 
     @abstractmethod
     def grid(self, last_level: float | None = None) -> Sequence[float]:
-        """Levels at which a sampling begins its steps, noisiest first. last_level: see :class:`samplers.Sampler`."""
+        """Return the levels at which a sampling begins its steps, noisiest first. last_level: see
+        :class:`samplers.Sampler`.
+        """
 
     @abstractmethod
     def path(self, levels: Sequence[float]) -> Any:
-        """What a sampler of :data:`samplers.SAMPLERS` is started with. levels: of :meth:`grid`."""
+        """Return what a sampler of :data:`samplers.SAMPLERS` is started with. levels: of :meth:`grid`."""
 
     def prior(self, noise: Tensor) -> Tensor:
-        """The state at the noisiest level of a grid."""
+        """Return the state at the noisiest level of a grid."""
         return noise
 
     @abstractmethod
     def share(self, level: Tensor) -> Tensor:
-        """The share of noise, (N,) float64 in [0, 1), for the quartiles of the log."""
+        """Return the share of noise, (N,) float64 in [0, 1), for the quartiles of the log."""
 
     @abstractmethod
     def time(self, level: Tensor) -> Tensor:
-        """The time that the network is given at a level, (N,)."""
+        """Return the time that the network is given at a level, (N,)."""
 
     def timesteps(self, time: Tensor) -> Tensor:
-        """What guidance schedules take for the network's time, (N,): timesteps, 0 for clean data, 1000 for noise."""
+        """Turn the network's time into what guidance schedules take, (N,): 0 for clean data, 1000 for noise."""
         return time
 
 
 class DDPM(Objective):
-    """The published objective: a :class:`GaussianDiffusion` at its timesteps, which are the levels.
+    """The published objective: a :class:`GaussianDiffusion`, whose timesteps are the levels.
 
-    build_process: makes the process, respaced to the steps of the sampling where it is for one. num_steps: those, which
-    the process knows.
+    build_process: makes the process; for a sampling, it respaces it to the steps of the sampling. num_steps: these,
+    which the process knows already.
     """
 
     def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
@@ -169,14 +172,14 @@ class DDPM(Objective):
 
 
 class X0(DDPM):
-    """The process with a network that predicts x_0, and a fixed variance."""
+    """The process with a network that predicts x_0. The variance is fixed."""
 
     def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
         super().__init__(config, partial(build_process, predict_xstart=True, learn_sigma=False))
 
 
 class V(DDPM):
-    """The process with a network that predicts v = alpha eps - sigma x_0 (2202.00512), and a fixed variance."""
+    """The process with a network that predicts v = alpha eps - sigma x_0 (2202.00512). The variance is fixed."""
 
     def __init__(self, config: ObjectiveConfig, build_process: BuildProcess, num_steps: int | None = None) -> None:
         super().__init__(config, partial(build_process, predict_xstart=False, learn_sigma=False))
@@ -200,35 +203,37 @@ class Continuous(Objective):
 
     @abstractmethod
     def level_of(self, u: Tensor) -> Tensor:
-        """Training levels (N,) float32 by inversion of uniforms in [0, 1), (N,) float64; rising with them."""
+        """Return training levels (N,) float32 by inversion of uniforms in [0, 1), (N,) float64; they rise with them."""
 
     @abstractmethod
     def alpha(self, level: Any) -> Any:
-        """Scale of the clean data at a level, a number or a tensor."""
+        """Return the scale of the clean data at a level, a number or a tensor."""
 
     @abstractmethod
     def sigma(self, level: Any) -> Any:
-        """Scale of the noise at a level, a number or a tensor."""
+        """Return the scale of the noise at a level, a number or a tensor."""
 
     def net_input(self, x: Tensor, level: Tensor) -> Tensor:
-        """What the network is given for the state x. level: (N, 1, 1, 1)."""
+        """Return what the network is given for the state x. level: (N, 1, 1, 1)."""
         return x
 
     @abstractmethod
     def target(self, x_start: Tensor, noise: Tensor, x: Tensor, level: Tensor) -> Tensor:
-        """What the network should return. level: (N, 1, 1, 1)."""
+        """Return what the network should return. level: (N, 1, 1, 1)."""
 
     @abstractmethod
     def denoised(self, output: Tensor, x: Tensor, level: Tensor) -> Tensor:
-        """The estimate of x_0 from what the network returned. level: (N, 1, 1, 1)."""
+        """Estimate x_0 from what the network returned. level: (N, 1, 1, 1)."""
 
     def weight(self, level: Tensor) -> Tensor | float:
-        """Weight in the loss of the squared error of what the network returns. level: (N, 1, 1 or H, 1 or W)."""
+        """Return the weight in the loss of the squared error of what the network returns. level: (N, 1, 1 or H, 1 or
+        W).
+        """
         return 1.0
 
     @abstractmethod
     def slope(self, prediction: samplers.Prediction) -> Tensor:
-        """dx / dlevel of the probability-flow ODE."""
+        """Return dx / dlevel of the probability-flow ODE."""
 
     @property
     def loss_names(self) -> list[str]:
@@ -237,7 +242,7 @@ class Continuous(Objective):
     def _network(
         self, model: Model, x: Tensor, level: Tensor, wide: Tensor, model_kwargs: dict[str, Any] | None
     ) -> Tensor:
-        """What the network returns for the state x. wide: the level of each pixel, (N, 1, 1 or H, 1 or W)."""
+        """Call the network for the state x. wide: the level of each pixel, (N, 1, 1 or H, 1 or W)."""
         output = model(self.net_input(x, wide).float(), self.time(level).float(), **(model_kwargs or {})).float()
         if output.shape[1] != x.shape[1]:
             raise ValueError(
@@ -385,7 +390,7 @@ class EDM(Continuous):
         return level
 
     def _scales(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in."""
+        """Return c_skip, c_out, c_in."""
         total = level**2 + self.sigma_data**2
         return self.sigma_data**2 / total, level * self.sigma_data / total.sqrt(), 1 / total.sqrt()
 

@@ -1,7 +1,7 @@
-"""Policies: which views of an image a training makes, which tokens leave in them, and how these come back.
+"""Define the policies: which views of an image a training makes, which tokens leave in them, and how they come back.
 
-A policy is an entry of POLICIES, and its traits stand in choices.py. The network has its route and the weights of its
-rejoin; the training makes its views.
+A policy is an entry of POLICIES. Its traits stand in choices.py. The network has the policy's route and the weights of
+its rejoin; the training makes its views.
 """
 
 import math
@@ -22,7 +22,8 @@ INTERPOLATE = Interpolate()
 
 class View(NamedTuple):
     """One pass over an image in a training step. prefix: of the names of its losses and draws. drops: whether tokens
-    leave."""
+    leave.
+    """
 
     prefix: str
     drops: bool
@@ -33,17 +34,17 @@ SPARSE = View("", drops=True)  # the only one
 
 
 def no_route(depth: int, decode_layer: int) -> Route:
-    """Nobody leaves."""
+    """Return a route on which no token leaves."""
     return Route(depth, depth)
 
 
 def to_decoder(depth: int, decode_layer: int) -> Route:
-    """From the first block to the decoder, the last ``decode_layer`` blocks."""
+    """Return the route from the first block to the decoder, the last ``decode_layer`` blocks."""
     return Route(0, depth - decode_layer)
 
 
 def throughout(depth: int, decode_layer: int) -> Route:
-    """All blocks."""
+    """Return the route through all blocks."""
     return Route(0, depth)
 
 
@@ -68,19 +69,21 @@ MOST_OF_SECOND_LEVEL = 0.5
 
 
 def cell_side(grid_size: int, num_keep: int) -> int | None:
-    """Side of the smallest cells, 2 or 4, that fill a grid and each keep as many of its tokens; None for no such."""
+    """Find the side of the smallest cells, 2 or 4, that fill a grid and keep as many tokens each; None if there is
+    none.
+    """
     sides = (side for side in (2, 4) if grid_size % side == 0 and num_keep % (grid_size // side) ** 2 == 0)
     return next(sides, None)
 
 
 def usual_decoder(hidden_size: int, depth: int) -> str:
-    """The size of MaskDiT's decoder beside blocks of this width and number: 512x8 for S and larger models."""
+    """Return the size of MaskDiT's decoder beside blocks of this width and number: 512x8 for S and larger models."""
     width = min(512, -(-4 * hidden_size // (3 * HEAD_WIDTH)) * HEAD_WIDTH)
     return f"{width}x{max(1, min(8, 8 * depth // 12))}"
 
 
 def parse_decoder(text: str) -> Decode:
-    """``512x8`` -> Decode(512, 8). Raises ValueError for anything else."""
+    """Turn ``512x8`` into Decode(512, 8). Raises ValueError for anything else."""
     parts = text.split("x")
     if len(parts) == 2 and all(part.isdecimal() and int(part) > 0 for part in parts):
         width, depth = map(int, parts)
@@ -124,20 +127,20 @@ class Policy:
 
     @property
     def drops(self) -> bool:
-        """Whether a mask ratio matters, because any of its views is not of all tokens alike."""
+        """True when a mask ratio matters, because a view is not of all tokens alike."""
         return any(view.drops for view in self.views)
 
     @property
     def leaves(self) -> bool:
-        """Whether tokens leave in any of its views."""
+        """True when tokens leave in a view."""
         return self.drops and not self.two_levels
 
     def views_at(self, mask_ratio: float | None) -> tuple[View, ...]:
-        """The views of a training with this mask ratio; None leaves out those that drop tokens."""
+        """Return the views of a training with this mask ratio. None leaves out those that drop tokens."""
         return tuple(view for view in self.views if not view.drops or mask_ratio is not None)
 
     def num_keep(self, num_tokens: int, mask_ratio: float, u: float, share: float = 1.0) -> int:
-        """How many of a sample's tokens stay.
+        """Compute how many of a sample's tokens stay.
 
         u: uniform in [0, 1), one for all samples of a step. share: of the ratio that holds now, 0 for all tokens.
         """
@@ -145,15 +148,15 @@ class Policy:
 
     @property
     def takes_route(self) -> bool:
-        """Whether another route can be asked for."""
+        """True when another route can be asked for."""
         return self.leaves and self.rejoin.comes_back and not self.has_decoder
 
     def with_options(self, choose: str | None, path_drop: float | None, decoder: str | None = None) -> "Policy":
-        """This policy with other options than its own; None leaves one as it is.
+        """Return this policy with other options than its own. None leaves an option as it is.
 
         decoder: where it can be chosen, ``512x8`` for one of eight blocks of width 512 beside the network, or
         ``blocks`` for the last blocks of the network. Raises ValueError for an unknown way to choose, a probability
-        outside [0, 1), one that nothing heeds, or a decoder that is none.
+        outside [0, 1), an option without effect, or a decoder that is none.
         """
         if decoder is not None and self.takes_decoder:
             return self._with_decoder(decoder).with_options(choose, path_drop)
@@ -178,7 +181,7 @@ class Policy:
         return replace(self, rejoin=MaskToken(), route=to_decoder, has_decoder=True)
 
     def draw(self, token_noise: Tensor, num_keep: int, path_noise: Tensor | None) -> Draw:
-        """Which tokens leave. token_noise: (N, L), path_noise: (N,) or None; uniform in [0, 1)."""
+        """Draw which tokens leave. token_noise: (N, L), path_noise: (N,) or None; uniform in [0, 1)."""
         num_tokens = token_noise.shape[1]
         path_drop = None if path_noise is None else path_noise < self.path_drop
         if num_keep == num_tokens and not self.rejoin.runs_whole:
@@ -191,21 +194,21 @@ class Policy:
         return Draw(KeptTokens.from_cells(token_noise, num_keep, side), path_drop)
 
     def counts(self, draw: Draw | None) -> Reduction:
-        """How the squared errors of a view's pixels become its losses: (N, C, H, W) -> (N,)."""
+        """Return how the squared errors of a view's pixels become its losses: (N, C, H, W) -> (N,)."""
         if draw is None or draw.kept is None or not self.counts_kept:
             return mean_flat
         return draw.kept.mean
 
     @property
     def extra_names(self) -> list[str]:
-        """Names of the loss terms of :meth:`extra`."""
+        """Return the names of the loss terms of :meth:`extra`."""
         return ["mae"] if self.mae else []
 
     def extra(self, draw: Draw | None) -> Extra | None:
-        """The loss terms of a view beside the objective's; None for none.
+        """Return the loss terms of a view beside the objective's; None for none.
 
         ``mae``: at dropped tokens, the estimate of the clean patch should be the noisy patch, standardised patch by
-        patch (MaskDiT, 2306.09305). It knows nothing of the clean data that the noisy data does not show.
+        patch (MaskDiT, 2306.09305). The term uses nothing of the clean data that the noisy data does not show.
         """
         if draw is None or draw.kept is None or not self.mae:
             return None
@@ -332,6 +335,8 @@ POLICIES = {
 
 
 def policy_for(name: str, family: str) -> Policy:
-    """The policy called ``name``. Raises ValueError for an unknown one, and for one that does not fit the family."""
+    """Return the policy called ``name``. Raises ValueError for an unknown one, and for one that does not fit the
+    family.
+    """
     check_policy(name, family)
     return POLICIES[name]

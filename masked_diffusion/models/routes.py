@@ -1,4 +1,4 @@
-"""Routes of tokens through the blocks: between which blocks some are away, and what puts all together again.
+"""Lead tokens through the blocks: between which blocks some are away, and how all come together again.
 
 Shapes: N samples, L tokens of width D, K kept tokens when some are away.
 """
@@ -18,14 +18,16 @@ EMBEDDED = -1  # in place of a block's number: the embedded tokens, before the f
 
 
 class Route(NamedTuple):
-    """Tokens that leave are away in blocks ``leave`` ... ``back - 1``, counted from 0; ``back`` = depth is for good."""
+    """Tokens that leave are away in blocks ``leave`` ... ``back - 1``, counted from 0. With ``back`` = depth they leave
+    for good.
+    """
 
     leave: int
     back: int
 
 
 def parse_route(text: str, depth: int) -> Route:
-    """``2,9`` -> Route(2, 9). Raises ValueError for anything else, and for a route that a model does not have."""
+    """Turn ``2,9`` into Route(2, 9). Raises ValueError for anything else, and for a route that the model lacks."""
     parts = text.split(",")
     route = Route(*map(int, parts)) if len(parts) == 2 and all(part.strip().isdigit() for part in parts) else None
     if route is None or not 0 <= route.leave < route.back < depth:
@@ -37,11 +39,11 @@ def parse_route(text: str, depth: int) -> Route:
 
 
 class Net(Protocol):
-    """What walks and rejoins use of a network.
+    """The parts of a network that walks and rejoins use.
 
     stack: the blocks in the order in which they run. skips: for each block that takes the output of an earlier one, or
-    the embedded tokens, its number -> that one's. rel_index: (L, L) relative positions, None without biases.
-    decoder_start: the block before which decoder_pos_embed is added, None in a net without such positions of its own.
+    the embedded tokens, its number -> that one's. rel_index: (L, L) relative positions; None without biases.
+    decoder_start: the block before which decoder_pos_embed is added; None in a network without such positions.
     """
 
     route: Route
@@ -68,11 +70,10 @@ class Net(Protocol):
 
 
 class Rejoin:
-    """How tokens come back at the end of a route. This one puts the kept tokens among those that waited outside.
+    """How tokens come back at the end of a route. This one puts them back as they left (TREAD, 2501.04765).
 
-    The tokens that were away come back as they left (TREAD, 2501.04765).
-
-    The weights of a rejoin are parameters of the network, under the names that published files have.
+    The kept tokens take their places among the tokens that waited outside. The weights of a rejoin are parameters of
+    the network, under the names that published files have.
     """
 
     weights: tuple[str, ...] = ()  # first parts of their names, in the network
@@ -83,13 +84,13 @@ class Rejoin:
     comes_back = True  # to the blocks of the network
 
     def add_weights(self, net: Net, hidden_size: int, num_tokens: int, trained: bool) -> None:
-        """Give a network under construction what this rejoin learns. trained: whether any view drops tokens."""
+        """Give a network under construction the weights of this rejoin. trained: whether any view drops tokens."""
 
     def initialize(self, net: Net, trained: bool) -> None:
-        """Draw the first values of these weights, as far as the network does not do so for all its layers."""
+        """Draw the first values of these weights, where the network does not do so for all its layers."""
 
     def cost(self, net: Net, num_tokens: int, away: bool) -> int:
-        """Multiply-adds of leading a sample's tokens back. away: whether any left."""
+        """Count the multiply-adds of leading a sample's tokens back. away: whether any token left."""
         return 0
 
     def __call__(self, net: Net, h: Tensor, stash: Tensor, c: Tensor, draw: Draw) -> Tensor:
@@ -101,7 +102,7 @@ class Rejoin:
         return h if draw.kept is None else draw.kept.put_back(h, stash)
 
     def output_width(self, hidden_size: int) -> int:
-        """Width of what the network's last layer takes. hidden_size: of the blocks."""
+        """Return the width of what the network's last layer takes. hidden_size: of the blocks."""
         return hidden_size
 
     def output(self, net: Net, h: Tensor, c: Tensor, draw: Draw) -> Tensor:
@@ -115,9 +116,9 @@ class Rejoin:
 
 
 class MaskToken(Rejoin):
-    """A learned token stands where nobody came through, and all tokens are told their positions once more.
+    """Put a learned token where no token came through, and add the positions to all tokens once more.
 
-    The blocks after the route predict from it what the missing tokens stand for.
+    The blocks after the route predict the missing tokens from it.
     """
 
     weights: tuple[str, ...] = ("decoder_pos_embed", "mask_token")
@@ -139,7 +140,7 @@ class MaskToken(Rejoin):
 
 
 class Interpolate(MaskToken):
-    """MDT's side-interpolater (2303.14389): one block predicts the tokens that were away from those that were not."""
+    """Predict the tokens that were away from the others with one block, MDT's side-interpolater (2303.14389)."""
 
     weights = (*MaskToken.weights, "sideblocks")
     interpolates = True
@@ -162,9 +163,9 @@ class Interpolate(MaskToken):
 
 
 class Fuse(Rejoin):
-    """SPRINT's fusion (2510.21986): a Linear of what went through the route and of what waited before it.
+    """Fuse what went through the route with what waited before it, by a Linear (SPRINT, 2510.21986).
 
-    A fixed token stands where nobody came through. It also stands for all of a sample's tokens whose path is dropped,
+    A fixed token stands where no token came through. It also stands for all tokens of a sample whose path is dropped,
     so that the network learns to do without the route.
     """
 
@@ -192,7 +193,7 @@ class Fuse(Rejoin):
 
 
 class Never(Rejoin):
-    """Nobody comes back: the output has the kept tokens, and zeros for what left."""
+    """Bring no token back: the output has the kept tokens, and zeros for those that left."""
 
     comes_back = False
 
