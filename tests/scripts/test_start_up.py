@@ -8,7 +8,16 @@ from support import REPO, run_command
 
 HELP = [
     *("image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema"),
-    *("read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "refactor_gate", "study"),
+    *(
+        "read_digits",
+        "train_autoencoder",
+        "on_track",
+        "fid_curve",
+        "make_card",
+        "make_dataset",
+        "refactor_gate",
+        "study",
+    ),
 ]
 # Commands, and what is said of them.
 WRONG = {
