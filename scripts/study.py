@@ -47,6 +47,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="a short look at the report, one seed; it claims nothing")
     parser.add_argument(
+        "--report_only", action="store_true", help="train nothing; report, or --publish, the runs that are finished"
+    )
+    parser.add_argument(
         "--require_ranking", "--require-ranking", action="store_true",
         help="end with status 4 where an arm shows no difference to training without a policy",
     )  # fmt: skip
@@ -78,7 +81,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     )
     from studying.course import Asked, begin  # with torch, which takes seconds to import
 
-    own = ("out", "arms", "jobs", "launcher", "device", "quick", "require_ranking", "publish")
+    own = ("out", "arms", "jobs", "launcher", "device", "quick", "report_only", "require_ranking", "publish")
     return begin(study, Asked(seeds=seeds, name=args.setting, **{name: getattr(args, name) for name in own}))
 
 

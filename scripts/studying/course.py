@@ -33,6 +33,7 @@ class Asked:
     launcher: str
     device: str
     quick: bool
+    report_only: bool
     require_ranking: bool
     publish: Path | None
     name: str
@@ -52,6 +53,8 @@ def begin(study: Study, asked: Asked) -> Callable[[], int]:
 
     def work() -> int:
         results = {run: result for run in runs if (result := read_result(trainer.result_of(run)))}
+        if asked.report_only:
+            return report(study, asked, results, len(runs))
         pending = {run: command for run, command in commands.items() if run not in results}
         with tqdm(total=len(runs), initial=len(results), unit="run") as bar:
             for run in trainer.train(pending):
@@ -64,17 +67,20 @@ def begin(study: Study, asked: Asked) -> Callable[[], int]:
         if trainer.status:
             sys.stdout.write(f"stopped after {len(results)} of {len(runs)} runs; the same command goes on from here\n")
             return trainer.status
-        return report(study, asked, in_order(results, runs))
+        return report(study, asked, in_order(results, runs), len(runs))
 
     return work
 
 
-def report(study: Study, asked: Asked, results: Results) -> int:
-    """Say what a study with all of its runs has found. Returns the exit status."""
-    write_report(asked.out, study, results, len(results), asked.quick)
+def report(study: Study, asked: Asked, results: Results, planned: int) -> int:
+    """Say what a study has found. planned: number of its runs. Returns the exit status."""
+    if not results:
+        sys.stdout.write(f"none of the {planned} runs is finished\n")
+        return 0
+    write_report(asked.out, study, results, planned, asked.quick)
     if asked.publish is not None:
-        publish(asked.publish, asked.name, study, results)
-    said = standing(results, len(results), asked.quick)
+        publish(asked.publish, asked.name, study, results, planned)
+    said = standing(results, planned, asked.quick)
     sys.stdout.write(f"{said}\n{(asked.out / 'report.html').absolute()}\n")
     return status_of(results, asked)
 
@@ -84,7 +90,7 @@ def in_order(results: Results, runs: Sequence[Run]) -> Results:
 
 
 def status_of(results: Results, asked: Asked) -> int:
-    """The exit status of a study that has all of its runs."""
+    """The exit status of a study with these results."""
     verdicts = verdicts_of(results)
     if asked.quick:
         return 0

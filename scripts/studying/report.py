@@ -221,13 +221,13 @@ def _csv(results: Results) -> str:
     return out.getvalue()
 
 
-def publish(folder: Path, name: str, study: Study, results: Results) -> None:
+def publish(folder: Path, name: str, study: Study, results: Results, planned: int) -> None:
     """Write the table as ``name.md`` and the curves over compute as ``name.svg``, for docs/study."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row[: len(HEADINGS)] for row in table_rows(results)]
     lines = ["| " + " | ".join(cells) + " |" for cells in [list(HEADINGS), ["---"] * len(HEADINGS), *rows]]
     text = (
-        f"# {name}\n\n{standing(results, len(results), quick=False)}\n\n{summary(study, results)}\n\n"
+        f"# {name}\n\n{standing(results, planned, quick=False)}\n\n{summary(study, results)}\n\n"
         + "\n".join(lines)
         + f"\n\n![held-out error against compute]({name}.svg)\n\nBands reach from the best to the worst seed. "
         "A multiply-add counts as one.\n"

@@ -132,6 +132,19 @@ def test_the_controls_and_the_ranking_decide_the_exit_status(
     assert ("better" if "tread" not in changes else "no difference shown") in published
 
 
+def test_an_unfinished_study_can_be_reported_and_is_called_so(quick, monkeypatch, tmp_path, capsys):
+    out = with_errors(quick, tmp_path / "out", GOOD)
+    (out / "runs" / "tread-seed1.json").unlink()
+    flags = ["--seeds", 2, "--report_only", "--publish", tmp_path / "docs"]
+    assert study(monkeypatch, out, *flags) == 0
+    assert "Unfinished: 7 of 8 runs." in capsys.readouterr().out
+    published = (tmp_path / "docs" / "tokens16.md").read_text()
+    assert "Unfinished: 7 of 8 runs." in published and "| tread | 1 |" in published and "| better |" in published
+    assert not (out / "runs" / "tread-seed1.json").exists()
+    assert study(monkeypatch, tmp_path / "empty", "--report_only") == 0
+    assert "none of the 12 runs is finished" in capsys.readouterr().out
+
+
 @pytest.mark.e2e
 def test_a_launcher_starts_each_training(quick, monkeypatch, tmp_path):
     out = with_errors(quick, tmp_path / "out", {})
