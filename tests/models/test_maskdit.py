@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from masked_diffusion.diffusion.objectives import OBJECTIVES, ObjectiveConfig
@@ -58,6 +58,22 @@ def test_every_token_is_predicted_and_dropped_ones_are_not_seen(case):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
+
+
+@few
+@given(masked())
+def test_the_decoder_tells_dropped_tokens_apart_by_their_positions_alone(case):
+    model, inputs, noise = case
+    patches = pixels_by_token(model(*inputs, draw=model.draw(noise)), model.num_tokens)
+    [first, second] = model.draw(noise).kept.dropped[0].nonzero().flatten()[[0, -1]].tolist()
+    assume(first != second)
+    assert not torch.allclose(patches[0, first], patches[0, second])
+    positions = model.decoder_pos_embed if model.decoder_form == "blocks" else model.decoder.pos_embed
+    positions.data[:, second] = positions[:, first]
+    if model.HAS_RELATIVE_BIAS and model.decoder_form == "blocks":
+        return  # whose blocks have relative positions, too
+    patches = pixels_by_token(model(*inputs, draw=model.draw(noise)), model.num_tokens)
+    torch.testing.assert_close(patches[0, first], patches[0, second])
 
 
 def losses(model, objective, x_start, noise, level, y, draw):

@@ -253,6 +253,8 @@ def test_cells_keep_as_many_tokens_each_with_uniform_marginals(grid, ratio, side
     share = stays.double().mean(dim=0)
     spread = (ratio * (1 - ratio) / count) ** 0.5
     assert (share - (1 - ratio)).abs().max() < 5 * spread
+    ids = torch.cat([draw.ids_keep, draw.dropped.nonzero()[:, 1].view(count, -1)], dim=1)
+    assert (ids.sort(dim=1)[0] == torch.arange(grid**2)).all()
 
 
 @few
@@ -267,6 +269,26 @@ def test_a_fusion_that_takes_what_came_through_is_the_plain_pass_where_nobody_le
         {name: w for name, w in model.state_dict().items() if not name.startswith(("fuse", "route_"))}
     )
     torch.testing.assert_close(model(*inputs), plain(*inputs), rtol=1e-12, atol=1e-13)
+
+
+@few
+@given(routed("sprint"))
+def test_a_fusion_that_takes_what_waited_is_the_net_without_the_blocks_of_the_route(case):
+    model, inputs, noise = case
+    assume(not model.HAS_DECODER)  # whose positions would be added where nobody heeds them
+    width, inside = model.fuse.out_features, range(model.route.leave, model.route.back)
+    model.fuse.weight.data = torch.eye(2 * width, dtype=torch.float64)[width:]
+    model.fuse.bias.data.zero_()
+    short = type(model)(**{**model.built_with, "depth": len(model.stack) - len(inside)}, policy="none").eval().double()
+    state = {name: w for name, w in model.state_dict().items() if not name.startswith(("fuse", "route_"))}
+    outside = [number for number in range(len(model.stack)) if number not in inside]
+    for number in range(len(model.stack)):
+        block = {name: state.pop(name) for name in list(state) if name.startswith(f"blocks.{number}.")}
+        if number in outside:
+            block = {f"blocks.{outside.index(number)}.{name.split('.', 2)[2]}": w for name, w in block.items()}
+            state |= block
+    short.load_state_dict(state)
+    torch.testing.assert_close(model(*inputs, draw=model.draw(noise)), short(*inputs), rtol=1e-12, atol=1e-13)
 
 
 @few

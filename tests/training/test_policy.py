@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import TINY_DIGITS, assert_same_weights, call, rows, weights
 
+from masked_diffusion.diffusion.objectives import Flow
 from masked_diffusion.models import create_model
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.tokens import KeptTokens
@@ -176,6 +177,23 @@ def test_the_ratio_follows_its_schedule_to_the_end_or_the_finale(train, monkeypa
     seen.clear()
     train("rises", *flags, "--ratio_schedule", "linear")
     assert [16 if one.kept is None else one.kept.ids_keep.shape[1] for one in seen] == [16, 13, 10, 8, 5]
+
+
+def test_an_image_has_two_levels_of_the_law_and_each_token_one_of_them(train, monkeypatch):
+    seen = []
+    losses = Flow.training_losses
+
+    def spy(self, model, z, level, kwargs, noise, counts, extra, pixel_level):
+        seen.append((level, pixel_level, kwargs["draw"]))
+        return losses(self, model, z, level, kwargs, noise, counts, extra, pixel_level)
+
+    monkeypatch.setattr(Flow, "training_losses", spy)
+    train("run", *ROUTED["dual_timestep"], "--mask_ratio", "0.25", "--level_law", "logit_normal", "--finale", "0.5")
+    (level, pixel_level, draw), (last_level, *last) = seen
+    assert level.shape == (4, 2) and len(level.unique()) == 8 and ((level > 0) & (level < 1)).all()
+    group = draw.group.view(4, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(pixel_level, torch.where(group, level[:, 1].view(4, 1, 1, 1), level[:, 0].view(4, 1, 1, 1)))
+    assert last_level.shape == (4,) and last[0] is None and last[1].group is None
 
 
 def test_the_learning_rate_of_the_finale_is_the_asked_part(train):
