@@ -978,8 +978,8 @@ def test_a_damaged_row_group_is_bad_and_the_others_are_read(tmp_path):
     (tmp_path / "a.parquet").write_bytes(content)
     source = open_source(str(tmp_path / "a.parquet"))
     assert source.read(1) == png(1, 32) and source.read(3) == png(3, 32)
-    with pytest.raises(UnreadableImageError):
-        source.picture(2)
+    with pytest.raises(UnreadableImageError, match="its row group is damaged"):
+        source.read(2)
 
 
 def test_a_huge_row_group_is_refused_before_it_is_read_and_other_columns_do_not_count(tmp_path, monkeypatch):
