@@ -28,6 +28,8 @@ EVAL_TORCH = ["torch-fidelity>=0.4"]
 # mpi4py needs an MPI library; PyPI's mpich wheel is one where the system has none.
 MPI = ["mpi4py>=4.1"]
 PLOT = ["matplotlib>=3.9"]
+# The log target wandb.
+WANDB = ["wandb>=0.19"]
 # Images in parquet files.
 PARQUET = ["pyarrow>=16"]
 # The page of scripts/demo.py. It holds Pillow below 13, so the tests do without it, and skip what needs it.
@@ -37,6 +39,7 @@ TEST = [
     *EVAL_TORCH,
     *MPI,
     *PLOT,
+    *WANDB,
     *PARQUET,
     "mpich>=4.2; sys_platform == 'linux'",
     "pytest>=8",
@@ -74,6 +77,7 @@ setup(
         "eval-torch": EVAL_TORCH,
         "mpi": MPI,
         "plot": PLOT,
+        "wandb": WANDB,
         "parquet": PARQUET,
         "demo": DEMO,
         "test": TEST,

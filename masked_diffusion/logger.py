@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import math
 import os
+import secrets
 import socket
 import sys
 import time
@@ -18,6 +20,19 @@ from masked_diffusion.processes.standard_streams import failed_streams
 
 Row = Mapping[str, float]
 WHOLE_NUMBERS = ("step", "samples", "skipped", "eval_num_samples")
+# What the table on the terminal shows; files have all numbers.
+ON_THE_TERMINAL = (
+    "step",
+    "samples",
+    "loss",
+    "m_loss",
+    "grad_norm",
+    "skipped",
+    "lr",
+    "images_per_second",
+    "bad_images",
+    "eval_fid",
+)
 
 
 class Sink(Protocol):
@@ -49,16 +64,17 @@ def _plain(values: Row) -> dict[str, int | float | None]:
 
 
 class HumanSink:
-    """Write a table per row, and messages, to a text stream."""
+    """Write a table per row, and messages, to a text stream. names: of the numbers to show; None for all."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, names: Sequence[str] | None = None) -> None:
         self._stream = stream
+        self._names = names
 
     def row(self, values: Row) -> None:
         cells = {
             name: str(value) if isinstance(value, int) else f"{value:.6g}"
             for name, value in _plain(values).items()
-            if value is not None
+            if value is not None and (self._names is None or name in self._names)
         }
         name_width = max(len(name) for name in cells)
         value_width = max(len(value) for value in cells.values())
@@ -233,26 +249,75 @@ class TensorBoardSink:
         self._file.close()
 
 
+class WandbSink:
+    """A run of Weights & Biases, which keeps its files in the output folder and goes on when that is resumed.
+
+    It shows no step twice: of those that run again after a resume, it keeps the first numbers. Raises ValueError where
+    it cannot start, as without an account; ``WANDB_MODE=offline`` needs none.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        import wandb
+
+        id_file = folder / "wandb_id.txt"
+        if start_step == 0 or not id_file.is_file():
+            with atomic_write(id_file) as file:
+                file.write(secrets.token_hex(8).encode())
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "masked-diffusion"),
+                name=folder.name,
+                id=id_file.read_text().strip(),
+                dir=folder,
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"OPENAI_LOG_FORMAT wandb: it cannot start ({reason}); log in with `wandb login`, or set "
+                "WANDB_MODE=offline"
+            ) from error
+
+    def row(self, values: Row) -> None:
+        numbers = {name: value for name, value in values.items() if not math.isnan(value)}
+        self._run.log(numbers, step=int(values["step"]))
+
+    def text(self, message: str) -> None:
+        """Rows only."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 SINKS: dict[str, Callable[[Path, int], Sink]] = {
-    "stdout": lambda folder, start_step: HumanSink(sys.stdout),
+    "stdout": lambda folder, start_step: HumanSink(sys.stdout, ON_THE_TERMINAL),
     "log": lambda folder, start_step: HumanSink(
         (folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
     ),
     "csv": lambda folder, start_step: CSVSink(folder / "progress.csv", start_step),
     "json": lambda folder, start_step: JSONSink(folder / "progress.json", start_step),
     "tensorboard": lambda folder, start_step: TensorBoardSink(folder / "tb", start_step),
+    "stdout-all": lambda folder, start_step: HumanSink(sys.stdout),
+    "wandb": WandbSink,
 }
+USUAL_SINKS = ("stdout", "log", "csv", "json", "tensorboard")
 
 
 def chosen_sinks(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Return the sinks that ``OPENAI_LOG_FORMAT`` names, a comma list; unset: all. Raises ValueError for an unknown
-    one.
+    """Return the sinks that ``OPENAI_LOG_FORMAT`` names, a comma list; unset: the usual ones.
+
+    Raises ValueError for an unknown one, and for one whose library is not installed.
     """
     text = (os.environ if environ is None else environ).get("OPENAI_LOG_FORMAT", "")
-    names = [name.strip() for name in text.split(",") if name.strip()] or list(SINKS)
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(USUAL_SINKS)
     for name in names:
         if name not in SINKS:
             raise ValueError(f"OPENAI_LOG_FORMAT {text}: {name} is unknown; choose some of {', '.join(SINKS)}")
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"OPENAI_LOG_FORMAT {text}: wandb is not installed; install it with: pip install -e '.[wandb]'"
+        )
     return names
 
 

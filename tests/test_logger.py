@@ -78,8 +78,8 @@ def test_sinks_are_chosen_by_a_comma_list():
 
 def test_an_unknown_sink_is_refused_with_the_known_ones():
     with pytest.raises(ValueError) as raised:
-        chosen_sinks({"OPENAI_LOG_FORMAT": "csv,wandb"})
-    assert "OPENAI_LOG_FORMAT" in str(raised.value) and "wandb is unknown" in str(raised.value)
+        chosen_sinks({"OPENAI_LOG_FORMAT": "csv,mlflow"})
+    assert "OPENAI_LOG_FORMAT" in str(raised.value) and "mlflow is unknown" in str(raised.value)
     assert all(name in str(raised.value) for name in SINKS)
 
 
@@ -346,3 +346,36 @@ def test_a_message_with_a_name_that_is_no_utf_8_is_written_escaped(tmp_path):
     logger.text("caf\udce9.png is bad")
     logger.close()
     assert (tmp_path / "log.txt").read_text() == "caf\\udce9.png is bad\n"
+
+
+def test_the_terminal_shows_ten_numbers_and_files_all(tmp_path, capsys):
+    row = {"step": 3, "loss": 0.25, "loss_q0": 0.5, "param_norm": 7.0, "grad_norm": 1.5}
+    for names, shown in ((["stdout"], False), (["stdout-all"], True), (["log"], False)):
+        logger = Logger.open(tmp_path, 0, names)
+        logger.row(row)
+        logger.close()
+        said = capsys.readouterr().out
+        assert ("loss_q0" in said and "param_norm" in said) == shown
+        assert all(name in said for name in ("step", "grad_norm")) == (names != ["log"])
+    assert "param_norm" in (tmp_path / "log.txt").read_text()
+
+
+def test_wandb_is_refused_in_a_sentence_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="wandb is not installed; install it with: pip install -e '.\\[wandb\\]'"):
+        chosen_sinks({"OPENAI_LOG_FORMAT": "csv,wandb"})
+
+
+def test_wandb_keeps_an_offline_run_in_the_folder_and_its_name_over_a_resume(monkeypatch, tmp_path):
+    pytest.importorskip("wandb", reason="the log target wandb needs the extra of its name")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = []
+    for start, loss in ((0, 0.5), (1, 0.25)):
+        logger = Logger.open(tmp_path, start, ["wandb"])
+        logger.row({"step": start + 1, "loss": loss, "vb": math.nan})
+        logger.close()
+        names.append((tmp_path / "wandb_id.txt").read_text())
+    assert names[0] == names[1]
+    runs = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.name for path in runs} == {f"run-{name}.wandb" for name in names}
+    assert all(b"loss" in path.read_bytes() for path in runs)
