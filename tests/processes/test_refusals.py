@@ -89,7 +89,7 @@ def test_a_folder_in_use_and_a_full_disk_do_not_outlast_a_restart_and_one_that_m
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr("masked_diffusion.runs.run_folder.LOCK_SECONDS", 0.0)
-    monkeypatch.setattr("masked_diffusion.runs.run_folder._lock", lambda file: False)
+    monkeypatch.setattr("masked_diffusion.runs.run_folder.lock", lambda file: False)
 
     def error_of(enter):
         with pytest.raises(ValueError) as raised, enter:
