@@ -45,10 +45,12 @@ from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_policy, 
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.script_util import (
+    args_to_dict,
     choose_num_workers,
     from_args,
     place_from_args,
 )
+from masked_diffusion.settings import flags_of
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.eval_config import EvalConfig
 from masked_diffusion.training.preview import preview_sampler
@@ -413,19 +415,10 @@ def make_run_config(
         raise ValueError("--num_classes has no meaning with --class_cond False: leave one of them out")
     return RunConfig(
         model=ModelConfig(
-            model=args.model,
-            image_size=args.image_size,
+            **{**args_to_dict(args, flags_of(ModelConfig)), "num_classes": args.num_classes or dataset.num_classes},
             downsample=first_stage.downsample,
             in_channels=first_stage.latent_channels,
-            num_classes=args.num_classes or dataset.num_classes,
-            mask_ratio=args.mask_ratio,
-            decode_layer=args.decode_layer,
             learn_sigma=args.learn_sigma,
-            policy=args.policy,
-            route=args.route,
-            choose=args.choose,
-            path_drop=args.path_drop,
-            decoder=args.decoder,
         ),
         diffusion=from_args(DiffusionConfig, args),
         objective=objective,
