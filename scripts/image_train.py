@@ -136,7 +136,8 @@ def check_guides(args: argparse.Namespace) -> None:
 
 def with_patch_of(model: str, vae_path: str) -> str:
     """Complete a model's name that has no patch size, such as MDT_S, by the first stage in a local folder, or the
-    default one. Other names are returned as they are.
+    default one. Other names are returned as they are. Raises ValueError for another autoencoder of the hub, whose
+    latents are not known before it is loaded.
     """
     path = Path(vae_path).expanduser() / "config.json"
     if path.is_file():
@@ -145,7 +146,11 @@ def with_patch_of(model: str, vae_path: str) -> str:
             return with_patch(model, downsample_of(config))
         except (ValueError, KeyError, TypeError, AttributeError):  # loading it says what is wrong
             return model
-    return with_patch(model, DEFAULT_DOWNSAMPLE)
+    complete = with_patch(model, DEFAULT_DOWNSAMPLE)
+    is_on_hub = vae_path.count("/") == 1 and not vae_path.startswith((".", "/", "~")) and not Path(vae_path).exists()
+    if complete != model and is_on_hub and vae_path not in (DEFAULT_VAE.format("ema"), DEFAULT_VAE.format("mse")):
+        raise ValueError(f"--model {model}: --vae_path {vae_path} does not say its patch; give it, such as {complete}")
+    return complete
 
 
 def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
@@ -215,7 +220,6 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         **dict.fromkeys(ignored_settings(args.model, policy, args.decoder), f"by {args.model} under --policy {policy}"),
         "ema_snapshot_interval": not args.ema_power and "without --ema_power",
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",
-        "finale_lr": not args.finale and "without --finale",
         **dict.fromkeys(("finale", "ratio_schedule"), not POLICIES[policy].drops and f"under --policy {policy}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
         "preview_guide_from": (not args.preview_samples and "with --preview_samples 0")

@@ -80,5 +80,8 @@ class ObjectiveConfig:
         return GUIDED_CHANNELS if self.objective == "ddpm" else 4
 
     def record(self) -> dict[str, Any]:
-        """What a manifest says: nothing of ``ddpm``, whose sets from before there was a choice stay the same ones."""
-        return {} if self.objective == "ddpm" else {"objective": dataclasses.asdict(self)}
+        """What a manifest says: nothing of ``ddpm``, whose sets from before there was a choice stay the same ones, and
+        nothing that the training alone uses and older manifests do not say."""
+        settings = dataclasses.asdict(self)
+        del settings["learned_uncertainty"]
+        return {} if self.objective == "ddpm" else {"objective": settings}

@@ -52,6 +52,7 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.settings import flags_of
 from masked_diffusion.train_util import TrainLoop
+from masked_diffusion.training.budget import Budget
 from masked_diffusion.training.eval_config import EvalConfig
 from masked_diffusion.training.preview import preview_sampler
 from masked_diffusion.training.train_config import TrainConfig, training_record
@@ -77,7 +78,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     """Check everything that input can get wrong, and build the run. Returns what starts it, or with --dry_run what
     tries it out. Raises ValueError or OSError."""
     # Machine
-    config, idle = asked.config, [*asked.idle]
+    config = asked.config
     place = place_from_args(args)
     device = dist_util.choose_device(args.device, place.local_rank)
     if device.type == "mps":
@@ -112,6 +113,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     stack.callback(data.close)
     preview_away = open_preview_away(config, run_config, model, device)
     evaluation = open_evaluation(args, asked.eval_config, evaluator, run_config, model, first_stage, output)
+    Budget(config, model, config.batch_size * ranks.world_size)  # what it refuses leaves the folder as it is
     # The folder and its lock
     messages += output.claim(run_config, args.overwrite)
     # The log of another folder's run does not go on here.
@@ -126,12 +128,20 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
         first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
         start=start, position=position, evaluation=evaluation, signals=signals, preview_away=preview_away,
     )  # fmt: skip
-    if ranks.world_size == 1 and asked.explicit & {"shard", "use_zero"} and config.shard != "none":
-        idle.append(f"--shard {config.shard} is ignored in a single process")
-    messages = [*(f"warning: {text}" for text in idle), *messages]
+    messages = [*(f"warning: {text}" for text in [*asked.idle, *idle_in_run(asked, config, ranks)]), *messages]
     for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
+
+
+def idle_in_run(asked: Asked, config: TrainConfig, ranks: Ranks) -> list[str]:
+    """Warnings of flags without effect that only a run's own settings and processes show. config: of the run."""
+    idle = []
+    if "finale_lr" in asked.explicit and not config.finale:
+        idle.append("--finale_lr is ignored without --finale")
+    if ranks.world_size == 1 and asked.explicit & {"shard", "use_zero"} and config.shard != "none":
+        idle.append(f"--shard {config.shard} is ignored in a single process")
+    return idle
 
 
 def open_preview_away(

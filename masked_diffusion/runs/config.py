@@ -242,6 +242,7 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
     pairs = [
         ("--objective", former.objective.objective, now.objective.objective),
         ("--sigma_data", former.objective.sigma_data, now.objective.sigma_data),
+        ("--learned_uncertainty", former.objective.learned_uncertainty, now.objective.learned_uncertainty),
         *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
         *(
             (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))

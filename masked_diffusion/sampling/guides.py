@@ -108,7 +108,11 @@ def _difference(strong: RunConfig, weak: RunConfig) -> str | None:
         ("the shape of its latents", a.model.latent_shape, b.model.latent_shape),
         ("the number of classes", a.model.num_classes, b.model.num_classes),
         ("--class_cond", a.class_cond, b.class_cond),
-        ("the objective", a.objective, b.objective),
+        ("the objective", a.objective.objective, b.objective.objective),
+        *(
+            (f"--{name}", getattr(a.objective, name), getattr(b.objective, name))
+            for name in ("sigma_data", "time_shift")
+        ),
         *(
             (f"--{name}", getattr(a.diffusion, name), getattr(b.diffusion, name))
             for name in FIXED_PROCESS_SETTINGS

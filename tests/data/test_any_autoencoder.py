@@ -189,6 +189,14 @@ def test_the_patch_follows_from_the_autoencoders_config_where_the_model_leaves_i
     assert script(TRAIN).with_patch_of(model, str(folders / name)) == built
 
 
+def test_a_patch_is_asked_for_where_the_hubs_autoencoder_has_not_been_seen():
+    complete = script(TRAIN).with_patch_of
+    assert complete("MDT_S", "stabilityai/sd-vae-ft-mse") == complete("MDT_S", "none") == "MDT_S_2"
+    assert complete("MDT_S_1", "somebody/dc-ae") == "MDT_S_1"
+    with pytest.raises(ValueError, match="--model MDT_S: --vae_path somebody/dc-ae does not say its patch"):
+        complete("MDT_S", "somebody/dc-ae")
+
+
 def test_a_training_of_32_channels_of_2_by_2_has_a_token_for_each(folders, colour_folder, monkeypatch, tmp_path):
     flags = ["--model", "MDT_Ti", "--max_steps", 1]
     assert train(monkeypatch, tmp_path, colour_folder, folders / "va_vae", *flags) == 0

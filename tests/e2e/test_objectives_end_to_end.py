@@ -12,6 +12,8 @@ from support import REPO, TINY_DIGITS, assert_same_weights, call, make_colour_fo
 from masked_diffusion import choices, create_diffusion
 from masked_diffusion.diffusion import objectives, samplers
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
+from masked_diffusion.runs.config import read_config
+from masked_diffusion.sampling import guides
 
 TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
 VISUALIZE, ENCODE = "scripts/visualize.py", "scripts/encode_latents.py"
@@ -158,13 +160,15 @@ def test_a_learned_uncertainty_weighs_the_losses_and_goes_on_after_a_stop(monkey
     differing = [torch.load(tmp_path / file, weights_only=True)["final_layer.linear.weight"] for file in names]
     assert not torch.equal(*differing)
     assert weights(tmp_path / "whole", 6).keys() == weights(tmp_path / "without", 6).keys()
-    for folder, value, sentence in (
-        ("whole", "False", "was trained with --learned_uncertainty True; go on with it"),
-        ("without", "True", "was trained without --learned_uncertainty True; go on without it"),
-    ):
+    for folder, former, value in (("whole", "True", "False"), ("without", "False", "True")):
+        said = (tmp_path / folder / "config.json").read_text()
         more = ["--max_steps", "7", "--learned_uncertainty", value]
         assert call(monkeypatch, TRAIN, tmp_path / folder, *flags, *more) == 2
-        assert sentence in capsys.readouterr().err
+        assert f"--learned_uncertainty {former}, this one {value}" in capsys.readouterr().err
+        assert (tmp_path / folder / "config.json").read_text() == said
+    pair = [read_config(tmp_path / folder) for folder in ("whole", "without")]
+    assert pair[0].objective.record() == pair[1].objective.record()  # what is sampled is told apart by its weights
+    assert guides._difference(*pair) is None
 
 
 def test_a_finished_run_is_resumed_under_its_own_objective_alone(runs, monkeypatch, capsys):

@@ -21,8 +21,8 @@ COMMANDS = [
 ELSEWHERE = {
     "pip install": "tests/run.sh installs the package and its extras",
     "tensorboard --logdir": "test_run_log.py and others read what a training writes for it",
-    "scripts/read_digits.py": "test_shapes.py trains the classifier, and scores with it",
-    "evaluations/evaluator.py": "test_shapes.py",
+    "scripts/read_digits.py": "test_latent_path.py trains the classifier, and scores with it",
+    "evaluations/evaluator.py": "test_latent_path.py",
 }
 FEWER = {
     "scripts/train_autoencoder.py": "--steps 3 --num_workers 0 --device cpu",

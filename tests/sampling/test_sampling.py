@@ -165,7 +165,7 @@ def test_three_channels_are_guided_or_all_that_there_are():
         guided = uncond + 2 * (cond - uncond)
         for channels in (4, 16):
             out = sampler.build_guidance(NUM_CLASSES, 1000).lead(model)(torch.zeros(1, channels, 2, 2), t, y)
-            count = 3 if cfg_channels == 3 else channels
+            count = 3 if cfg_channels == 3 and channels == 4 else channels  # the published slip is of four
             assert out[0, :channels, 0, 0].tolist() == [guided] * count + [cond] * (channels - count)
 
 

@@ -285,6 +285,23 @@ def test_an_option_without_effect_under_a_policy_is_warned_about(monkeypatch, tm
     assert f"warning: {warning}" in capsys.readouterr().out
 
 
+def test_the_rate_of_a_policys_own_finale_is_not_called_idle(monkeypatch, tmp_path, capsys):
+    flags = [
+        "--policy",
+        "sprint",
+        "--model",
+        "DiT_Ti_2",
+        "--mask_ratio",
+        "0.75",
+        "--finale_lr",
+        "0.5",
+        "--max_steps",
+        "10",
+    ]
+    assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS, *flags, "--dry_run", "True", sinks="stdout") == 0
+    assert "--finale_lr" not in capsys.readouterr().out
+
+
 # Policy -> flags of its training, and what is said of the weights that a plain model lacks.
 WARM = {
     "tread": (["--model", "DiT_Ti_2"], None),
