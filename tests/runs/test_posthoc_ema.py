@@ -35,6 +35,19 @@ def test_a_running_average_of_a_power_has_the_length_that_it_is_named_after(std)
     np.testing.assert_allclose(weight, expected / expected.sum(), atol=0.02 * weight.max())
 
 
+def test_the_shares_are_those_of_least_squares_on_a_fine_grid_of_updates():
+    steps, stds, step, std = [40, 70, 100, 40, 70, 100], [0.05] * 3 + [0.1] * 3, 100, 0.07
+    t = (np.arange(20_000) + 0.5) / 20_000 * step
+
+    def profile(end, length):
+        gamma = gamma_of(length)
+        return np.where(t <= end, (gamma + 1) / end * (t / end) ** gamma, 0.0)
+
+    basis, wanted = np.stack([profile(*pair) for pair in zip(steps, stds, strict=True)], axis=1), profile(step, std)
+    expected = np.linalg.lstsq(basis, wanted, rcond=None)[0]
+    np.testing.assert_allclose(solve(steps, stds, step, std), expected, atol=2e-3)
+
+
 def test_a_snapshot_that_is_there_is_taken_as_it_is():
     np.testing.assert_allclose(solve([10, 20, 20], [0.05, 0.05, 0.1], 20, 0.1), [0, 0, 1], atol=1e-6)
 

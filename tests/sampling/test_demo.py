@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from support import call, free_port, model_of, script
 
+from masked_diffusion.programs.demo import InferStudio
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.demo_page import DONE, Setting, Sketchbook, Wish, for_editor, labels_of
@@ -26,7 +27,7 @@ def path(module_folder):
 @pytest.fixture(scope="module")
 def studio(path):
     trained = open_trained(path, Request(), "cpu", warn=pytest.fail)
-    return script(DEMO).InferStudio(trained, {"device": "cpu"}, "cpu")
+    return InferStudio(trained, {"device": "cpu"}, "cpu", script(DEMO).plan)
 
 
 @pytest.fixture

@@ -7,18 +7,10 @@ import pytest
 from support import REPO, run_command
 
 HELP = [
-    *("image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema"),
-    *(
-        "read_digits",
-        "train_autoencoder",
-        "on_track",
-        "fid_curve",
-        "make_card",
-        "make_dataset",
-        "refactor_gate",
-        "study",
-    ),
-]
+    "image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema",
+    "read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "make_dataset", "refactor_gate", "study",
+    "demo", "draw_policies", "guidance_sweep",
+]  # fmt: skip
 # Commands, and what is said of them.
 WRONG = {
     "scripts/image_train.py --no_such_flag 1": "unrecognized arguments: --no_such_flag",
@@ -37,6 +29,7 @@ WRONG = {
     "scripts/encode_latents.py --dtype int8": "--dtype int8: choose one of fp32",
     "scripts/study.py --out study --model MDT_S_2": "--model MDT_S_2: all arms have one plain backbone",
     "scripts/convert_checkpoint.py": "--model_path: give the file to read",
+    "scripts/demo.py --port 0": "--port 0: must be 1 ... 65535",
 }
 # Runs commands in turn, and writes after each its status and which of the slow libraries were imported by then.
 PROGRAM = """
