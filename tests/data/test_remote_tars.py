@@ -224,7 +224,8 @@ def test_archives_that_are_missing_are_named(bucket, path, sentence):
 
 
 @pytest.mark.usefixtures("no_home")
-def test_without_a_folder_for_blocks_remote_archives_are_refused(monkeypatch):
+def test_without_a_folder_for_blocks_remote_archives_are_refused(bucket, monkeypatch):
+    monkeypatch.setattr(remote_tars, "cache_folder", lambda: None)
     with pytest.raises(ValueError, match="remote archives need a local folder for their blocks; set XDG_CACHE_HOME"):
         open_source(PATH)
 
