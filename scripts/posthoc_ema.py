@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masked_diffusion.choices import check_std
-from masked_diffusion.files import atomic_write
+from masked_diffusion.files import atomic_write, sha256_of
 from masked_diffusion.sampling.scored_sets import Point, add_scoring_flags, figure_class, open_sweep
 from masked_diffusion.script_util import finite_float, run_script
 
@@ -101,6 +101,8 @@ def prepare_sweep(
     args: argparse.Namespace, of_sampler: Sequence[str], run: Path, snapshots: "Snapshots"
 ) -> Callable[[], int]:
     """Raises ValueError or OSError for what cannot be swept over."""
+    from masked_diffusion.runs.posthoc_ema import BASE_NAME
+
     if any(part.partition("=")[0] == "--model_path" for part in of_sampler):
         raise ValueError("--model_path: the sweep samples its own averages; leave it out")
     if not (run / "config.json").is_file():
@@ -108,7 +110,8 @@ def prepare_sweep(
     figure = figure_class()
     _, step = snapshots.used_for(args.step)
     out = args.out.expanduser()
-    sweep = open_sweep(args, "std", of_sampler, ROOT)
+    source = {"run": str(run.resolve()), "step": step, "base_sha256": sha256_of(snapshots.folder / BASE_NAME)}
+    sweep = open_sweep(args, "std", of_sampler, ROOT, source)
     if not (out / "config.json").exists():
         shutil.copy(run / "config.json", out)
 

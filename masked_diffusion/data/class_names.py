@@ -107,6 +107,17 @@ class ClassNames:
         return bool(self._meant(item)) or (_is_number(item) and not self._numbers_are_names)
 
 
+def same_names(former: Sequence[str] | None, now: Sequence[str] | None, same_images: bool = False) -> bool:
+    """Whether two lists in label order mean the same classes, in any form of Unicode.
+
+    same_images: of the same images, numbers in place of names do: the names in archives were not read at first.
+    """
+    if former is None or now is None or len(former) != len(now):
+        return former == now
+    numbers = [str(label) for label in range(len(former))]
+    return in_one_form(former) == in_one_form(now) or (same_images and list(former) == numbers)
+
+
 def in_one_form(names: Iterable[str]) -> list[str]:
     """Class names to be compared: a copy of a folder may write an é in the other form of Unicode."""
     return [_in_one_form(name) for name in names]

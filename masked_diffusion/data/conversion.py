@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from masked_diffusion.data.image_files import FORMATS, PathTable, UnreadableImageError, is_remote
-from masked_diffusion.data.image_writers import Target, Written
+from masked_diffusion.data.image_writers import FolderTarget, Target, Written
 from masked_diffusion.files import lock, write_json
 from masked_diffusion.image_datasets import SourceDataset, center_crop_arr, resize_short_side
 from masked_diffusion.processes.loader_processes import iterate
@@ -62,7 +62,8 @@ class Conversion:
         if there and not self._record.exists():
             raise ValueError(f"DEST {target}: {there[0]} is there already; remove it, or give another DEST")
         source = self.dataset.source.data_dir
-        if not is_remote(source) and Path(source).resolve() in target.resolve().parents and not target.suffix:
+        is_inside = not is_remote(source) and Path(source).resolve() in target.resolve().parents
+        if is_inside and isinstance(self.target, FolderTarget):
             raise ValueError(f"DEST {target}: lies in SOURCE {source}; give a folder outside of it")
         self._record.parent.mkdir(parents=True, exist_ok=True)
         held = stack.enter_context(self._record.with_name(f"{self._record.name}.lock").open("a+"))

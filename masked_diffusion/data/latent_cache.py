@@ -28,6 +28,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from masked_diffusion.data.class_names import same_names
 from masked_diffusion.data.image_files import (
     EXTENSIONS,
     EXTENSIONS_OF_0_1_0,
@@ -114,6 +115,8 @@ class CacheRecord:
         """
         silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std")
         for name, value in dataclasses.asdict(self).items():
+            if name == "class_names" and same_names(value, other.class_names, self.data_dir == other.data_dir):
+                continue
             if name not in silent and value != getattr(other, name):
                 return f"{name} {value} instead of {getattr(other, name)}"
         return None

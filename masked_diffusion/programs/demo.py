@@ -5,7 +5,8 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,12 @@ def prepare(args: argparse.Namespace, explicit: set[str], path: Path, folder: Pa
     return lambda: serve(app, args.host, args.port)
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names of classes, with the label behind those that several have, such as ImageNet's two cranes."""
+    often = Counter(names)
+    return [f"{name} ({label})" if often[name] > 1 else name for label, name in enumerate(names)]
+
+
 class InferStudio:
     """Draws what ``infer_mdt.py`` draws with the same flags, with the model loaded once.
 
@@ -98,7 +105,7 @@ class InferStudio:
     def _choices(self) -> Choices:
         trained, config = self._trained, self._trained.config
         _, usual = self._prepare(self._given(self._model))
-        names = [words[-1] for words in names_by_label(config.model.num_classes, config.class_names)]
+        names = told_apart([words[-1] for words in names_by_label(config.model.num_classes, config.class_names)])
         labels = range(config.model.num_classes if config.class_cond else 0)
         return Choices(
             title=f"{config.model.model}: {trained.path.name}",

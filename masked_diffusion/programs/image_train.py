@@ -18,6 +18,7 @@ from masked_diffusion.choices import CONSTANT
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
@@ -476,12 +477,15 @@ def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device:
     count = total = squares = 0.0
     side = dataset.image_size // first_stage.downsample
     for index in range(min(len(dataset), SIGMA_DATA_IMAGES)):
-        pixels = read_watched(partial(dataset.load, index), dataset.name_of(index))
+        try:
+            pixels = read_watched(partial(dataset.load, index), dataset.name_of(index))
+        except UnreadableImageError:  # the training replaces it, and says so
+            continue
         image = torch.from_numpy(pixels)[None].to(device)
         drawn = numpy_generator("sigma_data", index).standard_normal((1, first_stage.latent_channels, side, side))
         z = first_stage.encode(image, torch.from_numpy(drawn).float().to(device)).double()
         count, total, squares = count + z.numel(), total + z.sum().item(), squares + (z**2).sum().item()
-    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2))
+    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else 0.0
     if not deviation > 0:
         raise ValueError("--objective edm: all latents are alike, so their deviation is 0; give it with --sigma_data")
     return float(f"{deviation:.3g}")

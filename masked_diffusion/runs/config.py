@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from masked_diffusion.choices import FIRST_STREAM, POLICIES, STREAM, check_objective, family_policy
-from masked_diffusion.data.class_names import in_one_form
+from masked_diffusion.data.class_names import same_names
 from masked_diffusion.data.image_files import EXTENSIONS_OF_0_1_0
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
@@ -253,8 +253,10 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
         ("--decoder", former.model.decoder, now.model.decoder),
         *((name, former.first_stage.get(name), now.first_stage.get(name)) for name in LATENT_SCALES),
         ("--class_cond", former.class_cond, now.class_cond),
-        ("the list of class names", in_one_form(former.class_names), in_one_form(now.class_names)),
     ]
+    data = [[config.training.get(name) for name in ("data_dir", "num_images")] for config in (former, now)]
+    if not same_names(former.class_names, now.class_names, same_images=data[0] == data[1]):
+        pairs.append(("the list of class names", former.class_names, now.class_names))
     return next((f"{name} {_short(old)}, this one {_short(new)}" for name, old, new in pairs if old != new), None)
 
 

@@ -4,8 +4,8 @@ gradio (the extra ``demo``) is imported where the page is built. The page asks a
 so what is drawn does not depend on gradio. Nothing on the page is loaded from another machine.
 """
 
-import itertools
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +117,6 @@ class Sketchbook:
     def __init__(self, studio: Studio, folder: Path) -> None:
         self.studio = studio
         self._folder = folder
-        self._numbers = itertools.count(1)
 
     def draw(self, settings: Sequence[Setting], wish: Wish) -> Iterator[Shown]:
         """Yield after each step of the sampling. Raises ValueError or OSError for what cannot be drawn."""
@@ -139,7 +138,8 @@ class Sketchbook:
         yield Shown(DONE, files, first)
 
     def _new_file(self, name: str) -> Path:
-        return self._folder / f"{name}{next(self._numbers)}.png"
+        # What one visitor gave or drew is no other one's to guess.
+        return self._folder / f"{name}_{secrets.token_hex(16)}.png"
 
     def with_manifest(self, file: Path, setting: Setting, wish: Wish) -> Path:
         """A copy of a picture with the same pixels, in whose text entry ``masked_diffusion`` stands how it was made."""
@@ -388,6 +388,7 @@ def build_app(page: Any, host: str, port: int, folder: Path) -> Any:
     """
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import Response
 
     gr = import_gradio()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -396,6 +397,9 @@ def build_app(page: Any, host: str, port: int, folder: Path) -> Any:
 
     @app.middleware("http")
     async def set_policy(request: Any, call_next: Any) -> Any:
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"http://{request.headers.get('host')}":
+            return Response("This page is served to its own address alone.", status_code=403)
         response = await call_next(request)
         response.headers["Content-Security-Policy"] = CONTENT_POLICY
         response.headers["Referrer-Policy"] = "no-referrer"

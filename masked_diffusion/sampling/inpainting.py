@@ -19,7 +19,7 @@ from masked_diffusion.data.image_files import read_image
 from masked_diffusion.diffusion.guidance import Denoiser
 from masked_diffusion.diffusion.objectives import Objective
 from masked_diffusion.diffusion.samplers import Predict, RandnLike, Step, StepFunction
-from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.first_stage import FirstStage, PixelSpace
 from masked_diffusion.image_datasets import center_crop_arr, to_model_range
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.tokens import Draw, KeptTokens
@@ -177,7 +177,7 @@ def encode_mean(first_stage: FirstStage, images: Tensor) -> Tensor:
 
 def image_channels(first_stage: FirstStage) -> int:
     """1 where the latents are grey images, else 3."""
-    return 1 if first_stage.latent_channels == 1 else 3
+    return first_stage.latent_channels if isinstance(first_stage, PixelSpace) else 3
 
 
 def side_interpolation(model: LatentTransformer, config: RunConfig, mode: str) -> SideInterpolation | None:

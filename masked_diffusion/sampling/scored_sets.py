@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Sweep:
 
     axis: name of what is swept over. sample: image_sample.py with the flags that all points share. score: evaluator.py
     with the reference. network: its flags. launch: what Python starts the sampling with. run: how commands are run.
+    source: of the weights, where they are made for the sweep.
     """
 
     folder: Path
@@ -66,10 +67,12 @@ class Sweep:
     network: Sequence[str] = ()
     launch: Sequence[str] = ()
     run: Run = run_command
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def claim(self) -> None:
         """Take the folder. Raises ValueError where it holds a sweep of other settings."""
         settings = {"axis": self.axis, "sample": [*self.sample[1:]], "score": [*self.score[1:], *self.network]}
+        settings |= self.source
         path = self.folder / SETTINGS_NAME
         try:
             former = json.loads(path.read_text(encoding="utf-8"))
@@ -149,11 +152,13 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that sample, such as one per GPU (%(default)s)")
 
 
-def open_sweep(args: argparse.Namespace, axis: str, of_sampler: Sequence[str], root: Path) -> Sweep:
+def open_sweep(
+    args: argparse.Namespace, axis: str, of_sampler: Sequence[str], root: Path, source: Mapping[str, Any] | None = None
+) -> Sweep:
     """The sweep that the flags of :func:`add_scoring_flags` ask for, in the folder ``args.out``, which it takes.
 
-    of_sampler: further flags, of image_sample.py. root: of the repository, where the programs are. Raises ValueError or
-    OSError.
+    of_sampler: further flags, of image_sample.py. root: of the repository, where the programs are. source: see
+    :class:`Sweep`. Raises ValueError or OSError.
     """
     if args.eval_ref is None:
         raise ValueError("--eval_ref: give the reference to compare with")
@@ -174,6 +179,7 @@ def open_sweep(args: argparse.Namespace, axis: str, of_sampler: Sequence[str], r
         score=[str(root / "evaluations" / "evaluator.py"), str(args.eval_ref.expanduser())],
         network=["--backend", args.eval_backend, *graph],
         launch=launch if args.processes > 1 else (),
+        source=source or {},
     )
     sweep.claim()
     return sweep

@@ -4,6 +4,7 @@ The network is diffusers' ``AutoencoderKL`` (latent diffusion, 2112.10752) witho
 and the squared error of a reconstruction, and a little of the posterior's divergence from a standard normal.
 """
 
+import contextlib
 import json
 import math
 import secrets
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import write_json
 from masked_diffusion.image_datasets import Batch
 from masked_diffusion.randomness import key_bytes, numpy_generator
@@ -84,9 +86,10 @@ def train_autoencoder(
 
 
 def spread_images(dataset: ImageDataset, most: int) -> Iterator[Tensor]:
-    """At most so many images of a data set, spread over it: (1, C, H, W) each."""
+    """At most so many images of a data set, spread over it, that can be read: (1, C, H, W) each."""
     for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().astype(int).tolist():
-        yield torch.from_numpy(dataset.load(index))[None]
+        with contextlib.suppress(UnreadableImageError):  # the training has replaced it, too
+            yield torch.from_numpy(dataset.load(index))[None]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masked_diffusion.data.class_names import ClassNames
+from masked_diffusion.data.class_names import ClassNames, same_names
 
 GOLDEN_RETRIEVER, TENCH, HEN, CRANE_BIRD, CRANE_MACHINE = (
     "n02099601",
@@ -173,3 +173,11 @@ def test_wordnet_ids_that_are_not_of_imagenet_1k_are_still_names():
 def test_other_models_do_not_know_imagenet(num_classes, class_names):
     with pytest.raises(ValueError, match="no class of this name"):
         ClassNames(num_classes, class_names).label("golden retriever")
+
+
+def test_numbers_stand_for_the_names_of_the_same_images_alone():
+    numbered, named = ["0", "1"], ["cat", "dog"]
+    assert same_names(numbered, named, same_images=True) and not same_names(numbered, named)
+    assert not same_names(named, ["dog", "cat"], same_images=True)
+    assert not same_names(["0", "1", "2"], named, same_images=True)
+    assert same_names(["cafe\u0301"], ["caf\u00e9"]) and same_names(None, None) and not same_names(None, named)

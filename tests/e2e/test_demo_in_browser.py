@@ -6,6 +6,8 @@ import re
 import shlex
 import shutil
 import time
+import urllib.error
+import urllib.request
 from threading import Thread
 
 import numpy as np
@@ -205,3 +207,10 @@ def test_an_upload_that_is_no_image_is_refused_in_words_and_the_page_goes_on(pag
     page.settled()
     page.click("#draw")
     assert "nothing is painted on the image" in page.error()
+
+
+def test_pages_of_other_addresses_get_nothing_in(address):
+    for headers in ({"Origin": "http://elsewhere.org"}, {"Origin": "http://localhost:3000"}):
+        request = urllib.request.Request(f"{address}/gradio_api/upload", b"", headers)
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(request, timeout=SECONDS)

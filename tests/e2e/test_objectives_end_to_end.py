@@ -284,3 +284,10 @@ def test_the_documented_objective_is_trained_sampled_and_not_mistaken_for_anothe
     arguments = ["--model_path", tmp_path / "run" / WEIGHTS, "--out", tmp_path / "folder"]
     assert call(monkeypatch, "scripts/convert_checkpoint.py", tmp_path, *arguments) == 2
     assert "--objective clean_flow: no scheduler of diffusers takes its predictions" in capsys.readouterr().err
+
+
+def test_a_deviation_is_measured_on_the_images_that_can_be_read(monkeypatch, tmp_path):
+    folder = make_colour_folder(tmp_path / "images", size=16)
+    sorted(folder.glob("*/*"))[0].write_bytes(b"broken")
+    flags = ["--data_dir", folder, "--objective", "edm", "--max_bad_share", "0.5", "--dry_run", "True"]
+    assert call(monkeypatch, TRAIN, tmp_path / "run", *TINY_DIGITS, *flags) == 0

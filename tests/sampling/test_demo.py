@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support import call, free_port, model_of, script
 
-from masked_diffusion.programs.demo import InferStudio
+from masked_diffusion.programs.demo import InferStudio, told_apart
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.demo_page import DONE, Setting, Sketchbook, Wish, for_editor, labels_of
@@ -137,3 +137,13 @@ def test_without_gradio_or_with_a_taken_port_one_sentence_says_what_to_do(monkey
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert call(monkeypatch, DEMO, tmp_path, "--model_path", path, "--port", free_port()) == 2
     assert "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+def test_classes_of_one_name_can_be_told_apart():
+    names = told_apart(["crane", "cat", "crane"])
+    assert names == ["crane (0)", "cat", "crane (2)"] and labels_of(["crane (2)"], 1, names) == [2]
+
+
+def test_nobody_can_guess_the_name_of_anothers_file(sketchbook):
+    names = [path.stem.partition("_")[2] for path in (*photo_of(sketchbook), *photo_of(sketchbook))]
+    assert len(set(names)) == 4 and all(len(name) == 32 for name in names)

@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from masked_diffusion.sampling.inpainting import (
     Inpainting,
     Photo,
     SideInterpolation,
+    image_channels,
     interpolated_at_once,
     interpolated_by_halves,
     open_photo,
@@ -409,3 +411,8 @@ def test_known_latents_may_differ_from_sample_to_sample(model):
     final = list(make.states(range(2), [0, 1], Inpainting(known, hole, SideInterpolation.of(model))))[-1].sample
     kept = ~hole.expand_as(final)
     assert (final - known)[kept].abs().max() < 1e-4
+
+
+def test_an_autoencoder_of_one_channel_reads_colour():
+    one = SimpleNamespace(latent_channels=1, downsample=8)
+    assert image_channels(one) == 3 and [image_channels(PixelSpace(n)) for n in (1, 3)] == [1, 3]

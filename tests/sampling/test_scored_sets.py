@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from support import REPO, TINY_DIGITS, call, script
 
+from masked_diffusion.sampling.scored_sets import Sweep
+
 pytest.importorskip("matplotlib", reason="sweeps are plotted")
 
 GUIDANCE, POSTHOC, SAMPLE = "scripts/guidance_sweep.py", "scripts/posthoc_ema.py", "scripts/image_sample.py"
@@ -171,3 +173,13 @@ def test_a_run_without_its_configuration_is_no_series(run, sweep, tmp_path, caps
     (bare / "ema_snapshots").symlink_to(run / "ema_snapshots")
     assert sweep(POSTHOC, "--run", bare, "--sweep", "0.05:0.1:2", "--out", tmp_path / "out") == (2, [])
     assert f"--run {bare}: there is no config.json, which sampling needs" in capsys.readouterr().err
+
+
+def test_a_sweep_of_other_weights_does_not_go_on_with_these(tmp_path):
+    def sweep(**source):
+        return Sweep(tmp_path / "sweep", "std", ["sample.py"], ["evaluator.py"], source=source)
+
+    sweep(run="a", step=2).claim()
+    sweep(run="a", step=2).claim()
+    with pytest.raises(ValueError, match="it holds a sweep of other settings"):
+        sweep(run="b", step=2).claim()

@@ -214,6 +214,7 @@ def test_names_that_a_form_cannot_keep_become_numbers_in_the_same_order(tmp_path
         ),
         (["{colours}", "gs://bucket/a.zip"], "DEST gs://bucket/a.zip: give a local path"),
         (["{colours}", "{colours}/out"], "lies in SOURCE"),
+        (["{colours}", "{colours}/v1.0"], "lies in SOURCE"),
         (["{colours}", "{colours}"], "is there already"),
         (["{colours}", "a.zip", "--image_size", "0"], "--image_size 0: must be at least 1 pixel"),
         (["{colours}", "a.zip", "--class_from", "filename"], "no class to be had for image"),

@@ -1,6 +1,7 @@
 """A small autoencoder of one's own: trained, standardised, written whole, and never over anything."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -207,3 +208,11 @@ def test_bad_input_is_refused_in_one_sentence(colour_folder, tmp_path, capsys, f
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_cannot_be_read_costs_no_training(colour_folder, tmp_path):
+    shutil.copytree(colour_folder, tmp_path / "images")
+    first = sorted((tmp_path / "images").glob("*/*"))[0]
+    first.write_bytes(b"broken")
+    assert run(tmp_path / "images", tmp_path / "out", "--steps", 2) == 0
+    assert (tmp_path / "out" / "config.json").is_file()
