@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from masked_diffusion.dist_util import choose_device
 from masked_diffusion.files import write_json
+from masked_diffusion.runs import checkpoint
 
 NO_POWER, NO_RANKING = 3, 4
 
@@ -60,6 +61,7 @@ def begin(study: Study, asked: Asked) -> Callable[[], int]:
             for run in trainer.train(pending):
                 result = measure(trainer.folder / run.name, held_out, device)
                 write_json(trainer.result_of(run), result)
+                checkpoint.prune(trainer.folder / run.name, 1, 0)  # not before: a killed study measures again
                 results[run] = result
                 bar.set_postfix_str(f"{run.name} {result['error']:.4f}")
                 bar.update()

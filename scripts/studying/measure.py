@@ -79,7 +79,7 @@ def _squared_error(objective: Any, trained: Trained, x_0: Tensor, noise: Tensor,
 def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict[str, Any]:
     """The numbers of a finished run: its curve at each of its checkpoints, of which the last one decides.
 
-    Draws samples into ``samples.png``. Leaves the newest checkpoints, removes the others.
+    Draws samples into ``samples.png``. Raises ValueError where the log has no row of the last checkpoint.
     """
     averages = sorted((int(match[2]), path) for path in folder.iterdir() if (match := ema_file(path)))
     log = {int(row["step"]): row for row in read_rows(folder)}
@@ -91,8 +91,9 @@ def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict
         bins = held_out.errors(trained)
         row = {name: float(log[step][name]) for name in ("tflops", "plain_samples", "seconds")}
         curve.append({"step": step, **row, "error": float(np.mean(bins)), "bins": bins})
+    if not curve or curve[-1]["step"] != averages[-1][0]:
+        raise ValueError(f"{folder}: its log has no row of step {averages[-1][0]}; remove the folder and start again")
     draw_samples(trained, device).save(folder / "samples.png")
-    checkpoint.prune(folder, 1, 0)
     return {**curve[-1], "curve": curve}
 
 

@@ -4,9 +4,11 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import image_train
 import pytest
+from studying.measure import measure
 from studying.plan import AGAIN, CONTROLS, PLAIN, TREAD_FINALE, WEAKER, Run, arms_of, as_arguments, network_of, runs_of
 from studying.settings import Study
 from studying.verdicts import judge, lack_of_power, pooled_deviation, t_quantile, undecided
@@ -61,6 +63,14 @@ def test_a_killed_study_goes_on_with_the_run_it_was_in(quick):
     assert [row["arm"] for row in read_rows(out)] == ARMS
     assert read_rows(out)[0] == left[0]
     assert "resuming from the checkpoint of step 2" in (out / "runs" / "tread-seed0" / "log.txt").read_text()
+
+
+def test_a_run_whose_log_lacks_its_end_is_not_measured(quick, tmp_path):
+    run = shutil.copytree(quick[0] / "runs" / "tread-seed0", tmp_path / "run")
+    rows = (run / "progress.csv").read_text().splitlines(keepends=True)
+    (run / "progress.csv").write_text("".join(rows[:-1]))
+    with pytest.raises(ValueError, match="its log has no row of step"):
+        measure(run, SimpleNamespace(errors=lambda trained: [0.0]), "cpu")
 
 
 def test_every_arm_spends_the_same_compute_and_no_more(quick):
