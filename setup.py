@@ -34,6 +34,8 @@ WANDB = ["wandb>=0.19"]
 PARQUET = ["pyarrow>=16"]
 # The page of scripts/demo.py. It holds Pillow below 13, so the tests do without it, and skip what needs it.
 DEMO = ["gradio>=6"]
+# Pages of the docstrings, by scripts/make_api_page.py.
+DOCS = ["pdoc>=15"]
 TEST = [
     *EVAL,
     *EVAL_TORCH,
@@ -41,6 +43,7 @@ TEST = [
     *PLOT,
     *WANDB,
     *PARQUET,
+    *DOCS,
     "mpich>=4.2; sys_platform == 'linux'",
     "pytest>=8",
     "hypothesis>=6.100",
@@ -80,6 +83,7 @@ setup(
         "wandb": WANDB,
         "parquet": PARQUET,
         "demo": DEMO,
+        "docs": DOCS,
         "test": TEST,
         "all": TEST,
     },

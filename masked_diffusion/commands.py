@@ -40,6 +40,7 @@ COMMANDS = {
     "make-card": Command("scripts/make_card.py", "make a card of several runs"),
     "fid-curve": Command("scripts/fid_curve.py", "plot scores and losses of runs"),
     "study": Command("scripts/study.py", "compare ways to train at equal cost"),
+    "docs": Command("scripts/make_api_page.py", "build the API pages"),
     "benchmark": Command("scripts/benchmark.py", "measure speed and memory"),
 }
 

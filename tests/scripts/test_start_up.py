@@ -9,7 +9,7 @@ from support import REPO, run_command
 HELP = [
     "image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema",
     "read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "make_dataset", "refactor_gate", "study",
-    "demo", "draw_policies", "guidance_sweep",
+    "demo", "draw_policies", "make_api_page", "guidance_sweep",
 ]  # fmt: skip
 # Commands, and what is said of them.
 WRONG = {
