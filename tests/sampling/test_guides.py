@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import unicodedata
 from functools import partial
@@ -285,6 +286,31 @@ def test_what_does_not_go_together_is_refused(runs, sample, capsys, flags, sente
     flags = [runs / "cosine" / CHECKPOINT if flag == "COSINE" else flag for flag in flags]
     sample("refused", "--cfg_cond", "True", *flags, status=2)
     assert sentence in capsys.readouterr().err
+
+
+PREDICTS = RunConfig(ModelConfig("DiT_Ti_2", 8, 1, 1, 3), DiffusionConfig(), {"scaling_factor": 1.0})
+
+
+@pytest.mark.parametrize(
+    "part, change, difference",
+    [
+        ("model", {"image_size": 16}, "the shape of its latents is (1, 16, 16) instead of (1, 8, 8)"),
+        ("model", {"in_channels": 3}, "the shape of its latents is (3, 8, 8) instead of (1, 8, 8)"),
+        ("model", {"num_classes": 4}, "the number of classes is 4 instead of 3"),
+        ("model", {"model": "MDT_Ti_2", "policy": "mdt"}, None),
+        ("diffusion", {"learn_sigma": False}, None),
+        ("diffusion", {"predict_xstart": True}, "--predict_xstart is True instead of False"),
+        ("objective", {"objective": "flow"}, "the objective is flow instead of ddpm"),
+        ("objective", {"sigma_data": 0.5}, "--sigma_data is 0.5 instead of None"),
+        ("objective", {"learned_uncertainty": True}, None),
+        (None, {"class_cond": False}, "--class_cond is False instead of True"),
+        (None, {"first_stage": {"scaling_factor": 2.0}}, "scaling_factor is 2.0 instead of 1.0"),
+    ],
+)
+def test_a_weaker_model_predicts_the_same_thing_or_the_difference_is_named(part, change, difference):
+    if part is not None:
+        change = {part: dataclasses.replace(getattr(PREDICTS, part), **change)}
+    assert guides._difference(PREDICTS, dataclasses.replace(PREDICTS, **change)) == difference
 
 
 @pytest.mark.parametrize(
