@@ -74,6 +74,19 @@ def move_aside(*paths: Path) -> list[Path]:
     return [path.rename(numbered(path, number)) for path in existing]
 
 
+def write_beside_former(path: Path, content: bytes) -> list[Path]:
+    """Write a file atomically. One of other content under its name is moved aside to a numbered name first.
+
+    A file of this very content is left as it is. Returns the new name of what was moved, if anything was.
+    """
+    if path.is_file() and path.read_bytes() == content:
+        return []
+    moved = move_aside(path)
+    with atomic_write(path) as file:
+        file.write(content)
+    return moved
+
+
 def lock(file: IO[Any]) -> bool:
     """Make an open file this process's until it is closed. Returns whether it is; where there are no locks, it is."""
     try:

@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TextIO, TypeVar, get_args
 
@@ -346,6 +347,12 @@ def ignored_folder(out: str, environ: Mapping[str, str]) -> list[str]:
 def say(message: str) -> None:
     """One line on stderr, which is not the result."""
     sys.stderr.write(message + "\n")
+
+
+def say_moved(moved: Sequence[Path]) -> None:
+    """Say where another picture was moved that had the name of a new one."""
+    if moved:
+        say(f"another picture of this name was moved aside: {', '.join(path.name for path in moved)}")
 
 
 def usage_error(error: Exception, rank: int = 0) -> int:

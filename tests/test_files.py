@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masked_diffusion.files import atomic_write, move_aside, numbered, remove_unfinished, sha256_of, write_json
+from masked_diffusion.files import (
+    atomic_write,
+    move_aside,
+    numbered,
+    remove_unfinished,
+    sha256_of,
+    write_beside_former,
+    write_json,
+)
 
 
 def contents(folder):
@@ -48,6 +56,13 @@ def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, e
         file.write(b"half of the new")
         raise error
     assert contents(tmp_path) == {"file.bin": b"old"}
+
+
+def test_a_new_file_moves_others_of_its_name_aside_and_leaves_an_equal_one_alone(tmp_path):
+    path = tmp_path / "a.png"
+    moved = [write_beside_former(path, content) for content in (b"1", b"1", b"2", b"3")]
+    assert moved == [[], [], [tmp_path / "a_1.png"], [tmp_path / "a_2.png"]]
+    assert contents(tmp_path) == {"a.png": b"3", "a_1.png": b"1", "a_2.png": b"2"}
 
 
 def test_a_failed_first_write_leaves_nothing(tmp_path):

@@ -32,6 +32,7 @@ from masked_diffusion.script_util import (
     args_to_dict,
     request_of,
     say,
+    say_moved,
 )
 
 OWN_IMAGES = 20  # where there are many classes
@@ -51,7 +52,8 @@ class Drawing:
     out: Path
 
     def __call__(self) -> None:
-        draw(self.rows, self.frames, self.columns, self.class_names, self.out)
+        moved = draw(self.rows, self.frames, self.columns, self.class_names, self.out)
+        say_moved(moved)
         sys.stdout.write(f"{self.out.absolute()}\n")
 
 
@@ -93,6 +95,7 @@ def prepare(
             say(f"warning: {text}")
     few = bool(swept) or frames > 1
     rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
+    say(cost_of(rows))
     # Small sets of classes in turn: one column per class.
     labels = rows[0].labels
     columns = min(COLUMNS, len(labels)) if len(labels) <= 2 * COLUMNS else None
@@ -150,6 +153,18 @@ def row_of(
     photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
     side = side_interpolation(trained.model, config, args.inpaint_mode)
     return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
+
+
+def cost_of(rows: Sequence[Row]) -> str:
+    """What an image of each row costs, for the user."""
+    costs = {row.name: f"{row.make.passes():g}" for row in rows}
+    if len(set(costs.values())) == 1:
+        text = f"cost: {costs[rows[0].name]} passes of the model per image"
+    else:
+        each = ", ".join(f"{passes} of {name}" for name, passes in costs.items())
+        text = f"cost in passes of the model per image: {each}"
+    by_halves = any(row.inpainting and row.inpainting.side and row.inpainting.side.halves for row in rows)
+    return text + "; each is made twice, for the halves of the hole" * by_halves
 
 
 def sampler_of(args: argparse.Namespace, config: RunConfig) -> SamplerConfig:

@@ -11,16 +11,18 @@ from PIL import Image
 from masked_diffusion import dist_util
 from masked_diffusion.data.class_names import in_one_form
 from masked_diffusion.data.latent_cache import is_latent_cache, read_record
+from masked_diffusion.files import write_beside_former
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.trained import open_trained
 from masked_diffusion.sampling.gallery import masked_inputs, reconstruction, relative_bias
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.inpainting import image_channels
-from masked_diffusion.sampling.pictures import check_picture_path, save_picture
+from masked_diffusion.sampling.pictures import check_picture_path, encode_picture
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     request_of,
+    say_moved,
 )
 
 DEFAULT_MASK_RATIO = 0.3
@@ -33,7 +35,7 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     draw = prepare_biases(args, explicit) if args.mode == "relative_bias" else prepare_reconstruction(args, explicit)
 
     def work() -> None:
-        save_picture(draw(), out)
+        say_moved(write_beside_former(out, encode_picture(draw(), out)))
         sys.stdout.write(f"{out.absolute()}\n")
 
     return work

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.files import write_beside_former
 from masked_diffusion.models.tokens import num_kept_tokens
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs.trained import Trained
@@ -19,10 +20,10 @@ from masked_diffusion.sampling.inpainting import Inpainting, Photo, SideInterpol
 from masked_diffusion.sampling.pictures import (
     ANIMATION,
     LEGIBLE_SIDE,
+    encode_animation,
+    encode_picture,
     grid,
     heat_map,
-    save_animation,
-    save_picture,
     table,
     to_uint8,
 )
@@ -96,10 +97,11 @@ def num_frames(frames: int, out: Path, swept: bool) -> int:
     return frames or (GIF_FRAMES if animated else 1)
 
 
-def draw(rows: Sequence[Row], frames: int, columns: int | None, class_names: Sequence[str], out: Path) -> None:
+def draw(rows: Sequence[Row], frames: int, columns: int | None, class_names: Sequence[str], out: Path) -> list[Path]:
     """Sample and save a grid of one row's samples, a strip of their states, a table of several rows, or a GIF.
 
     columns: of a grid; None makes a square. class_names: of the labels; those that are missing are shown as numbers.
+    Returns where another picture of the name ``out`` was moved to, if there was one.
     """
     images = np.stack([row.trajectory(frames) for row in rows])  # (R, F, N, H, W, 3)
 
@@ -109,13 +111,12 @@ def draw(rows: Sequence[Row], frames: int, columns: int | None, class_names: Seq
         return grid(images[0, frame], columns)
 
     if out.suffix.lower() == ANIMATION:
-        save_animation([still(frame) for frame in range(frames)], out)
-    elif frames > 1:
+        return write_beside_former(out, encode_animation([still(frame) for frame in range(frames)]))
+    if frames > 1:
         names = [class_names[label] if label < len(class_names) else str(label) for label in rows[0].labels]
         steps = [f"step {number}" for number in rows[0].make.shown_steps(frames)]
-        save_picture(table(images[0].swapaxes(0, 1), names, steps), out)
-    else:
-        save_picture(still(0), out)
+        return write_beside_former(out, encode_picture(table(images[0].swapaxes(0, 1), names, steps), out))
+    return write_beside_former(out, encode_picture(still(0), out))
 
 
 MASKED_GREY = 128

@@ -1,5 +1,6 @@
 """Latents and images -> uint8 pixels -> picture files."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -102,13 +103,20 @@ def check_picture_path(path: Path, animation: bool = False) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG or JPEG, by the name's suffix, atomically."""
+    """Write a PNG or JPEG, by the name's suffix, atomically, over a picture of this name."""
     with atomic_write(path) as file:
-        picture.save(file, FORMATS[path.suffix.lower()], quality=95)
+        file.write(encode_picture(picture, path))
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write a GIF that plays the frames again and again, resting on the last one, atomically."""
-    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    with atomic_write(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def encode_picture(picture: Image.Image, path: Path) -> bytes:
+    """A picture as a PNG or JPEG, by the suffix of the name that it will have."""
+    file = io.BytesIO()
+    picture.save(file, FORMATS[path.suffix.lower()], quality=95)
+    return file.getvalue()
+
+
+def encode_animation(frames: Sequence[Image.Image]) -> bytes:
+    """A GIF that plays the frames again and again, resting on the last one."""
+    file, durations = io.BytesIO(), [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return file.getvalue()

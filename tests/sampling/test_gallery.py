@@ -304,6 +304,25 @@ def test_a_setting_without_effect_warns(draw, capsys, flags, name):
     assert f"warning: --{name} is ignored here" in capsys.readouterr().err
 
 
+def test_the_cost_in_passes_is_said_of_each_row_where_rows_differ(draw, capsys):
+    draw("--labels", "1", "--guidance", "constant", "--cfg_scale", "3")
+    assert "cost: 8 passes of the model per image\n" in capsys.readouterr().err
+    draw("--labels", "1", "--guidance", "constant", "--sweep", "cfg_scale=1,3")
+    assert "cost in passes of the model per image: 4 of cfg_scale 1, 8 of cfg_scale 3\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path, mode", [(INFER, []), (LOOK, ["relative_bias"])])
+def test_another_picture_of_the_name_is_moved_aside_and_the_same_one_stays(draw, tmp_path, capsys, path, mode):
+    (tmp_path / "picture.png").write_bytes(b"drawn before")
+    flags = [*mode, *(["--labels", "1"] if path == INFER else [])]
+    draw(*flags, path=path)
+    assert "another picture of this name was moved aside: picture_1.png" in capsys.readouterr().err
+    draw(*flags, path=path)
+    assert "moved aside" not in capsys.readouterr().err
+    assert {file.name for file in tmp_path.glob("*.png")} == {"picture.png", "picture_1.png"}
+    assert (tmp_path / "picture_1.png").read_bytes() == b"drawn before"
+
+
 # -- looking into a model ----------------------------------------------------------------------------------------------
 
 
