@@ -11,6 +11,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
 help_if_asked run.sh scripts/published.sh scripts/launcher.sh -- "$@"
+# shellcheck source=scripts/say_and_run.sh
+source scripts/say_and_run.sh
 
 objective="${OBJECTIVE:-ddpm}" objective_flags=() suffix=""
 case "$objective" in
@@ -24,6 +26,11 @@ if [ -z "${VIRTUAL_ENV-}" ] && [ -z "${CONDA_PREFIX-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
   # shellcheck disable=SC1091
   source .venv/bin/activate
+  say_how_to_activate() {
+    printf 'To use this environment in your shell, enter: source %q\n' "$PWD/.venv/bin/activate"
+  }
+else
+  say_how_to_activate() { :; }
 fi
 # The digits are scored by the evaluator, which needs TensorFlow; a training does not.
 needed="masked_diffusion" extra=""
@@ -35,11 +42,6 @@ for module in $needed; do
     break
   fi
 done
-
-run() {
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  "$@"
-}
 
 if [ -n "${DATA_PATH:-}" ]; then
   case "$DATA_PATH" in
@@ -59,13 +61,21 @@ if [ -n "${DATA_PATH:-}" ]; then
   export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$run_name$suffix}"
   # shellcheck source=scripts/launcher.sh
   source scripts/launcher.sh
+  say_how_to_activate # before the training, which may end by a signal
   run "${launcher[@]}" --nproc_per_node="${NUM_GPUS:-8}" --master_port="${MASTER_PORT:-29500}" \
     scripts/image_train.py --data_dir "$DATA_PATH" "${model_flags[@]}" "${training_flags[@]}" \
     ${objective_flags[@]+"${objective_flags[@]}"} --batch_size "${BATCH_SIZE:-32}" "$@"
   exit
 fi
 
-[ $# -eq 0 ] || echo "run.sh: warning: $* ignored: without DATA_PATH the settings are fixed" >&2
+ignored=()
+for name in MODEL NUM_GPUS BATCH_SIZE IMAGE_SIZE DECODE_LAYER LR MASK_RATIO DIFFUSION_STEPS; do
+  [ -z "${!name-}" ] || ignored+=("$name=${!name}")
+done
+ignored+=("$@")
+[ ${#ignored[@]} -eq 0 ] ||
+  echo "run.sh: warning: ${ignored[*]} ignored: without DATA_PATH the settings are fixed" >&2
+settings+=(OMP_NUM_THREADS OPENAI_LOG_FORMAT)
 # One process per core, up to four, and one thread each: the result does not depend on it, and threads that share
 # cores wait for each other.
 cores=$(getconf _NPROCESSORS_ONLN)
@@ -94,3 +104,4 @@ echo "4/4 scoring them against the held-back digits, with the digit classifier's
 run python evaluations/evaluator.py "$OPENAI_LOGDIR/digits_test.npz" "$file" --graph "$OPENAI_LOGDIR/digits.pb"
 echo "training log: $OPENAI_LOGDIR/progress.csv"
 echo "pictures:     ${file%.npz}.png"
+say_how_to_activate

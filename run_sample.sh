@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=scripts/help.sh
 source scripts/help.sh
 help_if_asked run_sample.sh scripts/published.sh -- "$@"
+# shellcheck source=scripts/say_and_run.sh
+source scripts/say_and_run.sh
 
 MODEL_PATH="${MODEL_PATH:-output_mdt_xl2/mdt_xl2_v1_ckpt.pt}"
 export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_mdt_xl2_eval}"
@@ -27,11 +29,6 @@ GRAPH="${GRAPH:-}"
 [ -f "$REFERENCE" ] || {
   echo "run_sample.sh: error: REFERENCE $REFERENCE: no such file; evaluations/README.md says where to get it" >&2
   exit 2
-}
-
-run() {
-  printf '+'; printf ' %q' "$@"; printf '\n'
-  "$@"
 }
 
 sample_and_score() {

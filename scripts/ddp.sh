@@ -12,16 +12,14 @@ export OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$run_name}"
 
 # shellcheck source=scripts/launcher.sh
 source scripts/launcher.sh
+# shellcheck source=scripts/say_and_run.sh
+source scripts/say_and_run.sh
 
 train_on_this_node() {
-  local command=(
-    "${launcher[@]}"
-    --nnodes="$NUM_NODE" --nproc_per_node="${GPU_PRE_NODE:-8}" --node_rank="$RANK"
-    --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}"
-    --rdzv_conf="timeout=${JOIN_SECONDS:-300}"
-    scripts/image_train.py --data_dir "${DATA_PATH:-/dataset/imagenet}" "${model_flags[@]}" "${training_flags[@]}"
+  run "${launcher[@]}" \
+    --nnodes="$NUM_NODE" --nproc_per_node="${GPU_PRE_NODE:-8}" --node_rank="$RANK" \
+    --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \
+    --rdzv_conf="timeout=${JOIN_SECONDS:-300}" \
+    scripts/image_train.py --data_dir "${DATA_PATH:-/dataset/imagenet}" "${model_flags[@]}" "${training_flags[@]}" \
     --batch_size "$BATCH_SIZE" "$@"
-  )
-  printf '+'; printf ' %q' "${command[@]}"; printf '\n'
-  "${command[@]}"
 }

@@ -1,6 +1,7 @@
 """The commands that the shell scripts start, by a ``python`` that only says what it is asked for."""
 
 import re
+import shutil
 import stat
 
 import pytest
@@ -18,18 +19,32 @@ TRAINING = {
 
 
 @pytest.fixture
-def asked_for(tmp_path):
-    """Run a script. Returns the command lines that it would start python with."""
+def start(tmp_path):
+    """Run a script, or a command line, with a ``python`` that prints what it was asked for and with which variables."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\nprintf "ASKED %s LOG %s\\n" "$*" "$OPENAI_LOGDIR"\n')
+    python.write_text(
+        '#!/bin/bash\nprintf "ASKED %s LOG %s\\n" "$*" "$OPENAI_LOGDIR"\n'
+        'printf "WITH %s %s\\n" "$OMP_NUM_THREADS" "$OPENAI_LOG_FORMAT"\n'
+    )
     python.chmod(stat.S_IRWXU)
 
-    def run(script, **variables):
-        env = environment("", VIRTUAL_ENV="active", **variables)
+    def run(*command, **variables):
+        env = environment("", **{"VIRTUAL_ENV": "active", **variables})
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
-        done = run_command(["bash", str(REPO / script)], env)
+        done = run_command(["bash", *map(str, command)], env)
         assert done.returncode == 0, done.stderr
-        return [line for line in re.findall(r"^ASKED (.*)$", done.stdout, re.MULTILINE) if "scripts/image_" in line]
+        return done
+
+    return run
+
+
+@pytest.fixture
+def asked_for(start):
+    """Run a script. Returns the command lines that it would start python with."""
+
+    def run(script, **variables):
+        printed = start(REPO / script, **variables).stdout
+        return [line for line in re.findall(r"^ASKED (.*)$", printed, re.MULTILINE) if "scripts/image_" in line]
 
     return run
 
@@ -87,6 +102,52 @@ def test_run_sh_passes_another_objective_on_and_keeps_its_run_apart(asked_for):
     assert "--objective edm" in train and train.endswith("LOG output_digits_edm")
     for line in asked_for("run.sh", DATA_PATH=""):
         assert "--objective" not in line and line.endswith("LOG output_digits")
+
+
+@pytest.mark.parametrize(
+    "script, variables, programs",
+    [
+        ("run.sh", {"DATA_PATH": ""}, 4),
+        ("run.sh", {"DATA_PATH": "bucket:images", "OPENAI_LOGDIR": "my runs"}, 1),
+        ("run_ddp_master.sh", {}, 1),
+        ("run_ddp_worker.sh", {"MASTER_ADDR": "first", "RANK": 1}, 1),
+        ("run_sample.sh", {"MODEL_PATH": __file__, "REFERENCE": __file__}, 4),
+    ],
+)
+def test_a_printed_command_does_the_same_when_it_is_pasted(start, script, variables, programs):
+    def started(printed):
+        return re.findall(r"^ASKED (.*(?:scripts|evaluations)/.*)\nWITH (.*)$", printed, re.MULTILINE)
+
+    first = start(REPO / script, OMP_NUM_THREADS="", **variables).stdout
+    lines = re.findall(r"^\+ (.*)$", first, re.MULTILINE)
+    assert len(lines) == programs and started(first)
+    again = [start("-c", line, OMP_NUM_THREADS="").stdout for line in lines]
+    assert [found for text in again for found in started(text)] == started(first)
+
+
+def test_without_data_run_sh_names_the_settings_that_it_ignores(start):
+    assert start(REPO / "run.sh", DATA_PATH="").stderr == ""
+    done = start(REPO / "run.sh", "--lr", "1e-4", DATA_PATH="", MODEL="MDTv2_S_2", NUM_GPUS=2, BATCH_SIZE=16)
+    assert done.stderr == (
+        "run.sh: warning: MODEL=MDTv2_S_2 NUM_GPUS=2 BATCH_SIZE=16 --lr 1e-4 ignored: "
+        "without DATA_PATH the settings are fixed\n"
+    )
+
+
+@pytest.mark.parametrize("data", ["", "bucket:images"])
+def test_run_sh_says_how_to_activate_the_environment_that_it_uses(start, tmp_path, data):
+    hint = "To use this environment in your shell, enter: source "
+    assert hint not in start(REPO / "run.sh", DATA_PATH=data).stdout
+    checkout = tmp_path / "checkout"
+    shutil.copytree(
+        REPO / "scripts", checkout / "scripts", ignore=lambda _, names: {n for n in names if n[-3:] != ".sh"}
+    )
+    shutil.copy(REPO / "run.sh", checkout)
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "activate").touch()
+    (checkout / ".venv" / "bin" / "python").symlink_to(tmp_path / "python")
+    printed = start(checkout / "run.sh", DATA_PATH=data, VIRTUAL_ENV="", CONDA_PREFIX="").stdout
+    assert f"{hint}{checkout}/.venv/bin/activate\n" in printed
 
 
 def test_run_sh_refuses_an_unknown_objective_before_it_installs_anything(tmp_path):
