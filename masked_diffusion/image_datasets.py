@@ -259,11 +259,20 @@ class LatentDataset(ImageDataset):
     """Latents that ``scripts/encode_latents.py`` made: for each image the moments of its posterior, (2C, h, w)
     float32, or the codes of a deterministic encoder, (C, h, w).
 
+    features: whether items of the stream have the ``features`` of their images, float16, for losses that compare with
+    them; reading them costs time that other trainings should not pay.
     Raises ValueError, naming --data_dir or the setting and the remedy, where the cache cannot serve what is asked for.
     """
 
     def __init__(
-        self, source: LatentFolder, *, image_size: int, class_cond: bool, random_crop: bool, random_flip: bool
+        self,
+        source: LatentFolder,
+        *,
+        image_size: int,
+        class_cond: bool,
+        random_crop: bool,
+        random_flip: bool,
+        features: bool = False,
     ) -> None:
         self.source, self.cache = source, source.cache
         data_dir, record = source.data_dir, source.cache.record
@@ -281,6 +290,8 @@ class LatentDataset(ImageDataset):
                 f"--image_size {image_size}: {data_dir} holds latents of {record.image_size} pixels; give that, or "
                 "encode again with this one"
             )
+        if features:
+            source.cache.check_features()
         classes = source.classes() if class_cond else no_classes(len(source))
         if classes is None:
             raise ValueError(
@@ -291,7 +302,7 @@ class LatentDataset(ImageDataset):
         scales = {"scaling_factor": record.scaling_factor, "shift_factor": record.shift_factor}
         statistics = ChannelStatistics.recorded(dataclasses.asdict(record))
         self.encoded_by = EncodedBy(record.vae_sha256, record.vae_path, scales, statistics)
-        self.random_flip = random_flip
+        self.random_flip, self.features = random_flip, features
 
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)
@@ -302,6 +313,12 @@ class LatentDataset(ImageDataset):
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """The moments of the image or, as the images' own data set would mirror it, of its mirror image."""
         return self.cache.moments(index, mirrored=draw_flip(rng, self.random_flip))
+
+    def extras(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """``features`` of the image or, where :meth:`load` gives that of its mirror image, of that."""
+        if not self.features:
+            return {}
+        return {"features": self.cache.features(index, mirrored=draw_flip(rng, self.random_flip))}
 
 
 class DigitsDataset(ImageDataset):
@@ -320,6 +337,16 @@ class DigitsDataset(ImageDataset):
         if image.size != side:
             image = image.resize(side, Image.Resampling.BICUBIC)
         return to_model_range(np.asarray(image)[:, :, None])
+
+
+def _with_features(source: Source, asked: bool) -> Source:
+    """The source as it is. Raises ValueError where features are asked for, and these are no latents."""
+    if asked and not isinstance(source, LatentFolder):
+        raise ValueError(
+            f"--data_dir {source.data_dir}: has no features of its images; give latents that scripts/encode_latents.py "
+            "--features made"
+        )
+    return source
 
 
 def _warn_of_idle_options(source: Source, options: SourceOptions, why_no_labels: str) -> None:
@@ -352,10 +379,12 @@ def open_dataset(
     max_image_bytes: int = DataConfig.max_image_bytes,
     extensions: Sequence[str] | None = None,
     shuffle_window: int = DataConfig.shuffle_window,
+    features: bool = False,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
     extensions: of the kinds of image files to read, for a run that began when fewer were read; None reads all.
+    features: see :class:`LatentDataset`; ValueError for data that are no latents.
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
     """
@@ -363,7 +392,7 @@ def open_dataset(
         if value not in ("auto", "") and not class_cond:
             warnings.warn(f"--{name} {value} is ignored with --class_cond False", stacklevel=2)
     options = SourceOptions(image_column, label_column, max_image_bytes, shuffle_window)
-    source = open_source(data_dir, options)
+    source = _with_features(open_source(data_dir, options), features)
     chosen = ["--labels_file"] * bool(labels_file) + [f"--class_from {class_from}"] * (class_from != "auto")
     why_no_labels = "--class_cond False" if not class_cond else next(iter(chosen), "")
     _warn_of_idle_options(source, options, why_no_labels)
@@ -378,9 +407,8 @@ def open_dataset(
     if isinstance(source, LatentFolder):
         if class_from != "auto" and class_cond:
             warnings.warn(f"--class_from is ignored for the latents in {data_dir}", stacklevel=2)
-        return LatentDataset(
-            source, image_size=image_size, class_cond=class_cond, random_crop=random_crop, random_flip=random_flip
-        )
+        settings: dict[str, Any] = {"image_size": image_size, "class_cond": class_cond, "random_crop": random_crop}
+        return LatentDataset(source, **settings, random_flip=random_flip, features=features)
     assert isinstance(source, ImageSource)
     return SourceDataset(
         source,
@@ -413,7 +441,8 @@ class _Examples(Dataset[dict[str, Any]]):
         used, image = self._first_readable(item)
         draws = {} if self.draws is None else training_draws(self.draws, self.seed, epoch, index)
         label = int(self.dataset.labels[used])
-        return {"image": image, "y": label, "index": index, "used": used, "epoch": epoch, **draws}
+        extras = self.dataset.extras(used, numpy_generator(self.seed, "augment", *item))
+        return {"image": image, "y": label, "index": index, "used": used, "epoch": epoch, **draws, **extras}
 
     def _first_readable(self, item: Item) -> tuple[int, np.ndarray]:
         """An item's image, or another in its place: the index and the pixels. Crop and flip remain the item's."""
@@ -458,7 +487,8 @@ def load_data(
     waited for.
 
     Yields (images, extra): images (N, C, image_size, image_size) float32 contiguous in [-1, 1]; extra holds ``y``,
-    ``epoch``, ``index`` and ``used``, (N,) int64, and the entries of ``randomness.training_draws``, stacked. ``used``
+    ``epoch``, ``index`` and ``used``, (N,) int64, and the entries of ``randomness.training_draws`` and of
+    ``ImageDataset.extras``, stacked. ``used``
     is the index of the image shown: another one where that of ``index`` cannot be read. With class_cond
     False ``y`` is the null label of every image (see :func:`no_classes`). Batches are the same for any num_workers,
     and those of all ranks side by side are the one batch of a single rank with world_size times the batch size.

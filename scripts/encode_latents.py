@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from masked_diffusion.choices import AUTOENCODERS, DEFAULT_VAE, LATENT_DTYPES
 from masked_diffusion.data.data_config import READING, DataConfig
@@ -22,6 +23,7 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.settings import Flag, flags_of
 
+PROGRAM = ".pt2"  # ending of what torch.export.save writes
 DATA_FLAGS = flags_of(DataConfig)
 FLAGS = {
     "data_dir": Flag("", "images of any form that a training reads", "data"),
@@ -42,6 +44,14 @@ FLAGS = {
         "none",
         "channel: measure mean and deviation of each channel, which become 0 and 1; none: the autoencoder's scale",
         "model",
+    ),
+    "features": Flag(
+        "",
+        "keep features of each image beside its latents: a .pt2 file of torch.export that takes RGB in [-1, 1]",
+        "model",
+    ),
+    "trust_features": Flag(
+        False, "load the .pt2 in --features although it can run any code, because you trust who made it", "model"
     ),
     "shard_size": Flag(1024, "images per file; an interruption costs what is done of one file per process", "saving"),
     "batch_size": Flag(16, "images that are encoded at once, per process", "machine"),
@@ -67,12 +77,30 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
         raise ValueError(f"--dtype {args.dtype}: choose one of {', '.join(LATENT_DTYPES)}")
     if args.normalize not in ("none", "channel"):
         raise ValueError(f"--normalize {args.normalize}: choose none or channel")
+    check_features(args.features, args.trust_features)
     if not args.out or is_remote(args.out):
         raise ValueError(f"--out {args.out}: give a local folder for the latents")
     # With torch, which takes seconds to import.
     from masked_diffusion.programs import encode_latents
 
     return encode_latents.prepare(args, stack)
+
+
+def check_features(path: str, trusted: bool) -> None:
+    """Raise ValueError or FileNotFoundError for a network that must not or cannot be loaded, before it is."""
+    if trusted and not path:
+        raise ValueError("--trust_features True: has no effect without --features")
+    if not path:
+        return
+    if not path.endswith(PROGRAM):
+        raise ValueError(f"--features {path}: expected a file of torch.export, which ends in {PROGRAM}")
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"--features {path}: no such file")
+    if not trusted:
+        raise ValueError(
+            f"--features {path}: a {PROGRAM} can run any code while it is loaded; add --trust_features True if you "
+            "trust who made it"
+        )
 
 
 if __name__ == "__main__":

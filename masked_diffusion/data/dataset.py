@@ -66,6 +66,10 @@ class ImageDataset:
         """
         raise NotImplementedError
 
+    def extras(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """What else an item of the stream has of this image, by its name there. rng: as :meth:`load` is given."""
+        return {}
+
     def name_of(self, index: int) -> str:
         """Return the name of an image for messages."""
         return f"image {index}"

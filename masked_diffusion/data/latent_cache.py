@@ -7,6 +7,7 @@ again.
                        paths below the source folder, UTF-8, separated by NUL
 ``00000.safetensors``  ``moments`` (n, 2C, h, w) of images 0 ... n - 1: the posterior's mean, then its log-variance, or
 ``00001.safetensors``  (n, C, h, w) codes of a deterministic encoder; ``mirrored``, the same of their mirror images; ...
+                       With ``--features`` also ``features`` and ``mirrored_features``, (n, ...) float16
 =====================  =================================================================================
 
 safetensors: a file maps into memory, its header says where each row lies, bfloat16 is one of its types, and reading it
@@ -64,7 +65,9 @@ class CacheRecord:
     of a table that the user named, by the names of the flags. extensions: of the kinds of images that were looked for;
     None where an earlier version did not record them. posterior: False for the codes of a deterministic encoder.
     normalize: ``channel``, where trainings give each channel mean 0 and deviation 1, or ``none``. channel_mean,
-    channel_std: of the codes before any scale or shift, C each, known when all are encoded.
+    channel_std: of the codes before any scale or shift, C each, known when all are encoded. features_path,
+    features_sha256, features_shape, features_input: of the network whose features are kept beside the latents: its file
+    and hash, the shape of an image's features, what it was given; None without one.
     """
 
     vae_path: str
@@ -88,6 +91,10 @@ class CacheRecord:
     normalize: str = "none"
     channel_mean: list[float] | None = None
     channel_std: list[float] | None = None
+    features_path: str | None = None
+    features_sha256: str | None = None
+    features_shape: list[int] | None = None
+    features_input: str | None = None
 
     @property
     def moments_shape(self) -> list[int]:
@@ -95,9 +102,22 @@ class CacheRecord:
         return [2 * channels if self.posterior else channels, *sides]
 
     @property
-    def tensor_names(self) -> list[str]:
-        """Of each file."""
+    def moments_names(self) -> list[str]:
+        """Of the moments in each file."""
         return ["moments", "mirrored"] if self.mirrored else ["moments"]
+
+    @property
+    def features_names(self) -> list[str]:
+        """Of the features in each file."""
+        if self.features_sha256 is None:
+            return []
+        return ["features", "mirrored_features"] if self.mirrored else ["features"]
+
+    @property
+    def tensor_shapes(self) -> dict[str, list[int]]:
+        """Of one image, by the names of all tensors in each file."""
+        shapes = dict.fromkeys(self.moments_names, self.moments_shape)
+        return shapes | dict.fromkeys(self.features_names, self.features_shape or [])
 
     @property
     def digest(self) -> str:
@@ -105,15 +125,17 @@ class CacheRecord:
         fields = dataclasses.asdict(self)
         if self.extensions is None:  # an earlier version's
             del fields["extensions"]
+        if self.features_sha256 is None:  # so that copies of latents without features keep their names
+            fields = {name: value for name, value in fields.items() if not name.startswith("features_")}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def difference(self, other: "CacheRecord") -> str | None:
         """The first setting in which the latents of two records differ, in words; None when they are the same.
 
-        Where autoencoder and images lay, and which kinds of them were looked for, says nothing: their hashes do.
+        Where networks and images lay, and which kinds of images were looked for, says nothing: their hashes do.
         Statistics follow from the rest.
         """
-        silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std")
+        silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std", "features_path")
         for name, value in dataclasses.asdict(self).items():
             if name == "class_names" and same_names(value, other.class_names, self.data_dir == other.data_dir):
                 continue
@@ -242,20 +264,23 @@ class ShardFiles(Parts):
         return self.parts_folder / shard_name(batch)
 
     def has_part(self, batch: int) -> bool:
-        shape = [len(self.indices(batch)), *self.record.moments_shape]
+        number = len(self.indices(batch))
+        shapes = {name: [number, *shape] for name, shape in self.record.tensor_shapes.items()}
         try:
             # Opening compares the header with the file's length.
             with safetensors.safe_open(self.path(batch), framework="pt") as file:
-                return all(file.get_slice(name).get_shape() == shape for name in self.record.tensor_names)
+                return all(file.get_slice(name).get_shape() == shape for name, shape in shapes.items())
         except (OSError, safetensors.SafetensorError):
             return False
 
-    def write_part(self, batch: int, moments: dict[str, Tensor]) -> None:
-        """moments: ``moments`` and, if wanted, ``mirrored``, each (n, 2C, h, w) float32."""
-        dtype = DTYPES[self.record.dtype]
-        stored = {name: moments[name].to(dtype).contiguous() for name in self.record.tensor_names}
-        error = torch.cat([stored[name].float() - moments[name] for name in self.record.tensor_names]).nan_to_num()
+    def write_part(self, batch: int, tensors: dict[str, Tensor]) -> None:
+        """tensors: ``moments`` and, if wanted, ``mirrored``, each (n, 2C, h, w) float32, and the features of both,
+        (n, ...) float16."""
+        names = self.record.moments_names
+        stored = {name: tensors[name].to(DTYPES[self.record.dtype]).contiguous() for name in names}
+        error = torch.cat([stored[name].float() - tensors[name] for name in names]).nan_to_num()
         rounding = [error.abs().max().item(), error.square().mean().item()]
+        stored |= {name: tensors[name].contiguous() for name in self.record.features_names}
         with atomic_write(self.path(batch)) as file:
             file.write(to_safetensors(stored, metadata={"rounding": json.dumps(rounding)}))
 
@@ -278,7 +303,7 @@ class ShardFiles(Parts):
         sums = torch.zeros(2, channels, dtype=torch.float64)
         for batch in range(self.num_batches):
             with safetensors.safe_open(self.path(batch), framework="pt") as file:
-                for name in self.record.tensor_names:
+                for name in self.record.moments_names:
                     first, second = _first_and_second(file.get_tensor(name).double(), channels)
                     readable = second.isfinite().flatten(1).all(dim=1)  # unreadable images are NaN
                     sums += torch.stack([first[readable].sum(dim=(0, 2, 3)), second[readable].sum(dim=(0, 2, 3))])
@@ -354,13 +379,34 @@ class LatentCache:
 
         Raises UnreadableImageError for an image that could not be read when it was its turn to be encoded.
         """
-        number, row = divmod(index, self.record.shard_size)
-        if number not in self._opened:
-            self._opened[number] = safetensors.safe_open(self._local(shard_name(number)), framework="pt")
-        moments = self._opened[number].get_slice("mirrored" if mirrored else "moments")[row].float().numpy()
+        moments = self._row("mirrored" if mirrored else "moments", index).float().numpy()
         if np.isnan(moments[0, 0, 0]):
             raise UnreadableImageError(self.name_of(index), self._left_out)
         return moments
+
+    def features(self, index: int, mirrored: bool) -> np.ndarray:
+        """Features of an image or of its mirror image, float16 of the shape ``record.features_shape``.
+
+        Of an image that could not be read they mean nothing. Raises ValueError for a cache without features.
+        """
+        self.check_features()
+        return self._row("mirrored_features" if mirrored else "features", index).numpy()
+
+    def check_features(self) -> None:
+        """Raise ValueError for a cache without features."""
+        if self.record.features_sha256 is None:
+            raise ValueError(
+                f"--data_dir {self.data_dir}: its latents have no features; encode the images again into another "
+                "folder, with scripts/encode_latents.py --features"
+            )
+
+    def _row(self, name: str, index: int) -> Tensor:
+        """What a tensor of the files has of an image."""
+        number, row = divmod(index, self.record.shard_size)
+        if number not in self._opened:
+            self._opened[number] = safetensors.safe_open(self._local(shard_name(number)), framework="pt")
+        row_of_it: Tensor = self._opened[number].get_slice(name)[row]
+        return row_of_it
 
     @property
     def _left_out(self) -> str:
@@ -375,13 +421,13 @@ class LatentCache:
         path, first = join(self.data_dir, shard_name(number)), number * self.record.shard_size
         try:
             with safetensors.safe_open(self._local(shard_name(number)), framework="pt") as file:
-                tensors = {name: file.get_tensor(name).float().flatten(1) for name in self.record.tensor_names}
+                tensors = {name: file.get_tensor(name).float() for name in self.record.tensor_shapes}
         except (OSError, safetensors.SafetensorError) as error:
             return {path: f"{' '.join(str(error).split())}; {ENCODE_AGAIN}"}
         found = {}
-        for name, moments in tensors.items():  # (n, 2C * h * w)
-            nothing = moments.isnan().all(dim=1)
-            for row in (~moments.isfinite().all(dim=1)).nonzero().flatten().tolist():
+        nothing = tensors["moments"].flatten(1).isnan().all(dim=1)
+        for name, numbers in tensors.items():  # (n, ...)
+            for row in (~numbers.reshape(len(numbers), -1).isfinite().all(dim=1)).nonzero().flatten().tolist():
                 reason = self._left_out if nothing[row] else f"{name} in {path} are not all finite; {ENCODE_AGAIN}"
                 found[self.name_of(first + row)] = reason
         return found

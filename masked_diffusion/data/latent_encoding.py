@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from masked_diffusion.data.dataset import ImageDataset
+from masked_diffusion.data.exported_features import ExportedFeatures
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.latent_cache import ShardFiles
 from masked_diffusion.first_stage import Autoencoder
@@ -41,11 +42,12 @@ def encode_shards(
     device: torch.device,
     rank: int,
     world_size: int,
+    features: ExportedFeatures | None = None,
 ) -> None:
     """Write this rank's missing shards. Rank 0 then waits for the other ranks' shards.
 
-    dataset: gives centre crops. batch_size: images encoded at once. Names unreadable images on stderr and marks them in
-    the cache.
+    dataset: gives centre crops. batch_size: images encoded at once. features: makes what is kept beside the
+    latents. Names unreadable images on stderr and marks them in the cache.
     """
     missing = shards.missing(rank, world_size)
     of_shard = {shard: _batches(shards.indices(shard), batch_size) for shard in missing}
@@ -59,16 +61,19 @@ def encode_shards(
     )
 
     def encode_shard(shard: int, tell: Callable[[int], object]) -> None:
-        moments: dict[str, list[Tensor]] = {"moments": [], "mirrored": []}
+        made: dict[str, list[Tensor]] = {name: [] for name in shards.record.tensor_shapes}
         for indices in of_shard[shard]:
             images: Tensor = next(loaded)  # (n, 3, H, W)
             _name_unreadable(dataset, indices, images)
             images = images.to(device, non_blocking=True)
-            moments["moments"].append(autoencoder.moments(images).cpu())
-            if shards.record.mirrored:
-                moments["mirrored"].append(autoencoder.moments(images.flip(-1)).cpu())
+            views = [images, images.flip(-1)]  # as many as the record has names
+            for name, view in zip(shards.record.moments_names, views, strict=False):
+                made[name].append(autoencoder.moments(view).cpu())
+            if features is not None:
+                for name, view in zip(shards.record.features_names, views, strict=False):
+                    made[name].append(features(view))
             tell(len(images))
-        shards.write_part(shard, {name: torch.cat(parts) for name, parts in moments.items() if parts})
+        shards.write_part(shard, {name: torch.cat(parts) for name, parts in made.items()})
 
     with contextlib.closing(images_of_all) as loaded:
         make_parts(shards, encode_shard, rank, world_size, missing)

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from masked_diffusion import dist_util
 from masked_diffusion.data.data_config import READING
+from masked_diffusion.data.exported_features import ExportedFeatures
 from masked_diffusion.data.latent_cache import CacheRecord, ShardFiles, SourceIndex, extensions_in
 from masked_diffusion.data.latent_encoding import encode_shards
 from masked_diffusion.data.sources import absolute
@@ -48,9 +51,11 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
             f"--image_size {args.image_size}: must be a multiple of {autoencoder.downsample}, the first stage's"
         )
 
+    features = features_of(args, len(dataset), device)
+
     def claim() -> tuple[CacheRecord, bool]:
         """On rank 0: what will be in the folder, and whether it is not yet."""
-        record, index = describe(args, dataset, autoencoder)
+        record, index = describe(args, dataset, autoencoder, features)
         try:
             return record, ShardFiles(Path(args.out).expanduser(), record).claim(index)
         except OSError as error:
@@ -72,12 +77,25 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
         device=device,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        features=features,
     )
     return partial(work, shards, encode if needed else None, ranks)
 
 
+def features_of(args: argparse.Namespace, num_images: int, device: torch.device) -> ExportedFeatures | None:
+    """The network of --features, tried with each size of a batch that there will be; None without the flag.
+
+    Raises what :class:`ExportedFeatures` does.
+    """
+    if not args.features:
+        return None
+    files = {min(args.shard_size, num_images), num_images % args.shard_size} - {0}  # images in each
+    batches = {size for number in files for size in (min(args.batch_size, number), number % args.batch_size)} - {0}
+    return ExportedFeatures(Path(args.features).expanduser(), device, args.image_size, batches)
+
+
 def describe(
-    args: argparse.Namespace, dataset: SourceDataset, autoencoder: Autoencoder
+    args: argparse.Namespace, dataset: SourceDataset, autoencoder: Autoencoder, features: ExportedFeatures | None
 ) -> tuple[CacheRecord, SourceIndex]:
     """The record of the latents to make, and the list of the images they are made of."""
     source = dataset.source
@@ -99,6 +117,7 @@ def describe(
         extensions=list(dataset.extensions),
         posterior=autoencoder.stochastic,
         normalize=args.normalize,
+        **(features.description() if features is not None else {}),
     )
     return record, index
 

@@ -420,7 +420,7 @@ def test_every_setting_of_a_record_makes_other_latents_but_where_things_lay(cach
     record = read_record(str(cache))
     for name in record.__dataclass_fields__:
         other = dataclasses.replace(record, **{name: "changed"})
-        silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std")
+        silent = ("vae_path", "data_dir", "extensions", "channel_mean", "channel_std", "features_path")
         assert (record.difference(other) is None) == (name in silent)
 
 

@@ -178,8 +178,9 @@ TABLE = [
         flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
         makes="latents_flowers256/latents.json",
     ),
+    Row(r"--features dino\.pt2", elsewhere="data/test_exported_features.py keeps the features of a tiny network"),
     Row(
-        r"encode_latents\.py (?!.*--normalize)",
+        r"encode_latents\.py (?!.*--normalize|.*--features)",
         flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
         makes="latents_imagenet256/latents.json",
         without="latents_imagenet256",

@@ -40,7 +40,7 @@ CONTRACT = {
     "scripts/encode_latents.py": {
         **LAUNCHER, "data_dir": "", "out": "", "image_size": 256, "vae_path": "stabilityai/sd-vae-ft-mse",
         "class_cond": True, "class_from": "auto", "labels_file": "", **COLUMNS, "random_flip": True, "dtype": "fp32",
-        "normalize": "none", "shard_size": 1024,
+        "normalize": "none", "features": "", "trust_features": False, "shard_size": 1024,
         "batch_size": 16, "num_workers": -1, "tf32": False, "device": "auto",
     },
     "scripts/train_autoencoder.py": {
