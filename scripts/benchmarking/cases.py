@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from benchmarking.plain_step import PlainMDT, PlainTraining
+from benchmarking.settings import Settings, with_autoencoder
 from benchmarking.setup import (
-    Settings,
     Timing,
     UndecodedLatents,
     choose_precision,
@@ -30,22 +30,13 @@ from masked_diffusion import choices
 from masked_diffusion.choices import family_of
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage
-from masked_diffusion.models import FAMILIES, MDT
+from masked_diffusion.models import MDT
 from masked_diffusion.models.cost import cost
 from masked_diffusion.models.policies import FULL, MASKED, POLICIES
 from masked_diffusion.sampling.image_sampler import ImageSampler
 
 # Measures a case in a process of its own, or several under torchrun, with further flags.
 Child = Callable[..., dict[str, Any]]
-
-
-def check_plain(settings: Settings) -> None:
-    """Raises ValueError for a model that was not published in this form, or a training without masking."""
-    if FAMILIES[family_of(settings.model)] is not MDT or settings.mask_ratio is None:
-        raise ValueError(
-            f"--model {settings.model} --mask_ratio {settings.mask_ratio}: the plain path is that of MDT with masking; "
-            "give a model such as MDT_S_2 and a mask ratio, or other cases"
-        )
 
 
 def plain_training(settings: Settings, device: torch.device) -> PlainTraining:
@@ -82,11 +73,6 @@ def encode(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         **precision,
         "dtype": "float32",
     }
-
-
-def with_autoencoder(settings: Settings) -> Settings:
-    """Raises ValueError for latents that are not the autoencoder's."""
-    return dataclasses.replace(settings, with_vae=True)
 
 
 def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
@@ -274,6 +260,4 @@ def scaling(child: Child) -> dict[str, Any]:
     }
 
 
-# Cases that run the plain path.
-NEED_PLAIN = ("plain_step", "against_plain", "memory")
 IN_CHILDREN: dict[str, Callable[[Child], dict[str, Any]]] = {"memory": memory, "scaling": scaling}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarking.settings import SD_CHANNELS, Settings
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -20,105 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from masked_diffusion import dist_util
 from masked_diffusion.data.bad_images import BadImages
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.diffusion.objectives import ObjectiveConfig
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
 from masked_diffusion.image_datasets import no_classes
 from masked_diffusion.logger import HumanSink, Logger
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.models.policies import View
-from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, training_draws
+from masked_diffusion.randomness import global_generator, numpy_generator, training_draws
 from masked_diffusion.runs.checkpoint import Start
-from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
-from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.train_util import Batch, TrainLoop
 from masked_diffusion.training.sharding import no_sync
-from masked_diffusion.training.train_config import TrainConfig
 
-SD_DOWNSAMPLE, SD_CHANNELS = 8, 4
 MLP_RATIO, PRODUCTS = 4, 50
 JPEG_SIZE, JPEG_COUNT = (500, 375), 64  # the most frequent size in ImageNet
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, named as the flags. Raises ValueError for what cannot be, before anything is."""
-
-    model: str = "MDT_S_2"
-    image_size: int = 256
-    downsample: int = SD_DOWNSAMPLE
-    in_channels: int = SD_CHANNELS
-    num_classes: int = 1000
-    mask_ratio: float | None = 0.30
-    decode_layer: int | None = None
-    policy: str | None = None
-    objective: str = "ddpm"
-    batch_size: int = 4
-    repeats: int = 5
-    warmup: int = 2
-    num_sampling_steps: int = 4
-    num_samples: int = 1000
-    num_workers: int = 0
-    with_vae: bool = False
-    use_fp16: bool = False
-    use_bf16: bool = False
-    compile: bool = False
-    grad_checkpointing: bool = False
-    tf32: bool | None = None
-    trace: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("downsample", "in_channels", "batch_size", "repeats", "num_sampling_steps", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("warmup", "num_workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
-        if self.with_vae and (self.downsample, self.in_channels) != (SD_DOWNSAMPLE, SD_CHANNELS):
-            raise ValueError(
-                f"--downsample {self.downsample} --in_channels {self.in_channels}: the autoencoder of --with_vae True "
-                f"has {SD_DOWNSAMPLE} and {SD_CHANNELS}; leave them out, or use --with_vae False"
-            )
-        with torch.device("meta"):  # checked without the memory and the time that a model takes
-            self.model_config.build()
-        self.train_config, self.sampler_config.build_objective(self.run_config)
-
-    @property
-    def model_config(self) -> ModelConfig:
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__ if name in MODEL_FIELDS}
-        return ModelConfig(**settings, learn_sigma=self.objective == "ddpm")
-
-    @property
-    def run_config(self) -> RunConfig:
-        objective = ObjectiveConfig(objective=self.objective)
-        return RunConfig(self.model_config, DiffusionConfig(), first_stage={}, objective=objective)
-
-    @property
-    def train_config(self) -> TrainConfig:
-        shared = ("batch_size", "use_fp16", "use_bf16", "compile", "grad_checkpointing")
-        return TrainConfig(**{name: getattr(self, name) for name in shared})
-
-    @property
-    def sampler_config(self) -> SamplerConfig:
-        """A sampler that guides at every step."""
-        sampler = self.run_config.objective.default_sampler
-        return SamplerConfig(self.num_sampling_steps, sampler, cfg_cond=True, guidance="constant")
-
-    @property
-    def draw_spec(self) -> DrawSpec:
-        with torch.device("meta"):
-            model = self.model_config.build()
-        further = {"path_drop": model.policy.path_drop > 0, "second_level": model.policy.two_levels}
-        return DrawSpec(self.model_config.latent_shape, model.num_tokens, self.with_vae, **further)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the network computes in; parameters and losses are float32."""
-        return torch.float16 if self.use_fp16 else torch.bfloat16 if self.use_bf16 else torch.float32
-
-
-MODEL_FIELDS = ModelConfig.__dataclass_fields__
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
 # What is measured

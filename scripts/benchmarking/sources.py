@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarking.setup import Settings, common, make_jpegs, timed_in_turn
+from benchmarking.settings import Settings
+from benchmarking.setup import common, make_jpegs, timed_in_turn
 
 from masked_diffusion.data.conversion import Conversion, Plan
 from masked_diffusion.data.image_writers import target_of

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarking.setup import Settings, UndecodedLatents, fresh_model
+from benchmarking.settings import Settings
+from benchmarking.setup import UndecodedLatents, fresh_model
 from golden_arrays import assert_golden, golden_json, golden_npz, set_golden_weights
 
 from masked_diffusion import dist_util

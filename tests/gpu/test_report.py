@@ -6,7 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from support import REPO, call, script
+from benchmarking import report
+from support import REPO, call
 
 from masked_diffusion import train_util
 
@@ -14,7 +15,6 @@ REPORT = "scripts/gpu_report.py"
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    report = script(REPORT)
     tried = []
 
     def make(size):
@@ -42,14 +42,13 @@ def test_a_report_has_a_row_for_each_path_of_each_model(monkeypatch, tmp_path, c
     records = [json.loads(line) for line in (tmp_path / "r" / "report.jsonl").read_text().splitlines()]
     assert [record["path"] for record in records] == ["ours", "ours, compiled", "plain"]
     assert {record["batch"] for record in records} == {2} and all(r["images_per_second"] > 0 for r in records)
-    [report] = (tmp_path / "r").glob("report_*.md")
+    [written] = (tmp_path / "r").glob("report_*.md")
     table = capsys.readouterr().out
     assert table.splitlines()[0] == "| model | path | batch | images/s | MFU | peak GB | of plain |"
-    assert report.read_text().endswith(table)
+    assert written.read_text().endswith(table)
 
 
 def test_a_path_that_does_not_fit_has_a_row_that_says_so():
-    report = script(REPORT)
     rows = [
         {"model": "M", "path": "ours", "batch": 4, "images_per_second": 30.0, "peak_memory_bytes": 2e9, "mfu": 0.25},
         {"model": "M", "path": "plain", "batch": None},

@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from benchmarking.setup import Settings, fresh_model, make_loop, training_batch
+from benchmarking.settings import Settings
+from benchmarking.setup import fresh_model, make_loop, training_batch
 
 from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.image_datasets import load_data

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarking.setup import Timing
-from support import call, script
+from benchmarking import measuring, own_cases, settings
+from benchmarking.cases import ratios_of
+from benchmarking.settings import Settings
+from benchmarking.setup import Timing, choose_precision, fresh_model
+from support import call
 
+from masked_diffusion import dist_util
 from masked_diffusion.choices import POLICIES
 from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.models import MDT
@@ -90,6 +94,10 @@ def test_sources_are_the_same_images_in_each_form(measure, monkeypatch):
         assert record[f"{form}_speed"] > 0 and record[f"{form}_speed_cpu"] > 0 and record[f"{form}_median_seconds"] > 0
 
 
+def test_each_case_that_can_be_asked_for_is_one_that_is_measured():
+    assert set(settings.CASES) == set(measuring.CASES) and set(settings.IN_CHILDREN) == set(measuring.IN_CHILDREN)
+
+
 def calls_of(monkeypatch, owner, name):
     calls = []
     original = getattr(owner, name)
@@ -122,9 +130,8 @@ def test_without_a_mask_ratio_there_is_no_masked_view(measure, passes):
 
 
 def test_the_measured_model_starts_without_parameters_of_zeros():
-    benchmark = script(BENCHMARK)
-    settings = benchmark.Settings("MDT_Ti_2", image_size=8, downsample=1, in_channels=1, num_classes=7, decode_layer=1)
-    model = benchmark.fresh_model(settings)
+    settings = Settings("MDT_Ti_2", image_size=8, downsample=1, in_channels=1, num_classes=7, decode_layer=1)
+    model = fresh_model(settings)
     assert all(parameter.any() for parameter in model.parameters())
     assert (model.decode_layer, model.num_classes, model.in_channels) == (1, 7, 1)
 
@@ -160,8 +167,7 @@ def test_half_precision_reaches_the_network(measure, passes, flag, dtype):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_is_batches_of_jpegs_with_what_a_training_step_draws(measure, monkeypatch, workers):
     batches, ways = [], []
-    benchmark = script(BENCHMARK)
-    load_data = benchmark.load_data
+    load_data = own_cases.load_data
 
     def spy(**settings):
         for batch in load_data(**settings):
@@ -169,7 +175,7 @@ def test_data_is_batches_of_jpegs_with_what_a_training_step_draws(measure, monke
             ways.append(settings["fast_decode"])
             yield batch
 
-    monkeypatch.setattr(benchmark, "load_data", spy)
+    monkeypatch.setattr(own_cases, "load_data", spy)
     (record,) = measure("data", "--num_workers", workers)
     # Whole rounds of the workers; without any, rounds of the two ways to decode in turn.
     assert ways == ([False] * ROUNDS * workers if workers else [False, True] * ROUNDS)
@@ -190,7 +196,7 @@ def test_the_speedup_of_fast_decoding_is_the_median_of_the_rounds():
         Timing(seconds, 0, [2 * value for value in seconds])
         for seconds in ([9.0, 8.0, 14.0], [3.0, 5.0, 5.0], [1.0, 2.0, 1.0])
     )
-    fields = script(BENCHMARK).against_exact(exact, fast, draws)
+    fields = own_cases.against_exact(exact, fast, draws)
     assert fields["fast_decode_speedup"] == fields["fast_decode_speedup_cpu"] == 2.8
     assert fields["fast_decode_speedup_without_draws"] == fields["fast_decode_speedup_without_draws_cpu"] == 13 / 4
     assert fields["fast_decode_median_seconds"] == 5 and fields["draws_median_seconds"] == 1
@@ -241,12 +247,11 @@ def test_noise_is_drawn_from_the_present_and_from_the_former_stream(measure, mon
 
 @pytest.mark.parametrize(("status", "code"), [(2, 2), (-9, "case data: ended by signal 9 (9: probably out of memory)")])
 def test_a_case_that_fails_in_its_process_fails_the_script(monkeypatch, status, code):
-    benchmark = script(BENCHMARK)
     monkeypatch.setattr(
-        benchmark.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, "")
+        measuring.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, "")
     )
     with pytest.raises(SystemExit) as ended:
-        benchmark.in_child("data", TINY)
+        measuring.in_child("data", TINY)
     assert ended.value.code == code
 
 
@@ -278,17 +283,12 @@ def test_a_compiled_step_is_measured_beside_one_that_is_not(measure, counter):
     assert counter.frame_count > 0 and record["compiled_step_median_seconds"] != record["median_seconds"]
 
 
-def test_a_ratio_is_the_median_of_the_rounds(monkeypatch):
-    script(BENCHMARK)
-    from benchmarking.cases import ratios_of
-    from benchmarking.setup import Timing
-
+def test_a_ratio_is_the_median_of_the_rounds():
     one, other = Timing([2.0, 90.0, 3.0], 0, [1.0, 1.0, 1.0]), Timing([1.0, 30.0, 1.0], 0, [2.0, 4.0, 5.0])
     assert ratios_of(one, other, scale=10.0) == {"": 30.0, "_cpu": 2.5}
 
 
 def test_memory_and_scaling_compare_processes_of_their_own(monkeypatch, capsys, tmp_path):
-    benchmark = script(BENCHMARK)
     children = []
 
     def child(command, **_):
@@ -299,7 +299,7 @@ def test_memory_and_scaling_compare_processes_of_their_own(monkeypatch, capsys, 
         record["images_per_second"] = 3.0 if "torch.distributed.run" in command else 4.0
         return subprocess.CompletedProcess(command, 0, json.dumps(record) + "\n")
 
-    monkeypatch.setattr(benchmark.subprocess, "run", child)
+    monkeypatch.setattr(measuring.subprocess, "run", child)
     assert call(monkeypatch, BENCHMARK, tmp_path, *TINY, "--case", "memory,scaling") == 0
     memory, scaling = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (memory["case"], scaling["case"]) == ("memory", "scaling")
@@ -315,15 +315,14 @@ def test_a_trace_of_a_step_is_written(measure, tmp_path):
 
 
 def test_tf32_is_the_scripts_default_unless_it_is_asked_for():
-    benchmark = script(BENCHMARK)
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for asked, default, expected in ((None, True, True), (None, False, False), (True, False, True)):
-            fields = benchmark.choose_precision(benchmark.Settings(tf32=asked), torch.device("cuda"), default)
+            fields = choose_precision(Settings(tf32=asked), torch.device("cuda"), default)
             assert fields["tf32"] is torch.backends.cuda.matmul.allow_tf32 is expected
-        assert not benchmark.choose_precision(benchmark.Settings(tf32=True), torch.device("cpu"), True)["tf32"]
+        assert not choose_precision(Settings(tf32=True), torch.device("cpu"), True)["tf32"]
     finally:
-        benchmark.dist_util.allow_tf32(before)
+        dist_util.allow_tf32(before)
 
 
 @pytest.mark.parametrize(

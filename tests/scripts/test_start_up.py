@@ -9,7 +9,8 @@ from support import REPO, run_command
 HELP = [
     "image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema",
     "read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "make_dataset", "refactor_gate", "study",
-    "demo", "draw_policies", "make_api_page", "guidance_sweep",
+    "demo", "draw_policies", "make_api_page", "guidance_sweep", "benchmark", "gpu_report",
+    "benchmark_evaluator",
 ]  # fmt: skip
 # Commands, and what is said of them.
 WRONG = {
@@ -29,6 +30,10 @@ WRONG = {
     "scripts/encode_latents.py --dtype int8": "--dtype int8: choose one of fp32",
     "scripts/study.py --out study --model MDT_S_2": "--model MDT_S_2: all arms have one plain backbone",
     "scripts/convert_checkpoint.py": "--model_path: give the file to read",
+    "scripts/benchmark.py --case train": "--case train: unknown; choose of train_step, sample",
+    "scripts/benchmark.py --repeats 0": "--repeats 0: must be at least 1",
+    "scripts/gpu_report.py --models MDT_S_3": "--model MDT_S_3: unknown; choose one of MDT_XL_2",
+    "scripts/gpu_report.py --first_batch 0": "--first_batch 0: must be in 1 ... 1024",
     "scripts/demo.py --port 0": "--port 0: must be 1 ... 65535",
 }
 # Runs commands in turn, and writes after each its status and which of the slow libraries were imported by then.
