@@ -11,7 +11,7 @@ import torch
 from studying.measure import HeldOut, measure
 from studying.plan import Run, arms_of, as_arguments, runs_of, training_flags
 from studying.report import Results, publish, read_result, standing, verdicts_of, write_report
-from studying.settings import Study
+from studying.settings import Comparison, Study
 from studying.trainer import Trainer
 from studying.verdicts import lack_of_power, undecided
 from tqdm.auto import tqdm
@@ -104,7 +104,7 @@ def status_of(results: Results, asked: Asked) -> int:
     return 0
 
 
-def take_folder(folder: Path, study: Study) -> None:
+def take_folder(folder: Path, study: Study | Comparison) -> None:
     """Make the folder this study's. Raises ValueError where it holds another one."""
     path, record = folder / "study.json", dataclasses.asdict(study)
     if path.is_file():

@@ -1,16 +1,19 @@
 """What a study measures of a run: the held-out error of its averaged weights, along the run, and samples."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from studying.settings import Study
+from studying.settings import Comparison, Study
 from torch import Tensor
 
+from masked_diffusion.diffusion.objectives import DDPM, EDM, Objective
 from masked_diffusion.first_stage import CachedPosterior, load_first_stage
+from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs import checkpoint
@@ -19,6 +22,7 @@ from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.pictures import grid
 
 BINS = 8
+MIDDLES = [(number + 0.5) / BINS for number in range(BINS)]
 BATCH = 64
 SAMPLES, SAMPLING_STEPS = 20, 25
 
@@ -29,7 +33,7 @@ class HeldOut:
     Raises ValueError or FileNotFoundError for data that cannot be opened, or has other classes than the training's.
     """
 
-    def __init__(self, study: Study, device: torch.device) -> None:
+    def __init__(self, study: Study | Comparison, device: torch.device) -> None:
         dataset = open_dataset(study.held_out_dir, image_size=study.image_size)
         names = open_dataset(study.data_dir, image_size=study.image_size).class_names
         if dataset.class_names != names:
@@ -54,26 +58,43 @@ class HeldOut:
         self.latents, self.noise = torch.cat(latents), torch.stack(noise)  # (N, C, H, W), (N, BINS, C, H, W)
 
     @torch.no_grad()
-    def errors(self, trained: Trained) -> list[float]:
-        """Mean squared error of the velocity, of all tokens, in each of the bins of levels."""
+    def errors(self, trained: Trained, times: Sequence[float] = MIDDLES) -> list[float]:
+        """Mean squared error of flow's velocity, of all tokens, at each of these times of flow, one for each bin.
+
+        Another objective is given the same images and noise where its own scales have the same ratio.
+        """
         objective, device = trained.config.build_objective(), next(trained.model.parameters()).device
         means = []
-        for number in range(BINS):
+        for number, time in enumerate(times):
             total = 0.0
             for start in range(0, len(self.latents), BATCH):
                 part = slice(start, start + BATCH)
                 x_0, noise = self.latents[part].to(device), self.noise[part, number].to(device)
-                level = torch.full((len(x_0),), (number + 0.5) / BINS, device=device)
-                total += _squared_error(objective, trained, x_0, noise, level, self.y[part].to(device))
+                total += _squared_error(objective, trained, x_0, noise, time, self.y[part].to(device))
             means.append(total / self.latents.numel())
         return means
 
 
-def _squared_error(objective: Any, trained: Trained, x_0: Tensor, noise: Tensor, level: Tensor, y: Tensor) -> float:
-    """Summed over a batch. An estimate D of x_0 at level t means the velocity (x - D) / t: it errs by (D - x_0) / t."""
+def _squared_error(objective: Objective, trained: Trained, x_0: Tensor, noise: Tensor, time: float, y: Tensor) -> float:
+    """Summed over a batch. An estimate D of x_0 at time t means the velocity (x - D) / t: it errs by (D - x_0) / t."""
     predict = objective.predictor(trained.model, clip_denoised=False, model_kwargs={"y": y})
+    level = torch.full((len(x_0),), level_at(objective, time), device=x_0.device)
     estimate = predict(objective.q_sample(x_0, level, noise), level).pred_xstart
-    return float((((estimate - x_0) / level.view(-1, 1, 1, 1)) ** 2).sum())
+    return float((((estimate - x_0) / time) ** 2).sum())
+
+
+def level_at(objective: Objective, time: float) -> float | int:
+    """The level of an objective where noise and data have the ratio of a time of flow; the nearest of timesteps."""
+    if isinstance(objective, DDPM):
+        times = times_of(objective.process)
+        return int(np.abs(times - time).argmin())
+    return time / (1 - time) if isinstance(objective, EDM) else time
+
+
+def times_of(process: GaussianDiffusion) -> np.ndarray:
+    """The times of flow where noise and data have the ratio of each timestep, (T,) float64."""
+    alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
+    return sigma / (alpha + sigma)
 
 
 def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""What a study is of: its settings, checked without torch, which takes seconds to import."""
+"""What a study or a comparison of objectives is of: settings, checked without torch, which takes seconds to import."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from masked_diffusion.choices import POLICIES, family_of
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,38 @@ def held_out_of(data_dir: str) -> str:
     if not data_dir.startswith("builtin:"):
         raise ValueError(f"--data_dir {data_dir}: give the data to measure on with --held_out_dir")
     return f"{data_dir}-test"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What all trainings of a comparison of objectives have in common, as its folder records it.
+
+    sampling_steps: a comma list. Raises ValueError for settings that no sample set can have.
+    """
+
+    steps: int
+    sampling_steps: str
+    num_samples: int
+    cfg_scale: float
+    held_out_images: int
+    data_dir: str = "builtin:digits"
+    held_out_dir: str = "builtin:digits-test"
+    vae_path: str = "none"
+    image_size: int = 8
+
+    MOST_SAMPLING_STEPS: ClassVar[int] = 1000
+
+    def __post_init__(self) -> None:
+        for number in self.lengths:
+            SamplerConfig(num_sampling_steps=number, cfg_scale=self.cfg_scale)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the samplings, in steps. Raises ValueError for what is no list of numbers in range."""
+        parts = self.sampling_steps.split(",")
+        if not all(part.isdecimal() and 0 < int(part) <= self.MOST_SAMPLING_STEPS for part in parts):
+            raise ValueError(
+                f"--sampling_steps {self.sampling_steps}: expected a comma list of numbers from 1 to "
+                f"{self.MOST_SAMPLING_STEPS}, such as 10,25,50"
+            )
+        return [int(part) for part in parts]

@@ -5,7 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -58,26 +58,30 @@ class Trainer:
     def _ended(self, run: Run, status: int) -> bool:
         """Whether a training came to its end."""
         if status not in (0, STOPPED):
-            raise RuntimeError(f"{run.name}: its training ended with status {status}; see {self._output_of(run)}")
+            raise RuntimeError(f"{run.name}: its training ended with status {status}; see {self.output_of(run)}")
         self.status = self.status or status
         return status == 0
 
-    def _output_of(self, run: Run) -> Path:
+    def output_of(self, run: Run) -> Path:
         return self.folder / f"{run.name}.txt"
 
     def _environment(self, run: Run) -> dict[str, str]:
         return {"OPENAI_LOGDIR": str(self.folder / run.name), "OPENAI_LOG_FORMAT": "csv,log"}
 
     def _train_here(self, run: Run, command: list[str]) -> int:
+        return self.call(run, image_train.main, [*command, *self._flags])
+
+    def call(self, run: Run, main: Callable[[list[str]], int], command: list[str]) -> int:
+        """Call a script in this process, with its output in the run's files. Returns its exit status."""
         former = dict(os.environ)
         os.environ.update(self._environment(run))
         try:
             with (
-                self._output_of(run).open("a", encoding="utf-8") as file,
+                self.output_of(run).open("a", encoding="utf-8") as file,
                 contextlib.redirect_stdout(file),
                 contextlib.redirect_stderr(file),
             ):
-                return image_train.main([*command, *self._flags])
+                return main(command)
         finally:
             os.environ.clear()
             os.environ.update(former)
@@ -85,5 +89,5 @@ class Trainer:
     def _train_apart(self, run: Run, command: list[str]) -> int:
         env = {**os.environ, "OMP_NUM_THREADS": "1", **self._environment(run)}
         arguments = [*self._launcher, sys.executable, str(TRAINING), *command, *self._flags]
-        with self._output_of(run).open("a", encoding="utf-8") as file:
+        with self.output_of(run).open("a", encoding="utf-8") as file:
             return subprocess.run(arguments, env=env, stdout=file, stderr=subprocess.STDOUT).returncode
