@@ -3,8 +3,9 @@
     git worktree add ../base main && python scripts/refactor_gate.py ../base
 
 Run it after a change that must not change numbers. For each model, both codes train on the embedded digits, and this
-one also goes on from a checkpoint of the other. Logs, weights, averages, optimizer states and samples must be equal.
-Exit status 0: they are; 1: something differs; 2: there is no such checkout.
+one also goes on from a checkpoint of the other. Weights, averages, optimizer states and samples must be equal, byte for
+byte, and so must the columns of the log and the entries of the state file that the other code has. What this one has
+beside them is listed as added. Exit status 0: nothing differs; 1: something does; 2: there is no such checkout.
 """
 
 import argparse
@@ -16,12 +17,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from masked_diffusion.script_util import run_script
 
 HERE = Path(__file__).resolve().parent.parent
 MODELS = ("MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2")
-MEASURED = "images_per_second"  # the only column that may differ
+MEASURED = ("images_per_second", "seconds")  # columns and entries that differ from run to run
 TRAIN = [
     "scripts/image_train.py", "--data_dir", "builtin:digits", "--vae_path", "none", "--image_size", "8", "--batch_size",
     "4", "--mask_ratio", "0.3", "--decode_layer", "2", "--log_interval", "1", "--num_workers", "0", "--device", "cpu",
@@ -54,13 +56,24 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         raise ValueError(f"--steps {args.steps}: must be at least 2, as the trainings are resumed half-way")
 
     def work() -> int:
-        found = [difference for name in args.models for difference in differences(args.base, name, args.steps)]
-        for difference in found:
-            sys.stdout.write(f"{difference}\n")
-        sys.stdout.write(f"{len(found)} differences in {', '.join(args.models)}\n")
-        return 1 if found else 0
+        found = [finding for name in args.models for finding in compare_model(args.base, name, args.steps)]
+        for finding in found:
+            sys.stdout.write(f"{finding}\n")
+        counts = [sum(finding.added is added for finding in found) for added in (False, True)]
+        sys.stdout.write(f"{counts[0]} differences and {counts[1]} additions in {', '.join(args.models)}\n")
+        return 1 if counts[0] else 0
 
     return work
+
+
+class Finding(NamedTuple):
+    """added: this code has it and the other has not; else it is not equal."""
+
+    what: str
+    added: bool = False
+
+    def __str__(self) -> str:
+        return f"added: {self.what}" if self.added else f"{self.what} differs"
 
 
 def run(tree: Path, folder: Path, *arguments: str) -> None:
@@ -72,8 +85,8 @@ def run(tree: Path, folder: Path, *arguments: str) -> None:
         raise RuntimeError(f"{tree}: {' '.join(arguments)} failed:\n{done.stderr}")
 
 
-def differences(base: Path, model: str, steps: int) -> Iterator[str]:
-    """What is not equal for a model, a line each."""
+def compare_model(base: Path, model: str, steps: int) -> Iterator[Finding]:
+    """Train, resume and sample a model with both codes. Yields what is not equal, and what was added."""
     base = base.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         theirs, resumed, ours = (Path(scratch, name) for name in ("theirs", "resumed", "ours"))
@@ -85,19 +98,62 @@ def differences(base: Path, model: str, steps: int) -> Iterator[str]:
         for tree, folder in ((base, theirs), (HERE, ours)):
             run(tree, folder / "samples", *SAMPLE, str(theirs / f"ema_0.9999_{steps:06d}.pt"))
         for folder in (resumed, ours):
-            if losses(folder) != losses(theirs):
-                yield f"{model}, {folder.name}: progress.csv differs"
             samples = theirs.rglob("*.npz") if folder is ours else ()
-            for path in sorted([*theirs.glob(f"*{steps:06d}.pt"), *samples]):
-                name = path.relative_to(theirs)
-                if not (folder / name).is_file() or (folder / name).read_bytes() != path.read_bytes():
-                    yield f"{model}, {folder.name}: {name} differs"
+            paths = sorted([*theirs.glob(f"*{steps:06d}.pt"), *samples])
+            yield from compare_folders(theirs, folder, [path.relative_to(theirs) for path in paths], model)
 
 
-def losses(folder: Path) -> list[dict[str, str]]:
-    """The rows of a run's log without what was measured."""
+def compare_folders(theirs: Path, ours: Path, names: Sequence[Path], model: str) -> Iterator[Finding]:
+    """Compare a run's log and its files of these names with those of the other code's run."""
+    place = f"{model}, {ours.name}"
+    yield from compare(columns(theirs), columns(ours), f"{place}: progress.csv")
+    for name in names:
+        path = ours / name
+        if path.is_file() and name.name.startswith("state"):
+            yield from compare(read_state(theirs / name), read_state(path), f"{place}: {name}")
+        elif not path.is_file() or path.read_bytes() != (theirs / name).read_bytes():
+            yield Finding(f"{place}: {name}")
+
+
+def compare(theirs: Any, ours: Any, place: str) -> Iterator[Finding]:
+    """Compare two values entry by entry. What was measured may differ, and entries may be added."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in theirs:
+            if name not in ours:
+                yield Finding(f"{place}, {name}")
+            elif name not in MEASURED:
+                yield from compare(theirs[name], ours[name], f"{place}, {name}")
+        yield from (Finding(f"{place}, {name}", added=True) for name in ours if name not in theirs)
+    elif isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
+        for number, both in enumerate(zip(theirs, ours, strict=True)):
+            yield from compare(*both, f"{place}, {number}")
+    elif not equal(theirs, ours):
+        yield Finding(place)
+
+
+def equal(theirs: Any, ours: Any) -> bool:
+    """Whether two values that have no entries are the same to the bit."""
+    import torch  # for the state files alone: its import takes seconds
+
+    if not isinstance(theirs, torch.Tensor) or not isinstance(ours, torch.Tensor):
+        return type(theirs) is type(ours) and bool(theirs == ours)
+    return (
+        theirs.dtype == ours.dtype and theirs.shape == ours.shape and theirs.numpy().tobytes() == ours.numpy().tobytes()
+    )
+
+
+def read_state(path: Path) -> Any:
+    """The entries of a state file."""
+    import torch  # as above
+
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def columns(folder: Path) -> dict[str, str]:
+    """The columns of a run's log, the values of all rows in each."""
     with (folder / "progress.csv").open(encoding="utf-8", newline="") as file:
-        return [{name: value for name, value in row.items() if name != MEASURED} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return {name: ",".join(row[name] for row in rows) for name in rows[0]}
 
 
 if __name__ == "__main__":

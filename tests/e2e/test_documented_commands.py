@@ -225,6 +225,9 @@ TABLE = [
     Row(r"--sweep guide_from=null_label", elsewhere="sampling/test_gallery.py sweeps over the kinds"),
     Row(r"^python scripts/posthoc_ema\.py .*--sweep", elsewhere="sampling/test_scored_sets.py scores a series"),
     Row(r"^python scripts/guidance_sweep\.py", elsewhere="sampling/test_scored_sets.py scores each weight"),
+    Row(
+        r"^python scripts/compare_objectives\.py", elsewhere="scripts/test_compare_objectives.py runs it with few steps"
+    ),
     Row(r"^python scripts/study\.py", elsewhere="scripts/test_study.py runs it with two arms and few steps"),
     Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),
     Row(r"^python scripts/on_track\.py", says="are in the band of"),
@@ -565,6 +568,7 @@ def sources():
         "visualize",
         "convert_checkpoint",
         "study",
+        "compare_objectives",
     )
     scripts = [REPO / f"scripts/{name}.py" for name in names]
     scripts += sorted((REPO / "scripts" / "studying").glob("*.py"))

@@ -10,7 +10,7 @@ HELP = [
     "image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema",
     "read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "make_dataset", "refactor_gate", "study",
     "demo", "draw_policies", "make_api_page", "guidance_sweep", "benchmark", "gpu_report",
-    "benchmark_evaluator",
+    "benchmark_evaluator", "compare_objectives",
 ]  # fmt: skip
 # Commands, and what is said of them.
 WRONG = {
@@ -29,6 +29,7 @@ WRONG = {
     "infer_mdt.py --image photo.png": "--image and --mask: give both",
     "scripts/encode_latents.py --dtype int8": "--dtype int8: choose one of fp32",
     "scripts/study.py --out study --model MDT_S_2": "--model MDT_S_2: all arms have one plain backbone",
+    "scripts/compare_objectives.py --out table --seeds 0": "--seeds 0: must be at least 1",
     "scripts/convert_checkpoint.py": "--model_path: give the file to read",
     "scripts/benchmark.py --case train": "--case train: unknown; choose of train_step, sample",
     "scripts/benchmark.py --repeats 0": "--repeats 0: must be at least 1",
