@@ -514,7 +514,7 @@ def load_data(
     batch_sampler = RankBatches(order, batch_size, position=position, rank=rank, world_size=world_size)
     begin = partial(iterate, _Examples(dataset, seed, draws), num_workers, asked_to_stop)
     settings = {"batch_sampler": batch_sampler, "pin_memory": pin_memory}
-    return _batches(partial(begin, name_of=lambda item: dataset.name_of(item[1]), **settings))
+    return _batches(partial(begin, name_of=dataset.name_of, **settings))
 
 
 def _batches(begin: Callable[[], Generator[dict[str, Any], None, None]]) -> Generator[Batch, None, None]:

@@ -93,6 +93,7 @@ class Conversion:
             contents = iterate(
                 _Contents(self.dataset, self.plan, self.numbered),
                 num_workers,
+                name_of=self.dataset.name_of,
                 sampler=todo,
                 batch_size=16,
                 collate_fn=list,

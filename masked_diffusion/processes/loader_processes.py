@@ -22,12 +22,20 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from masked_diffusion.processes import waiting
 from masked_diffusion.processes.preemption import ignore_signals
 from masked_diffusion.processes.reading_thread import iterate_here
-from masked_diffusion.processes.waiting import LoaderError, Patience, StoppedWaitingError, never, progress
+from masked_diffusion.processes.waiting import (
+    LoaderError,
+    Patience,
+    StoppedWaitingError,
+    index_of,
+    never,
+    progress,
+)
 
 SHARED_MEMORY = "/dev/shm"
 # Less than this is suspected when nothing comes: a few batches of images and noise.
 LITTLE_MEMORY = 64 << 20
 FEW_FILES = 256
+NAMED = 3  # files in a message
 PR_SET_PDEATHSIG = 1
 
 _OPEN: "weakref.WeakSet[Generator[Any, None, None]]" = weakref.WeakSet()
@@ -39,14 +47,14 @@ def iterate(
     num_workers: int,
     asked_to_stop: Callable[[], bool] = never,
     silence_seconds: float | None = None,
-    name_of: Callable[[Any], str] = "item {}".format,
+    name_of: Callable[[int], str] = "item {}".format,
     **settings: Any,
 ) -> Generator[Any, None, None]:
     """Batches of a data set, loaded by ``num_workers`` processes, or by a thread of this one for 0.
 
     settings: of :class:`torch.utils.data.DataLoader`. asked_to_stop: asked every ``POLL_SECONDS`` of a wait.
-    silence_seconds: how long an item may take without being read on; None for ``SILENCE_SECONDS``. name_of: an item's
-    file, for the message of a thread that waits for it.
+    silence_seconds: how long an item may take without being read on; None for ``SILENCE_SECONDS``. name_of: the file of
+    an item's index (see ``waiting.index_of``), for messages about what does not come.
     The processes end when this fails, is closed or collected, at exit, and when this process is killed.
     Raises LoaderError when the data do not come, StoppedWaitingError when asked to stop during a wait, and what loading
     an item raises.
@@ -56,7 +64,7 @@ def iterate(
     if not num_workers:
         batches = iterate_here(dataset, name_of, asked_to_stop, silence_seconds, settings)
     else:
-        batches = _iterate(dataset, num_workers, asked_to_stop, silence_seconds, settings)
+        batches = _iterate(dataset, num_workers, name_of, asked_to_stop, silence_seconds, settings)
     _OPEN.add(batches)
     return batches
 
@@ -64,6 +72,7 @@ def iterate(
 def _iterate(
     dataset: Dataset[Any],
     num_workers: int,
+    name_of: Callable[[int], str],
     asked_to_stop: Callable[[], bool],
     silence_seconds: float | None,
     settings: dict[str, Any],
@@ -74,7 +83,7 @@ def _iterate(
         with _blaming():
             if cause := _blocked_transport():
                 raise _cannot_deliver(cause)
-            watched = _Watched(dataset, num_workers)
+            watched = _Watched(dataset, num_workers, name_of)
             end_with_parent = threading.current_thread() is threading.main_thread()
             begin = _begin_with_parent if end_with_parent else ignore_signals
             loader = DataLoader(
@@ -106,22 +115,27 @@ def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool],
         except _NotYetError:
             pass
         if asked_to_stop():
-            raise StoppedWaitingError("asked to stop while waiting for a batch")
+            raise StoppedWaitingError(f"asked to stop while waiting for {watched.awaited()}")
         if patience.is_over():
-            raise _cannot_deliver(_suspected_cause(f"nothing came from them for {patience.without_item_for:.0f} s"))
+            silence = f"nothing came from them for {patience.without_item_for:.0f} s"
+            raise _cannot_deliver(_suspected_cause(f"{silence}, while they waited for {watched.awaited()}"))
 
 
 class _Watched(Dataset[Any]):
-    """A data set that counts, for each process, the items that it began and those that it finished."""
+    """A data set that counts, for each process, the items that it began and those that it finished, and notes the index
+    of the last one. name_of: the file of an index."""
 
-    def __init__(self, dataset: Dataset[Any], num_workers: int) -> None:
+    def __init__(self, dataset: Dataset[Any], num_workers: int, name_of: Callable[[int], str]) -> None:
         self.dataset = dataset
+        self._name_of = name_of
         self._counts = RawArray("Q", num_workers)
+        self._indices = RawArray("q", num_workers)
 
     def __getitem__(self, item: Any) -> Any:
         worker = get_worker_info()
         assert worker is not None
         number = worker.id
+        self._indices[number] = index_of(item)
         self._counts[number] += 1
         try:
             return self.dataset[item]
@@ -142,6 +156,13 @@ class _Watched(Dataset[Any]):
     def reading(self, workers: list[Any]) -> list[Any]:
         """Those processes that have begun an item and not finished it."""
         return [worker for worker, count in zip(workers, self._counts, strict=False) if count % 2]
+
+    def awaited(self) -> str:
+        """What the processes read at the moment."""
+        indices = dict.fromkeys(self._indices[number] for number, count in enumerate(self._counts) if count % 2)
+        names = [self._name_of(index) for index in indices]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return ", ".join(names[:NAMED]) + more if names else "a batch"
 
 
 class _NotYetError(Exception):

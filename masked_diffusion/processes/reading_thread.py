@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from masked_diffusion.processes import waiting
-from masked_diffusion.processes.waiting import LoaderError, Patience, StoppedWaitingError, never, progress
+from masked_diffusion.processes.waiting import LoaderError, Patience, StoppedWaitingError, index_of, never, progress
 
 Read = TypeVar("Read")
 _END = object()
@@ -83,7 +83,7 @@ def read_watched(read: Callable[[], Read], name: str) -> Read:
 
 def iterate_here(
     dataset: Dataset[Any],
-    name_of: Callable[[Any], str],
+    name_of: Callable[[int], str],
     asked_to_stop: Callable[[], bool],
     silence_seconds: float | None,
     settings: dict[str, Any],
@@ -95,7 +95,7 @@ def iterate_here(
         iterator = iter(DataLoader(noted, **settings))
 
         def name() -> str:
-            return "a batch" if noted.current is None else name_of(noted.current)
+            return "a batch" if noted.current is None else name_of(index_of(noted.current))
 
         while (
             batch := thread.do(lambda: next(iterator, _END), name, lambda: noted.count, asked_to_stop, silence_seconds)

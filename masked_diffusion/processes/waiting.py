@@ -28,6 +28,11 @@ def never() -> bool:
     return False
 
 
+def index_of(item: Any) -> int:
+    """The index of an item of a data set: the item itself, or the end of a tuple such as (epoch, index)."""
+    return int(item[-1] if isinstance(item, tuple) else item)
+
+
 class Patience:
     """A wait for readers. It is over when they are silent for too long, or finish nothing for very long.
 

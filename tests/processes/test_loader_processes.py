@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import TINY_DIGITS, call
+from support import TINY_DIGITS, call, make_colour_folder
 
+from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.processes import loader_processes, waiting
 from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.waiting import LoaderError, StoppedWaitingError, progress
@@ -68,6 +69,27 @@ def test_a_disk_that_hangs_ends_the_wait_with_what_to_do():
     assert time.monotonic() - began < 8
     assert all(knob in str(raised.value) for knob in ("--data_dir hangs", "TMPDIR", "/dev/shm", "ulimit -n"))
     assert str(raised.value).endswith("--num_workers 0") and "\n" not in str(raised.value)
+
+
+def test_the_files_that_hang_are_named(tmp_path):
+    folder = make_colour_folder(tmp_path / "data", per_class=2)
+    dataset = open_dataset(str(folder), image_size=8)
+    fifo = folder / "green" / "1.png"  # listed; its content never comes
+    fifo.unlink()
+    os.mkfifo(fifo)
+    batches = load_data(data_dir=str(folder), batch_size=6, image_size=8, num_workers=1, dataset=dataset)
+    with pytest.raises(LoaderError, match=rf"they waited for {fifo}; see whether the storage of --data_dir hangs"):
+        next(batches)
+
+
+def test_of_many_files_that_hang_three_are_named():
+    class Hanging(Items):
+        def __getitem__(self, index):
+            hang()
+
+    batches = iterate(Hanging(), 4, name_of="{}.png".format, batch_sampler=[[n, n + 4] for n in range(4)])
+    with pytest.raises(LoaderError, match="they waited for 0.png, 1.png, 2.png and 1 more; see"):
+        next(batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
