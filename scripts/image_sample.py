@@ -47,6 +47,9 @@ FLAGS = {
     "out": OUT_FLAG,
     "labels": Flag("random", "random, balanced, or a comma list of labels or class names", "sampling"),
     **flags_of(SamplerConfig),
+    "few_steps": Flag(
+        False, "sample although --num_sampling_steps is so low that the samples come out too narrow or wide", "sampling"
+    ),
     **CHECKPOINT_FLAGS,
     "objective": Flag("ddpm", flags_of(ObjectiveConfig)["objective"].help + RECORDED, "diffusion"),
     "vae_decoder": CHECKPOINT_FLAGS["vae_decoder"]._replace(default=Request.usual_decoder),

@@ -30,7 +30,7 @@ TRAIN = [
     "--preview_samples", "0",
 ]  # fmt: skip
 SAMPLE = [
-    "scripts/image_sample.py", "--num_samples", "4", "--batch_size", "4", "--num_sampling_steps", "10", "--cfg_cond",
+    "scripts/image_sample.py", "--num_samples", "4", "--batch_size", "4", "--num_sampling_steps", "25", "--cfg_cond",
     "True", "--device", "cpu", "--model_path",
 ]  # fmt: skip
 

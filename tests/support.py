@@ -29,6 +29,12 @@ TINY_DIGITS = [
     "--preview_samples", "0", "--num_workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
+
+def few_steps(number):
+    """Flags of a sampling of so few steps that they have to be allowed."""
+    return ["--num_sampling_steps", str(number), "--few_steps", "True"]
+
+
 # Columns of the log that differ from run to run.
 TIMES = {"images_per_second": 0, "seconds": 0}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import REPO, TINY_DIGITS, call
+from support import REPO, TINY_DIGITS, call, few_steps
 
 from masked_diffusion import choices
 from masked_diffusion.data import sources
@@ -42,7 +42,7 @@ def run(monkeypatch):
 
 def train_and_sample(monkeypatch, folder, *flags, sampling=()):
     assert call(monkeypatch, TRAIN, folder, *DIT, *flags) == 0
-    few = ["--num_samples", 2, "--batch_size", 2, "--num_sampling_steps", 2, "--device", "cpu", *sampling]
+    few = ["--num_samples", 2, "--batch_size", 2, *few_steps(2), "--device", "cpu", *sampling]
     assert call(monkeypatch, SAMPLE, folder, "--model_path", folder / "ema_0.9999_000001.pt", *few) == 0
     return torch.load(folder / "model000001.pt", weights_only=True)
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-from support import REPO, TINY_DIGITS, call, script
+from support import REPO, TINY_DIGITS, call, few_steps, script
 
 from masked_diffusion import choices
 from masked_diffusion.models import create_model
@@ -91,7 +91,7 @@ def mean_change():
 def test_the_worked_example_trains_and_samples(mean_change, monkeypatch, tmp_path):
     flags = ["--policy", mean_change, "--model", "DiT_Ti_2", "--mask_ratio", "0.5", "--finale", "0.5", "--route", "1,2"]
     assert call(monkeypatch, "scripts/image_train.py", tmp_path, *TINY_DIGITS, *flags) == 0
-    few = ["--num_samples", 2, "--batch_size", 2, "--num_sampling_steps", 2, "--device", "cpu"]
+    few = ["--num_samples", 2, "--batch_size", 2, *few_steps(2), "--device", "cpu"]
     path = tmp_path / "ema_0.9999_000002.pt"
     assert call(monkeypatch, "scripts/image_sample.py", tmp_path / "out", "--model_path", path, *few) == 0
 

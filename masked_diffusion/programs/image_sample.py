@@ -20,7 +20,7 @@ from masked_diffusion.runs.config import library_versions
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import held, own_folder, writing_to
 from masked_diffusion.runs.trained import Trained, open_trained
-from masked_diffusion.sampling.few_steps import few_steps_warning
+from masked_diffusion.sampling.few_steps import check_few_steps
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
 from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, generate
@@ -105,7 +105,8 @@ def open_model(
 def choose_sampler(
     args: argparse.Namespace, explicit: set[str], trained: Trained, say: Callable[[str], None]
 ) -> SamplerConfig:
-    """The sampler that the flags ask for, and the model's family where they do not."""
+    """The sampler that the flags ask for, and the model's family where they do not. Raises ValueError for few steps
+    that lead far off."""
     name, channels = trained.config.model.model, trained.config.model.in_channels
     if args.cfg_cond and "cfg_channels" in explicit and channels != PUBLISHED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {channels}")
@@ -117,7 +118,7 @@ def choose_sampler(
         if "guidance" not in explicit:  # else it was said above
             for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
                 say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
-    if text := few_steps_warning(trained.config, sampler):
+    if text := check_few_steps(trained.config, sampler, args.few_steps):
         say(f"warning: {text}")
     return sampler
 

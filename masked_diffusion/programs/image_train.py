@@ -43,6 +43,7 @@ from masked_diffusion.runs.config import (
 from masked_diffusion.runs.request import Request
 from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, is_restart, note_job, own_folder
 from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_policy, fit_positions, freeze, recognise
+from masked_diffusion.sampling.few_steps import few_steps_warning
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.script_util import (
@@ -129,20 +130,27 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
         first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
         start=start, position=position, evaluation=evaluation, signals=signals, preview_away=preview_away,
     )  # fmt: skip
-    messages = [*(f"warning: {text}" for text in [*asked.idle, *idle_in_run(asked, config, ranks)]), *messages]
+    messages = [*warnings_of_run(asked, config, run_config, ranks), *messages]
     for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
 
-def idle_in_run(asked: Asked, config: TrainConfig, ranks: Ranks) -> list[str]:
-    """Warnings of flags without effect that only a run's own settings and processes show. config: of the run."""
-    idle = []
+def warnings_of_run(asked: Asked, config: TrainConfig, run_config: RunConfig, ranks: Ranks) -> list[str]:
+    """Flags without effect, also in this run and with its processes, and samplings of too few steps."""
+    idle = [*asked.idle]
     if "finale_lr" in asked.explicit and not config.finale:
         idle.append("--finale_lr is ignored without --finale")
     if ranks.world_size == 1 and asked.explicit & {"shard", "use_zero"} and config.shard != "none":
         idle.append(f"--shard {config.shard} is ignored in a single process")
-    return idle
+    few = []
+    if config.preview_samples:
+        sampler = preview_sampler(config, run_config)
+        few.append(few_steps_warning(run_config, sampler, f"--preview_steps {config.preview_steps}"))
+    if (scored := asked.eval_config).eval_interval:
+        flags = f"--eval_sampler {scored.eval_sampler} --eval_sampling_steps {scored.eval_sampling_steps}"
+        few.append(few_steps_warning(run_config, scored.sampler(run_config, config.guide_path), flags))
+    return [f"warning: {text}" for text in [*idle, *filter(None, few)]]
 
 
 def open_preview_away(

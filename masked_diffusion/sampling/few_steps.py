@@ -17,8 +17,29 @@ MORE_STEPS = (25, 50, 100)  # with the last, all samplers are within 3%
 COUNT = 2048  # of the samples
 
 
-def few_steps_warning(config: RunConfig, sampler: SamplerConfig) -> str | None:
+def check_few_steps(config: RunConfig, sampler: SamplerConfig, allowed: bool) -> str | None:
+    """Refuse a sampler whose few steps lead far off, naming what would come near.
+
+    allowed: by ``--few_steps True``. Returns what to warn of then. Raises ValueError where it is not allowed.
+    """
+    if (text := few_steps_warning(config, sampler)) is None or allowed:
+        return text
+    steps, objective = sampler.num_sampling_steps, config.objective.objective
+    errors = {
+        name: abs(width_error(config, dataclasses.replace(sampler, sampler=name)))
+        for name, entry in samplers.SAMPLERS.items()
+        if objective in entry.starts and name != sampler.sampler
+    }
+    nearest = min(errors, key=errors.__getitem__)
+    better = f"; with --sampler {nearest} it is {errors[nearest]:.0%}" if errors[nearest] <= TOLERANCE else ""
+    few = "one step" if steps == 1 else f"{steps} steps"
+    raise ValueError(f"{text}{better}; give --few_steps True to make images with {few} all the same")
+
+
+def few_steps_warning(config: RunConfig, sampler: SamplerConfig, flags: str = "") -> str | None:
     """What to say of a sampler whose few steps lead far off; None where they do not.
+
+    flags: how the sampler and its steps were asked for, where not as ``--sampler`` and ``--num_sampling_steps``.
 
     The published spacing is even in time. Of 10 steps of a linear process the last long one begins where the noise has
     0.38 of the signal's scale, and all samplers but Heun's take it in first order. Cut into twelve, it costs little.
@@ -27,9 +48,9 @@ def few_steps_warning(config: RunConfig, sampler: SamplerConfig) -> str | None:
     if steps >= MORE_STEPS[-1] or abs(error := width_error(config, sampler)) <= TOLERANCE:
         return None
     text = (
-        f"--sampler {sampler.sampler} --num_sampling_steps {steps}: samples of Gaussian data of deviation {DEVIATION} "
-        f"come out {abs(error):.0%} too {'narrow' if error < 0 else 'wide'}, because steps are long where little noise "
-        "is left"
+        f"{flags or f'--sampler {sampler.sampler} --num_sampling_steps {steps}'}: samples of Gaussian data of "
+        f"deviation {DEVIATION} come out {abs(error):.0%} too {'narrow' if error < 0 else 'wide'}, because steps are "
+        "long where little noise is left"
     )
     for more in (number for number in MORE_STEPS if steps < number <= (config.most_steps or number)):
         left = abs(width_error(config, dataclasses.replace(sampler, num_sampling_steps=more)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import call, script
+from support import call, few_steps, script
 
 from masked_diffusion.data.latent_cache import LatentCache, ShardFiles, read_record
 from masked_diffusion.first_stage import CachedPosterior, ChannelStatistics, load_first_stage
@@ -266,8 +266,7 @@ def test_a_training_records_the_statistics_and_a_sampling_undoes_them(caches, fo
         path,
         "--num_samples",
         2,
-        "--num_sampling_steps",
-        2,
+        *few_steps(2),
         "--device",
         "cpu",
         "--cfg_cond",

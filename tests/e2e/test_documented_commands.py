@@ -62,7 +62,7 @@ TRAINING = (
     f"--model MDT_Ti_2 --image_size {SIDE} --batch_size 2 --max_steps 1 --preview_samples 2 --preview_steps 2 "
     "--num_workers 0 --vae_path $TINY_VAE --device cpu"
 )
-SAMPLING = f"--image_size {SIDE} --num_samples 4 --batch_size 2 --num_sampling_steps 2 --device cpu"
+SAMPLING = f"--image_size {SIDE} --num_samples 4 --batch_size 2 --num_sampling_steps 2 --few_steps True --device cpu"
 ENCODING = f"--image_size {SIDE} --shard_size 5 --batch_size 2 --device cpu"
 PUBLISHED = "--model MDT_Ti_2 --vae_path $TINY_VAE"  # a stand-in of the published file, which has no config.json
 PICTURES = "--num_sampling_steps 2 --device cpu"
@@ -517,7 +517,7 @@ def test_the_published_chain_in_one_output_folder(workspace, images_by_name, tin
     variables |= {"NUM_SAMPLES": 6, "NUM_SAMPLING_STEPS": 2, "MASTER_PORT": free_port()}
     variables |= {"REFERENCE": "../dataeval/VIRTUAL_imagenet256_labeled.npz", "GRAPH": "classify_image_graph_def.pb"}
     command = re.sub(r"MODEL_PATH=\S+", f"MODEL_PATH={weights}", sampling)
-    done = run_here(f"{command} --device cpu", workspace, images_by_name, tiny_vae, **variables)
+    done = run_here(f"{command} --few_steps True --device cpu", workspace, images_by_name, tiny_vae, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     chain, name = workspace / "output_chain", f"samples_6x{SIDE}x{SIDE}x3"
     printed = re.findall(r"^(.*): ([-\d.e]+)$", done.stdout, re.MULTILINE)

@@ -48,7 +48,8 @@ def run(module_folder, images):
         flags += "--lr 2e-3 --lr_anneal_steps 4 --ema_rate 0.995 --log_interval 1 --preview_samples 4 --preview_steps 2"
         data = ["--data_dir", latents, "--vae_path", autoencoder]
         start("scripts/image_train.py", *data, *size, *flags.split(), *ON_CPU)
-        flags = "--cfg_cond True --cfg_scale 3 --num_sampling_steps 2 --num_samples 20 --labels balanced --device cpu"
+        flags = "--cfg_cond True --cfg_scale 3 --num_sampling_steps 2 --few_steps True --num_samples 20"
+        flags += " --labels balanced --device cpu"
         start("scripts/image_sample.py", "--model_path", root / "ema_0.995_000004.pt", *flags.split())
     return root
 

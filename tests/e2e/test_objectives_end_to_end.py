@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import REPO, TINY_DIGITS, assert_same_weights, call, make_colour_folder, rows, script, weights
+from support import REPO, TINY_DIGITS, assert_same_weights, call, few_steps, make_colour_folder, rows, script, weights
 
 from masked_diffusion import choices, create_diffusion
 from masked_diffusion.diffusion import objectives, samplers
@@ -49,7 +49,7 @@ def test_the_deviation_of_the_digits_is_measured(runs):
 
 @pytest.mark.parametrize("name, sampler", [("x0", "ddpm"), ("v", "unipc"), ("flow", "euler_maruyama"), ("edm", "heun")])
 def test_samples_are_drawn_under_guidance_and_say_what_made_them(runs, name, sampler, monkeypatch, tmp_path, capsys):
-    flags = ["--num_samples", "5", "--num_sampling_steps", "3", "--cfg_cond", "True", "--sampler", sampler]
+    flags = ["--num_samples", "5", *few_steps(3), "--cfg_cond", "True", "--sampler", sampler]
     paths = [tmp_path / "together", tmp_path / "apart"]
     for path, batch_size in zip(paths, ("5", "2"), strict=True):
         arguments = ["--model_path", runs[name] / WEIGHTS, "--batch_size", batch_size, *flags]
@@ -276,7 +276,7 @@ def test_the_documented_objective_is_trained_sampled_and_not_mistaken_for_anothe
     assert call(monkeypatch, TRAIN, tmp_path / "run", *TINY_DIGITS, *flags, sinks="stdout") == 0
     out = capsys.readouterr().out
     assert "objective: clean_flow" in out and "is ignored" not in out
-    arguments = ["--model_path", tmp_path / "run" / WEIGHTS, "--num_samples", "2", "--num_sampling_steps", "2"]
+    arguments = ["--model_path", tmp_path / "run" / WEIGHTS, "--num_samples", "2", *few_steps(2)]
     for sampler in ("euler", "heun"):
         assert call(monkeypatch, SAMPLE, tmp_path / sampler, *arguments, "--sampler", sampler) == 0
     assert call(monkeypatch, SAMPLE, tmp_path / "unipc", *arguments, "--sampler", "unipc") == 2

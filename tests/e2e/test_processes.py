@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, command, environment, rows, run, run_command, weights
+from support import TINY_DIGITS, assert_same_weights, command, environment, few_steps, rows, run, run_command, weights
 
 pytestmark = pytest.mark.e2e
 
@@ -76,7 +76,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(published_run, tiny_va
 
 def test_the_published_sampling_commands_run_in_one_folder(published_weights, tmp_path):
     flags = ["--model_path", published_weights, "--model", "MDT_S_2", "--image_size", 32,
-             "--decode_layer", 2, "--num_sampling_steps", 3, "--num_samples", 5, "--batch_size", 2]  # fmt: skip
+             "--decode_layer", 2, *few_steps(3), "--num_samples", 5, "--batch_size", 2]  # fmt: skip
     guided = run(SAMPLE, tmp_path, *flags, "--cfg_cond", "True", processes=2, launcher=LAUNCH)
     path = tmp_path / "samples_5x32x32x3.npz"
     assert guided.stdout.splitlines()[-1] == str(path)
@@ -96,7 +96,7 @@ def test_the_published_sampling_commands_run_in_one_folder(published_weights, tm
 
 @pytest.mark.parametrize("sampler, guide_from", [("ddpm", "null_label"), ("unipc", "routed")])
 def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights, tmp_path, sampler, guide_from):
-    flags = ["--model_path", published_weights, "--num_sampling_steps", 3, "--num_samples", 7,
+    flags = ["--model_path", published_weights, *few_steps(3), "--num_samples", 7,
              "--batch_size", 2, "--cfg_cond", "True", "--sampler", sampler, "--guide_from", guide_from]  # fmt: skip
     if guide_from == "routed":
         flags += ["--guide_strong_ratio", 0.2, "--guide_ratio", 0.6]

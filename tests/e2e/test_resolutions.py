@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support import call, make_colour_folder
+from support import call, few_steps, make_colour_folder
 
 from masked_diffusion.runs.config import read_config
 
@@ -10,7 +10,7 @@ TRAINING = [
     "--model", "MDT_Ti_2", "--mask_ratio", "0.3", "--decode_layer", "2", "--batch_size", "1", "--max_steps", "1",
     "--preview_samples", "0", "--num_workers", "0", "--device", "cpu",
 ]  # fmt: skip
-SAMPLING = ["--num_samples", "1", "--batch_size", "1", "--num_sampling_steps", "1", "--device", "cpu"]
+SAMPLING = ["--num_samples", "1", "--batch_size", "1", *few_steps(1), "--device", "cpu"]
 
 
 @pytest.fixture

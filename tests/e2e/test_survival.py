@@ -21,6 +21,7 @@ from support import (
     call,
     command,
     environment,
+    few_steps,
     kill_run,
     pid_of_rank,
     rows,
@@ -169,7 +170,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_start(undisturbed
     model = undisturbed / f"ema_0.9_{STEPS:06d}.pt"
     for path, flags in (
         (TRAIN, FLAGS),
-        (SAMPLE, ["--model_path", model, "--num_samples", 1, "--num_sampling_steps", 2]),
+        (SAMPLE, ["--model_path", model, "--num_samples", 1, *few_steps(2)]),
     ):
         done = run(path, disk, *flags, check=False)
         assert done.returncode == 2 and "cannot write there (Read-only file system)" in done.stderr

@@ -30,7 +30,7 @@ FEWER = {
     "scripts/check_data.py": "--num_workers 0",
     "scripts/make_dataset.py": "--num_workers 0",
     "infer_mdt.py": "--num_sampling_steps 2 --device cpu",
-    "scripts/image_sample.py": "--num_sampling_steps 2 --num_samples 4",
+    "scripts/image_sample.py": "--num_sampling_steps 2 --few_steps True --num_samples 4",
 }
 TRAINING = "--max_steps {} --num_workers 0 --preview_steps 2 --log_interval 1"
 PICTURES = ("mine.png", "weights.png", "denoising.gif", "filled.png", "curve.png")

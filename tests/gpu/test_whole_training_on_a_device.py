@@ -12,6 +12,7 @@ from support import (
     call,
     command,
     environment,
+    few_steps,
     kill_run,
     rows,
     weights,
@@ -56,6 +57,6 @@ def test_a_training_that_is_killed_and_resumed_ends_where_an_undisturbed_one_end
     else:  # a GPU adds gradients in no fixed order: the same data and draws, and losses that are near
         ends = [torch.tensor([row["loss"] for row in log[-100:]]).mean() for log in logs]
         assert ends[0] == pytest.approx(ends[1].item(), rel=0.05)
-    flags = ["--model_path", killed / f"ema_0.9_{steps:06d}.pt", "--num_samples", 4, "--num_sampling_steps", 5]
+    flags = ["--model_path", killed / f"ema_0.9_{steps:06d}.pt", "--num_samples", 4, *few_steps(5)]
     assert call(monkeypatch, SAMPLE, tmp_path, *flags, "--device", device.type) == 0
     assert (tmp_path / "samples_4x8x8x3.npz").exists()

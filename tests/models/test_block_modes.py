@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, rows, weights
+from support import TINY_DIGITS, assert_same_weights, call, few_steps, rows, weights
 
 from masked_diffusion.models import create_model
 from masked_diffusion.models.block_modes import compile_blocks, recompute_blocks
@@ -138,7 +138,7 @@ def test_samples_are_drawn_by_compiled_blocks(monkeypatch, tmp_path, counter):
             "--device",
             "cpu",
         ]
-        flags += ["--num_sampling_steps", "2", "--cfg_cond", "True", "--compile", flag]
+        flags += [*few_steps(2), "--cfg_cond", "True", "--compile", flag]
         assert call(monkeypatch, "scripts/image_sample.py", tmp_path / flag, *flags) == 0
         arrays.append(np.load(tmp_path / flag / "samples_2x8x8x3.npz")["arr_0"].astype(int))
         counts.append(counter.frame_count)

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from support import TINY_DIGITS, call, command, environment, rows, run_command, script
+from support import TINY_DIGITS, call, command, environment, few_steps, rows, run_command, script
 
 from masked_diffusion.processes.standard_streams import lasting_streams
 from masked_diffusion.runs.checkpoint import damage
@@ -32,7 +32,7 @@ def test_a_training_and_a_sampling_without_stdout_and_stderr_end_as_usual(stream
     said = (tmp_path / "log.txt").read_text()
     assert said.count("stdout cannot be written") == said.count("stderr cannot be written") == 1
     assert "saved the checkpoint of step 2" in said
-    flags = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", 2, "--num_sampling_steps", 2]
+    flags = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", 2, *few_steps(2)]
     assert call(monkeypatch, SAMPLE, tmp_path, *flags) == 0
     assert (tmp_path / "samples_2x8x8x3.npz").exists()
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from golden_arrays import set_golden_weights
-from support import TINY_DIGITS, call, script
+from support import TINY_DIGITS, call, few_steps, script
 
 from masked_diffusion.models import create_model
 from masked_diffusion.programs import infer_mdt
 
 TRAIN, SAMPLE, INFER = "scripts/image_train.py", "scripts/image_sample.py", "infer_mdt.py"
-SMALL = ["--vae_path", "none", "--num_samples", "2", "--num_sampling_steps", "2", "--device", "cpu"]
+SMALL = ["--vae_path", "none", "--num_samples", "2", *few_steps(2), "--device", "cpu"]
 
 
 def weights_of(path, name, num_classes=4):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from golden_arrays import GOLDENS
 from PIL import Image
-from support import REPO, call, rows, script, weights
+from support import REPO, call, few_steps, rows, script, weights
 
 from masked_diffusion import choices
 from masked_diffusion.models import MDT, MODELS, SIZES
@@ -28,7 +28,7 @@ TRAINING = [
     "--ema_rate", "0.5", "--schedule_sampler", "loss-second-moment", "--preview_samples", "4", "--preview_steps", "3",
     "--num_workers", "0", "--device", "cpu", "--max_steps", "8",
 ]  # fmt: skip
-SAMPLING = ["--num_samples", "8", "--batch_size", "4", "--num_sampling_steps", "5", "--device", "cpu"]
+SAMPLING = ["--num_samples", "8", "--batch_size", "4", *few_steps(5), "--device", "cpu"]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, weights
+from support import TINY_DIGITS, assert_same_weights, call, few_steps, weights
 
 from masked_diffusion.runs.posthoc_ema import Snapshots, gamma_of, misfit, power_rate, solve
 from masked_diffusion.train_util import TrainLoop
@@ -154,7 +154,7 @@ def test_the_script_writes_weights_that_can_be_sampled(trained, monkeypatch):
     out = kept / "posthoc_0.08.pt"
     assert call(monkeypatch, POSTHOC, kept, "--run", kept, "--std", 0.08, "--step", 30, "--out", out) == 0
     assert_same_weights(torch.load(out, weights_only=True), Snapshots(kept).reconstruct(0.08, 30)[0])
-    flags = ["--num_samples", 1, "--num_sampling_steps", 1, "--device", "cpu"]
+    flags = ["--num_samples", 1, *few_steps(1), "--device", "cpu"]
     assert call(monkeypatch, "scripts/image_sample.py", kept / "samples", "--model_path", out, *flags) == 0
 
 

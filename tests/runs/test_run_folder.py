@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support import TINY_DIGITS, call, environment, weights
+from support import TINY_DIGITS, call, environment, few_steps, weights
 
 from masked_diffusion.runs import run_folder
 from masked_diffusion.runs.run_folder import held, own_folder
@@ -97,7 +97,7 @@ def test_a_killed_process_is_waited_for_and_its_loader_processes_are_not(tmp_pat
 
 def test_a_second_training_and_a_second_sampling_change_nothing(monkeypatch, tmp_path, capsys, impatient):
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
-    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", *few_steps(2)]
 
     def contents():
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -123,7 +123,7 @@ def test_a_dry_run_looks_at_a_folder_in_use(monkeypatch, tmp_path, impatient):
 
 def test_samples_that_are_complete_are_named_although_nothing_may_be_written(monkeypatch, tmp_path, capsys, impatient):
     assert call(monkeypatch, TRAIN, tmp_path, *TINY_DIGITS) == 0
-    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    sample = ["--model_path", tmp_path / "ema_0.9999_000002.pt", "--num_samples", "2", *few_steps(2)]
     assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
     with holding(tmp_path, "sampling"):
         assert call(monkeypatch, SAMPLE, tmp_path, *sample) == 0
@@ -135,6 +135,6 @@ def test_out_names_the_output_folder_and_wins_over_the_environment(monkeypatch, 
     assert call(monkeypatch, TRAIN, other, *TINY_DIGITS, "--out", named, sinks="log") == 0
     assert (named / "checkpoint000002.json").is_file() and not other.exists()
     assert f"warning: OPENAI_LOGDIR {other} is ignored: --out {named} is given" in (named / "log.txt").read_text()
-    flags = ["--model_path", named / "model000002.pt", "--num_samples", "1", "--num_sampling_steps", "2"]
+    flags = ["--model_path", named / "model000002.pt", "--num_samples", "1", *few_steps(2)]
     assert call(monkeypatch, SAMPLE, tmp_path / "set", *flags, "--device", "cpu", "--out", tmp_path / "set") == 0
     assert (tmp_path / "set" / "samples_1x8x8x3.npz").is_file()

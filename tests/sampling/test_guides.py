@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, call
+from support import TINY_DIGITS, call, few_steps
 
 from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
@@ -60,7 +60,7 @@ def runs(module_folder):
 @pytest.fixture
 def sample(monkeypatch, runs, tmp_path):
     def run(name, *flags, model="strong", batch_size=4, status=0):
-        common = ["--num_samples", 4, "--batch_size", batch_size, "--num_sampling_steps", 5, "--device", "cpu"]
+        common = ["--num_samples", 4, "--batch_size", batch_size, *few_steps(5), "--device", "cpu"]
         folder = tmp_path / name
         path = runs / model / CHECKPOINT
         assert call(monkeypatch, SAMPLE, folder, "--model_path", path, *common, *flags) == status

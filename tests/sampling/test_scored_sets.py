@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import REPO, TINY_DIGITS, call, script
+from support import REPO, TINY_DIGITS, call, few_steps, script
 
 from masked_diffusion.sampling.scored_sets import Sweep
 
 pytest.importorskip("matplotlib", reason="sweeps are plotted")
 
 GUIDANCE, POSTHOC, SAMPLE = "scripts/guidance_sweep.py", "scripts/posthoc_ema.py", "scripts/image_sample.py"
-SMALL = ["--num_samples", 2, "--num_sampling_steps", 2, "--device", "cpu"]
+SMALL = ["--num_samples", 2, *few_steps(2), "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

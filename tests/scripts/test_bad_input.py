@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support import TINY_DIGITS, call
+from support import TINY_DIGITS, call, few_steps
 
 TRAIN, SAMPLE = "scripts/image_train.py", "scripts/image_sample.py"
 
@@ -193,7 +193,7 @@ def test_training_refuses_a_folder_with_the_configuration_of_another_program(ref
 
 
 def sample_flags(path, *flags):
-    return ["--model_path", path, "--num_samples", "2", "--num_sampling_steps", "2", *flags]
+    return ["--model_path", path, "--num_samples", "2", *few_steps(2), *flags]
 
 
 @pytest.mark.parametrize(

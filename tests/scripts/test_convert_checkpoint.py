@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden_arrays import set_golden_weights
-from support import call
+from support import call, few_steps
 from test_first_stage import save_tiny_autoencoder
 
 from masked_diffusion.models import create_model
@@ -59,7 +59,7 @@ def test_there_and_back_the_weights_are_the_same(convert, tmp_path, name):
 def test_a_converted_file_is_sampled_as_the_one_it_came_from(convert, tmp_path, monkeypatch):
     published(tmp_path / "published.pt")
     converted = convert(tmp_path / "published.pt", tmp_path / "new" / "weights.safetensors", "--vae_path", "none")
-    flags = ["--num_samples", "2", "--num_sampling_steps", "2", "--cfg_cond", "True", "--device", "cpu"]
+    flags = ["--num_samples", "2", *few_steps(2), "--cfg_cond", "True", "--device", "cpu"]
     images = []
     for path, more in ((tmp_path / "published.pt", ["--vae_path", "none"]), (converted, [])):
         folder = tmp_path / f"samples{len(images)}"

@@ -50,7 +50,7 @@ CONTRACT = {
     },
     "scripts/image_sample.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "objective": "ddpm",
-        "num_sampling_steps": 250, "clip_denoised": False, "num_samples": 5000,
+        "num_sampling_steps": 250, "few_steps": False, "clip_denoised": False, "num_samples": 5000,
         "batch_size": 16, "use_ddim": False, "model_path": "", "model": "MDT_S_2", "cfg_scale": 3.8, "cfg_cond": False,
         "scale_pow": 4.0, "vae_decoder": "ema", "vae_path": None, "seed": 0, "labels": "random", "device": "auto",
         "out": "",

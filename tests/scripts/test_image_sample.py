@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, call
+from support import TINY_DIGITS, call, few_steps
 
 from masked_diffusion.choices import STREAM
 from masked_diffusion.sampling import sample_set
@@ -36,7 +36,7 @@ def sample(monkeypatch, tmp_path, weights):
     """Sample four digits in a folder. Returns the pixels and the recorded settings."""
 
     def run(name, *flags):
-        arguments = ["--model_path", weights, "--num_samples", "4", "--num_sampling_steps", "4", *flags]
+        arguments = ["--model_path", weights, "--num_samples", "4", *few_steps(4), *flags]
         assert call(monkeypatch, SAMPLE, tmp_path / name, *arguments) == 0
         with np.load(tmp_path / name / "samples_4x8x8x3.npz") as file:
             return file["arr_0"], json.loads((tmp_path / name / "manifest.json").read_text())["settings"]
@@ -118,7 +118,7 @@ def test_samples_of_another_autoencoder_at_the_same_path_are_other_samples(
     shutil.copytree(tiny_vae, vae)
     flags = ["--data_dir", colour_folder, "--vae_path", vae, "--model", "MDT_Ti_2", "--image_size", "32"]
     assert call(monkeypatch, TRAIN, run, *flags, "--batch_size", "2", "--max_steps", "1", "--device", "cpu") == 0
-    sample = ["--model_path", run / "ema_0.9999_000001.pt", "--num_samples", "2", "--num_sampling_steps", "2"]
+    sample = ["--model_path", run / "ema_0.9999_000001.pt", "--num_samples", "2", *few_steps(2)]
     assert call(monkeypatch, SAMPLE, out, *sample) == 0
     before = json.loads((out / "manifest.json").read_text())["settings"]["decoder"]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import TINY_DIGITS, assert_same_weights, call, rows, weights
+from support import TINY_DIGITS, assert_same_weights, call, few_steps, rows, weights
 
 from masked_diffusion.diffusion.objectives import Flow
 from masked_diffusion.models import create_model
@@ -35,7 +35,7 @@ def test_a_dit_trained_under_mdt_is_rebuilt_by_its_config_for_samples(train, mon
     assert (model["policy"], model["mask_ratio"], model["decode_layer"]) == ("mdt", 0.3, 2)
     assert "sideblocks.0.attn.qkv.weight" in weights(folder, 2)
     flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
-    flags += ["--num_sampling_steps", 2, "--device", "cpu"]
+    flags += [*few_steps(2), "--device", "cpu"]
     assert call(monkeypatch, "scripts/image_sample.py", folder / "samples", *flags) == 0
     assert json.loads((folder / "samples" / "manifest.json").read_text())["settings"]["policy"] == "mdt"
 
@@ -43,7 +43,7 @@ def test_a_dit_trained_under_mdt_is_rebuilt_by_its_config_for_samples(train, mon
 def test_without_a_config_the_weights_of_a_dit_show_that_it_was_trained_under_mdt(train, monkeypatch):
     folder = train("dit", *DIT_UNDER_MDT)
     flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
-    flags += ["--num_sampling_steps", 2, "--device", "cpu", "--vae_path", "none"]
+    flags += [*few_steps(2), "--device", "cpu", "--vae_path", "none"]
     with_config = folder / "with"
     assert call(monkeypatch, "scripts/image_sample.py", with_config, *flags) == 0
     (folder / "config.json").unlink()
@@ -222,7 +222,7 @@ def test_the_terms_of_maskdits_loss_are_logged_and_its_decoder_is_rebuilt_for_sa
     assert row["loss"] == pytest.approx(row["mse"] + row["mae"]) and row["mae"] > 0
     assert config_of(folder)["model"]["decoder"] == "64x1"
     flags = ["--model_path", folder / "model000002.pt", "--num_samples", 2, "--batch_size", 2]
-    flags += ["--num_sampling_steps", 2, "--device", "cpu", "--vae_path", "none", "--objective", "flow"]
+    flags += [*few_steps(2), "--device", "cpu", "--vae_path", "none", "--objective", "flow"]
     name = "samples_2x8x8x3.npz"
     with_config, without = folder / "with", folder / "without"
     assert call(monkeypatch, "scripts/image_sample.py", with_config, *flags) == 0
@@ -338,8 +338,9 @@ def test_a_training_under_any_policy_starts_from_plain_weights_and_names_the_new
     assert ("start anew" in said or "left out" in said) == (sentence is not None) and (sentence or "") in said
     given, trained = torch.load(plain / f"{name}.pt", weights_only=True), weights(tmp_path, 1)
     new = {"maskdit": "final_layer.", "deferred": "final_layer.linear."}.get(policy, "nothing")
-    same = [name for name in given if not name.startswith(new)]
-    assert all(torch.equal(given[name], trained[name]) for name in same)
+    for name in given:
+        if not name.startswith(new):  # a weight of exactly 0 moves by the rate: one of ten models has one
+            torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-20)
     if policy == "deferred":  # rows are (row, column, channel) of a patch
         mean = given["final_layer.linear.weight"].view(4, 2, -1)[:, 0]
         assert torch.equal(trained["final_layer.linear.weight"], mean)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import REPO, TIMES, TINY_DIGITS, assert_same_weights, call, rows, script, weights
+from support import REPO, TIMES, TINY_DIGITS, assert_same_weights, call, few_steps, rows, script, weights
 
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.runs import checkpoint
@@ -75,7 +75,7 @@ def test_an_evaluation_is_what_sampling_its_checkpoint_gives(train, monkeypatch,
     assert record.get("guide", {}).get("from", "null_label") == kind
     sampled = ["--model_path", folder / "ema_0.5_000002.pt", "--cfg_cond", "True", "--cfg_scale", "400"]
     sampled += ["--guide_from", kind, *path]
-    sampled += ["--num_sampling_steps", "2", "--num_samples", "5", "--batch_size", "2", "--device", "cpu"]
+    sampled += [*few_steps(2), "--num_samples", "5", "--batch_size", "2", "--device", "cpu"]
     assert call(monkeypatch, SAMPLE, tmp_path / "samples", *sampled) == 0
     with np.load(tmp_path / "samples" / "samples_5x8x8x3.npz") as file:
         pixels = file["arr_0"].astype(np.int64)
