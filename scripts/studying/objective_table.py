@@ -136,6 +136,7 @@ def share_read(
         "cfg_cond": True,
         "cfg_scale": comparison.cfg_scale,
         "num_sampling_steps": length,
+        "few_steps": True,  # their error is a part of what is compared
         "num_samples": comparison.num_samples,
         "batch_size": 60,
         "labels": "balanced",
