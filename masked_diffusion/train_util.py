@@ -27,7 +27,6 @@ from masked_diffusion.processes.waiting import StoppedWaitingError
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import RunConfig
-from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.training.averages import SnapshotSaver, averages_of
 from masked_diffusion.training.bad_steps import BadSteps
 from masked_diffusion.training.budget import Budget
@@ -54,7 +53,7 @@ class TrainLoop:
 
     data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
-    begin, read here. evaluation: None for none. signals: end the data's waits, too. preview_away: as of ``Preview``.
+    begin, read here. evaluation, preview: None for none. signals: end the data's waits, too.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class TrainLoop:
         position: int,
         evaluation: Evaluation | None = None,
         signals: StopSignals | None = None,
-        preview_away: NewAway | None = None,
+        preview: Preview | None = None,
     ) -> None:
         self.config = config
         self.run_config = run_config
@@ -108,7 +107,7 @@ class TrainLoop:
         self.saver = Saver(state, config, run_config, ranks, logger, folder, start.step)
         begins = start.step if self._goes_on_here else 0
         self.snapshots = SnapshotSaver(self.emas, config.ema_snapshot_interval, ranks, logger, folder, begins)
-        self.preview = Preview(config, run_config, first_stage, ranks.device, folder, logger.text, preview_away)
+        self.preview = preview
         self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
         self.meter = Meter(names_of_losses(model, objective), ranks)
@@ -337,11 +336,11 @@ class TrainLoop:
         """Begin to write a checkpoint, and draw a preview, on rank 0. All ranks have to call it, for their shards."""
         self._tell_bad_images()  # a run that goes on from here does not come across them again
         self.saver.save(self.step, self.position, self.meter.state_dict(), self.budget.state_dict())
-        if self.config.preview_samples:
+        if self.preview is not None:
             # Of shards, all ranks gather the average: what fails there on one of them has to end all.
             with self.emas[0].averaged_model(self.skeleton) as averaged:
                 if self.ranks.is_main:
-                    self.preview.draw(self.step, averaged)
+                    self.preview.draw(self.step, averaged, self.folder, self.logger.text)
 
     def save_and_wait(self) -> None:
         """Have the present state on disk. Raises OSError when it cannot be written."""

@@ -23,7 +23,9 @@ from masked_diffusion.choices import (
     POLICIES,
     check_objective,
     downsample_of,
+    family_of,
     family_policy,
+    foreign_settings,
     ignored_settings,
     with_patch,
 )
@@ -33,8 +35,9 @@ from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.runs.config import (
     ModelConfig,
 )
-from masked_diffusion.runs.family_defaults import TRAINING
+from masked_diffusion.runs.family_defaults import SAMPLING, TRAINING
 from masked_diffusion.runs.request import Request
+from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     COMPATIBILITY,
     MACHINE_FLAGS,
@@ -48,11 +51,12 @@ from masked_diffusion.script_util import (
 )
 from masked_diffusion.settings import Flag, flags_of
 from masked_diffusion.training.eval_config import EvalConfig
+from masked_diffusion.training.guide_config import GuideConfig
 from masked_diffusion.training.train_config import TrainConfig
 
 WITH_INIT = ", with --init_from"
 FLAGS = {
-    **flags_of(DataConfig, ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig, EvalConfig),
+    **flags_of(DataConfig, ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig, EvalConfig, GuideConfig),
     "vae_path": Flag(
         DEFAULT_VAE.format("mse"),
         f"hub name or folder of an autoencoder of diffusers ({', '.join(AUTOENCODERS)}), or none for pixel space",
@@ -117,21 +121,15 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     idle = [*warnings_of(args, explicit), *ignored_folder(args.out, os.environ)]
     resolve(args, explicit)
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
+    guides = from_args(GuideConfig, args)
+    guides.check({config.preview_guide_from, eval_config.eval_guide_from})
     flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}
     # The run, with torch, which takes seconds to import.
     from masked_diffusion.programs import image_train
 
     command, alike = command_of(args, explicit), repr(sorted(flags.items()))
-    asked = image_train.Asked(config, eval_config, idle, explicit, command, alike)
+    asked = image_train.Asked(config, eval_config, guides, idle, explicit, command, alike)
     return image_train.prepare(args, asked, EVALUATOR, stack)
-
-
-def check_guides(args: argparse.Namespace) -> None:
-    """Raise ValueError where there is a weaker model and nothing to guide away from it, or the other way round."""
-    if bool(args.guide_path) != ("checkpoint" in (args.preview_guide_from, args.eval_guide_from)):
-        raise ValueError(
-            "--guide_path and --preview_guide_from checkpoint or --eval_guide_from checkpoint: give both, or none"
-        )
 
 
 def with_patch_of(model: str, vae_path: str) -> str:
@@ -161,11 +159,9 @@ def command_of(args: argparse.Namespace, explicit: set[str]) -> str:
 def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
     """Give the flags that were left out the values that the other ones stand for.
 
-    Raises ValueError where --shard and --use_zero, or the flags of guidance, contradict each other, and as
-    :func:`resolve_objective`.
+    Raises ValueError where --shard and --use_zero contradict each other, and as :func:`resolve_objective`.
     """
     resolve_objective(args, explicit)
-    check_guides(args)
     if "use_zero" in explicit:
         asked = "zero" if args.use_zero else "none"
         if "shard" in explicit and args.shard != asked:
@@ -222,16 +218,32 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "ema_warmup": args.ema_rate.lower() == "none" and "with --ema_rate none",
         **dict.fromkeys(("finale", "ratio_schedule"), not POLICIES[policy].drops and f"under --policy {policy}"),
         "preview_steps": not args.preview_samples and "with --preview_samples 0",
-        "preview_guide_from": (not args.preview_samples and "with --preview_samples 0")
-        or (not args.class_cond and "with --class_cond False"),
         **dict.fromkeys(EVAL_SETTINGS, not args.eval_interval and "without --eval_interval"),
-        "eval_guide_from": (not args.eval_interval and "without --eval_interval")
-        or (not args.eval_cfg_scale and "with --eval_cfg_scale 0"),
+        **idle_guidance(args),
         "random_flip": args.data_dir.startswith("builtin:digits") and "for the embedded digits",
         "max_bad_share": args.data_dir.startswith("builtin:digits") and "for the embedded digits",
         "tf32": args.device == "cpu" and "on a CPU",
     }
     return [f"--{name} is ignored {reason}" for name, reason in idle.items() if reason and name in explicit]
+
+
+def idle_guidance(args: argparse.Namespace) -> dict[str, str | bool]:
+    """Why flags of guidance have no effect, where they have none."""
+    of_previews = (not args.preview_samples and "with --preview_samples 0") or (
+        not args.class_cond and "with --class_cond False"
+    )
+    of_evaluations = (not args.eval_interval and "without --eval_interval") or (
+        not args.eval_cfg_scale and "with --eval_cfg_scale 0"
+    )
+    of_both = bool(of_previews and of_evaluations) and f"{of_previews} and {of_evaluations}"
+    schedule = args.guidance or SAMPLING[family_of(args.model)].get("guidance", SamplerConfig.guidance)
+    foreign = dict.fromkeys(foreign_settings(schedule), f"with --guidance {schedule}")
+    return {
+        **foreign,
+        **dict.fromkeys(("preview_guide_from", "preview_cfg_scale"), of_previews),
+        "eval_guide_from": of_evaluations,
+        **(dict.fromkeys(GuideConfig.__dataclass_fields__, of_both) if of_both else {}),
+    }
 
 
 if __name__ == "__main__":

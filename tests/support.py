@@ -29,6 +29,17 @@ TINY_DIGITS = [
     "--preview_samples", "0", "--num_workers", "0", "--device", "cpu",
 ]  # fmt: skip
 
+# Each kind of guidance with flags that training and sampling share, so that each of them is there once; of a model that
+# can have it.
+GUIDED = {
+    "null_label": [],
+    "checkpoint": ["--guide_labels", "null", "--guidance", "constant"],
+    "path_drop": ["--guidance", "linear"],
+    "masked": ["--guide_ratio", "0.6", "--guidance", "interval", "--cfg_interval", "100-999"],
+    "routed": ["--guide_ratio", "0.6", "--guide_strong_ratio", "0.2", "--scale_pow", "1"],
+}
+SPRINT = ["--model", "DiT_Ti_2", "--policy", "sprint", "--mask_ratio", "0.5"]  # which learns to drop paths
+
 
 def few_steps(number):
     """Flags of a sampling of so few steps that they have to be allowed."""

@@ -12,7 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support import TIMES, TINY_DIGITS, assert_same_weights, call, on_two_ranks, rows, script, weights
+from support import (
+    GUIDED,
+    SPRINT,
+    TIMES,
+    TINY_DIGITS,
+    assert_same_weights,
+    call,
+    few_steps,
+    on_two_ranks,
+    rows,
+    script,
+    weights,
+)
 
 from masked_diffusion import dist_util
 from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0
@@ -216,15 +228,25 @@ def test_the_preview_is_the_same_picture_for_the_same_weights(train):
     assert (b / "preview_000001.png").exists() and not list(train().glob("preview_*"))
 
 
-def test_the_preview_is_guided_away_from_what_is_asked_for(train):
-    weak = train("--seed", "1") / "ema_0.9999_000002.pt"
-    flags = ["--preview_samples", "4", "--preview_steps", "3", "--lr", "0.05", "--ema_rate", "0.5"]
-    kinds = (["null_label"], ["checkpoint", "--guide_path", weak], ["masked"], ["routed"])
-    folders = [train(*flags, "--preview_guide_from", *kind) for kind in kinds]
-    pictures = [(folder / "preview_000002.png").read_bytes() for folder in folders]
-    assert len(set(pictures[:3])) == 3 and pictures[2] == pictures[3]  # without a share of its own, routed is masked
-    for folder in folders[1:]:
-        assert_same_weights(weights(folders[0], 2), weights(folder, 2))
+@pytest.mark.parametrize("kind", GUIDED)
+def test_a_preview_is_what_sampling_its_checkpoint_gives(train, monkeypatch, tmp_path, kind):
+    weak = train("--seed", "1", "--lr", "0.05") / "ema_0.9999_000002.pt" if kind == "checkpoint" else None
+    guides = [*GUIDED[kind], *(["--guide_path", weak] if weak else [])]
+    shown = ["--preview_samples", "4", "--preview_steps", "3", "--preview_cfg_scale", "200"]
+    model = SPRINT if kind == "path_drop" else []
+    flags = [*model, "--lr", "0.05", "--ema_rate", "0.5"]
+    folder = train(*flags, *shown, "--preview_guide_from", kind, *guides, sinks="csv,log")
+    sampled = ["--model_path", folder / "ema_0.5_000002.pt", "--labels", "balanced", "--guide_from", kind, *guides]
+    sampled += ["--cfg_cond", "True", "--cfg_scale", "200", "--sampler", "ddim", *few_steps(3)]
+    sampled += ["--num_samples", "4", "--batch_size", "4", "--device", "cpu"]
+    assert call(monkeypatch, "scripts/image_sample.py", tmp_path / "samples", *sampled) == 0
+    preview = (folder / "preview_000002.png").read_bytes()
+    assert preview == (tmp_path / "samples" / "samples_4x8x8x3.png").read_bytes()
+    passes = json.loads((tmp_path / "samples" / "manifest.json").read_text())["passes_per_image"]
+    cost = f"cost of previews: {passes:g} passes of the model per image"
+    assert passes > 3 and (folder / "log.txt").read_text().count(cost) == 1
+    if kind == "routed":
+        assert_same_weights(weights(train(*flags), 2), weights(folder, 2))
 
 
 def test_the_preview_does_not_disturb_the_training(train):
@@ -421,6 +443,9 @@ def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(
         (["--use_kl", "True", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas is ignored with --use_kl"),
         (["--preview_steps", "3"], "--preview_steps is ignored with --preview_samples 0"),
         (["--preview_guide_from", "masked"], "--preview_guide_from is ignored with --preview_samples 0"),
+        (["--preview_cfg_scale", "2"], "--preview_cfg_scale is ignored with --preview_samples 0"),
+        (["--guidance", "linear"], "--guidance is ignored with --preview_samples 0 and without --eval_interval"),
+        (["--preview_samples", "1", "--cfg_interval", "1-2"], "--cfg_interval is ignored with --guidance power_cosine"),
         (["--eval_guide_from", "masked"], "--eval_guide_from is ignored without --eval_interval"),
         (["--max_bad_share", "0"], "--max_bad_share is ignored for the embedded digits"),
         (["--random_flip", "True"], "--random_flip is ignored for the embedded digits"),
@@ -442,7 +467,7 @@ def test_a_preview_that_fails_does_not_stop_the_training(train, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no room for pictures")
 
-    monkeypatch.setattr("masked_diffusion.training.preview.ImageSampler", out_of_memory)
+    monkeypatch.setattr("masked_diffusion.training.preview.ImageSampler.__call__", out_of_memory)
     folder = train("--preview_samples", "2", "--save_interval", "1")
     assert (folder / "checkpoint000002.json").exists() and not list(folder.glob("preview*"))
 

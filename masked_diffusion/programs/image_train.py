@@ -45,7 +45,6 @@ from masked_diffusion.runs.run_folder import check_folder, claim_folder, held, i
 from masked_diffusion.runs.weights import fit_channels, fit_labels, fit_policy, fit_positions, freeze, recognise
 from masked_diffusion.sampling.few_steps import few_steps_warning
 from masked_diffusion.sampling.guides import open_away
-from masked_diffusion.sampling.image_sampler import NewAway
 from masked_diffusion.script_util import (
     args_to_dict,
     choose_num_workers,
@@ -56,7 +55,8 @@ from masked_diffusion.settings import flags_of
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.budget import Budget
 from masked_diffusion.training.eval_config import EvalConfig
-from masked_diffusion.training.preview import preview_sampler
+from masked_diffusion.training.guide_config import GuideConfig
+from masked_diffusion.training.preview import Preview, preview_sampler
 from masked_diffusion.training.train_config import TrainConfig, training_record
 from masked_diffusion.training.training_eval import Evaluation
 
@@ -70,6 +70,7 @@ class Asked(NamedTuple):
 
     config: TrainConfig
     eval_config: EvalConfig
+    guides: GuideConfig
     idle: list[str]
     explicit: set[str]
     command: str
@@ -113,8 +114,9 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     signals = StopSignals()
     data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
     stack.callback(data.close)
-    preview_away = open_preview_away(config, run_config, model, device)
-    evaluation = open_evaluation(args, asked.eval_config, evaluator, run_config, model, first_stage, output)
+    preview = open_preview(config, asked.guides, run_config, model, first_stage, device)
+    evaluation = open_evaluation(args, asked, evaluator, run_config, model, first_stage, output)
+    messages += costs_of(preview, evaluation, model)
     Budget(config, model, config.batch_size * ranks.world_size)  # what it refuses leaves the folder as it is
     # The folder and its lock
     messages += output.claim(run_config, args.overwrite)
@@ -128,7 +130,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     loop = TrainLoop(
         config=config, run_config=run_config, model=model, objective=objective, schedule_sampler=schedule_sampler,
         first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
-        start=start, position=position, evaluation=evaluation, signals=signals, preview_away=preview_away,
+        start=start, position=position, evaluation=evaluation, signals=signals, preview=preview,
     )  # fmt: skip
     messages = [*warnings_of_run(asked, config, run_config, ranks), *messages]
     for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
@@ -145,27 +147,33 @@ def warnings_of_run(asked: Asked, config: TrainConfig, run_config: RunConfig, ra
         idle.append(f"--shard {config.shard} is ignored in a single process")
     few = []
     if config.preview_samples:
-        sampler = preview_sampler(config, run_config)
+        sampler = preview_sampler(config, asked.guides, run_config)
         few.append(few_steps_warning(run_config, sampler, f"--preview_steps {config.preview_steps}"))
     if (scored := asked.eval_config).eval_interval:
         flags = f"--eval_sampler {scored.eval_sampler} --eval_sampling_steps {scored.eval_sampling_steps}"
-        few.append(few_steps_warning(run_config, scored.sampler(run_config, config.guide_path), flags))
+        few.append(few_steps_warning(run_config, scored.sampler(run_config, asked.guides), flags))
     return [f"warning: {text}" for text in [*idle, *filter(None, few)]]
 
 
-def open_preview_away(
-    config: TrainConfig, run_config: RunConfig, model: LatentTransformer, device: torch.device
-) -> NewAway | None:
-    """What previews are guided away from; None is the null label. Raises ValueError or OSError."""
+def open_preview(
+    config: TrainConfig,
+    guides: GuideConfig,
+    run_config: RunConfig,
+    model: LatentTransformer,
+    first_stage: FirstStage,
+    device: torch.device,
+) -> Preview | None:
+    """What draws the previews; None without. Raises ValueError or OSError."""
     if not config.preview_samples:
         return None
-    sampler = preview_sampler(config, run_config)
-    return open_away(sampler, model, run_config, "this model", Request(), device, flag="--preview_guide_from")[0]
+    sampler = preview_sampler(config, guides, run_config)
+    away, _ = open_away(sampler, model, run_config, "this model", Request(), device, flag="--preview_guide_from")
+    return Preview(config.preview_samples, sampler, run_config, first_stage, device, away)
 
 
 def open_evaluation(
     args: argparse.Namespace,
-    config: EvalConfig,
+    asked: Asked,
     evaluator: Path,
     run_config: RunConfig,
     model: LatentTransformer,
@@ -173,13 +181,22 @@ def open_evaluation(
     output: "Output",
 ) -> Evaluation | None:
     """The evaluation that ``--eval_interval`` asks for, tried out; None without. Raises ValueError or OSError."""
+    config = asked.eval_config
     if not config.eval_interval:
         return None
-    sampler, ranks = config.sampler(run_config, args.guide_path), output.ranks
+    sampler, ranks = config.sampler(run_config, asked.guides), output.ranks
     guide = open_away(sampler, model, run_config, "this model", Request(), ranks.device, flag="--eval_guide_from")
     evaluation = Evaluation(config, evaluator, run_config, first_stage, ranks, output.folder, sampler, *guide)
     evaluation.try_out(leave_no_trace=args.dry_run)
     return evaluation
+
+
+def costs_of(preview: Preview | None, evaluation: Evaluation | None, model: LatentTransformer) -> list[str]:
+    """What an image of the previews and of the evaluations costs. Raises ValueError for guidance outside of the
+    process."""
+    parts = {"previews": preview, "evaluations": evaluation}
+    passes = {name: part.sampler_of(model).passes() for name, part in parts.items() if part is not None}
+    return [f"cost of {name}: {cost:g} passes of the model per image" for name, cost in passes.items()]
 
 
 def former_extensions(args: argparse.Namespace, command: str) -> Sequence[str] | None:

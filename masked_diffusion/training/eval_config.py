@@ -8,6 +8,7 @@ from masked_diffusion.choices import GUIDE_FROM, SAMPLERS, check_serves
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.settings import flags_of, setting
+from masked_diffusion.training.guide_config import GuideConfig
 
 BACKENDS = ("torch", "tensorflow")
 # The log's columns and the evaluator's names of the same numbers.
@@ -74,11 +75,9 @@ class EvalConfig:
                 f"--eval_graph {self.eval_graph}: no such file; evaluations/README.md says where to get the network"
             )
 
-    def sampler(self, run_config: RunConfig, guide_path: str = "") -> SamplerConfig:
+    def sampler(self, run_config: RunConfig, guides: GuideConfig) -> SamplerConfig:
         """The published sampling of the model's family with these settings. Raises ValueError for what the trained
-        process or model cannot do, and for a sampler that does not serve the objective.
-
-        guide_path: the weaker model's checkpoint, where predictions are guided away from one."""
+        process or model cannot do, and for a sampler that does not serve the objective."""
         check_serves(self.eval_sampler, run_config.objective.objective, "--eval_sampler")
         if (steps := run_config.most_steps) is not None and self.eval_sampling_steps > steps:
             raise ValueError(f"--eval_sampling_steps {self.eval_sampling_steps}: the process has {steps}")
@@ -89,7 +88,6 @@ class EvalConfig:
         settings: dict[str, Any] = {"sampler": self.eval_sampler, "num_sampling_steps": self.eval_sampling_steps}
         if not self.eval_cfg_scale:
             return SamplerConfig(**settings)
-        settings |= {"cfg_cond": True, "cfg_channels": run_config.objective.guided_channels}
-        settings |= {"guide_from": self.eval_guide_from}
-        settings |= {"guide_path": guide_path} if self.eval_guide_from == "checkpoint" else {}
+        settings |= guides.of_kind(self.eval_guide_from)
+        settings |= {"cfg_channels": run_config.objective.guided_channels}
         return SamplerConfig.of_family(run_config.model.model, cfg_scale=self.eval_cfg_scale, **settings)

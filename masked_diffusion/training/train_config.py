@@ -118,8 +118,8 @@ class TrainConfig:
         "what that grid is guided away from, such as masked; see --guide_from of image_sample.py",
         "saving",
     )
-    guide_path: str = setting(
-        "", "checkpoint of a weaker model, with --preview_guide_from or --eval_guide_from checkpoint", "saving"
+    preview_cfg_scale: float | None = setting(
+        None, "largest weight of that grid's guidance; None is that of the model's family", "saving"
     )
 
     def __post_init__(self) -> None:
@@ -146,6 +146,8 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: unknown; choose one of {', '.join(choices)}")
         self._check_end()
+        if self.preview_cfg_scale is not None and self.preview_cfg_scale < 0:
+            raise ValueError(f"--preview_cfg_scale {self.preview_cfg_scale}: must be 0 or more, such as 1.5")
         if not self.lr > 0:
             raise ValueError(f"--lr {self.lr}: must be positive")
         if self.keep_every and not self.keep_checkpoints:

@@ -128,8 +128,10 @@ class Evaluation:
         settings = self._settings(step)
         size, count = self._run_config.model.image_size, self.config.eval_num_samples
         samples = SampleSet(self._step_folder(step), count, size, self.config.eval_batch_size, settings)
-        self._on_main(lambda: samples.open({"processes": self._ranks.world_size, "versions": library_versions()}))
-        self._sample(samples, model, asked_to_stop)
+        make = self.sampler_of(model)
+        circumstances = {"processes": self._ranks.world_size, "versions": library_versions()}
+        self._on_main(lambda: samples.open({**circumstances, "passes_per_image": make.passes()}))
+        self._sample(samples, make, asked_to_stop)
         with_labels = self._run_config.class_cond
         self._on_main(lambda: samples.assemble(self._labels if with_labels else None))
         self._score(samples.path, asked_to_stop, ["--out", str(samples.folder / REPORT_NAME)])
@@ -169,19 +171,22 @@ class Evaluation:
             **({"guide": self._guide_record} if self._guide_record else {}),
         }
 
-    def _sample(self, samples: SampleSet, model: Denoiser, asked_to_stop: Callable[[], bool]) -> None:
-        """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
-        one of them meets is known to all."""
-        ranks = self._ranks
-        make = ImageSampler(
+    def sampler_of(self, model: Denoiser) -> ImageSampler:
+        """What draws the images of a model, in eval mode. Raises ValueError for guidance outside of the process."""
+        return ImageSampler(
             model,
             self._run_config,
             self._sampler,
             self._first_stage,
-            ranks.device,
+            self._ranks.device,
             stream=self._run_config.stream,
             new_away=self._new_away,
         )
+
+    def _sample(self, samples: SampleSet, make: ImageSampler, asked_to_stop: Callable[[], bool]) -> None:
+        """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
+        one of them meets is known to all."""
+        ranks = self._ranks
         for first in range(0, samples.num_batches, ranks.world_size):
             batch, failure = first + ranks.rank, None
             try:

@@ -220,6 +220,7 @@ TABLE = [
         r"(image_sample|infer_mdt)\.py .*--guide_from (checkpoint|path_drop|masked|routed)",
         elsewhere="sampling/test_guides.py samples with each kind",
     ),
+    Row(r"image_train\.py .*--preview_guide_from", elsewhere="test_train_util.py draws a preview of each kind"),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
     Row(r"^python scripts/posthoc_ema\.py .*--std", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
     Row(r"--sweep guide_from=null_label", elsewhere="sampling/test_gallery.py sweeps over the kinds"),

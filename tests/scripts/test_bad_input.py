@@ -70,6 +70,20 @@ def trained(monkeypatch, tmp_path):
         (["--guide_path", "weak.pt"], "--guide_path and --preview_guide_from checkpoint or --eval_guide_from"),
         (["--preview_guide_from", "checkpoint"], "--guide_path and --preview_guide_from checkpoint or"),
         (
+            ["--guide_ratio", "0.5"],
+            "--guide_ratio 0.5: needs --preview_guide_from or --eval_guide_from masked or routed",
+        ),
+        (["--guide_labels", "null"], "--guide_labels null: needs --preview_guide_from or --eval_guide_from checkpoint"),
+        (["--eval_guide_from", "masked", "--guide_strong_ratio", "0.1"], "--guide_strong_ratio 0.1: needs --preview_"),
+        (["--eval_guide_from", "routed", "--guide_strong_ratio", "-1"], "--guide_strong_ratio -1.0: must be in [0, 1)"),
+        (["--preview_cfg_scale", "-1"], "--preview_cfg_scale -1.0: must be 0 or more"),
+        (["--guidance", "cosine"], "--guidance cosine: unknown; choose one of power_cosine"),
+        (["--guidance", "interval"], "--guidance interval: give the timesteps to guide at"),
+        (
+            ["--preview_samples", "2", "--guidance", "interval", "--cfg_interval", "0-1000"],
+            "--cfg_interval 0-1000: timesteps are 0 ... 999",
+        ),
+        (
             ["--preview_samples", "2", "--preview_guide_from", "checkpoint", "--guide_path", "weak.pt"],
             "--guide_path weak.pt: no such file; give the checkpoint of the weaker model",
         ),

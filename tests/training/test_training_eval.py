@@ -7,7 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import REPO, TIMES, TINY_DIGITS, assert_same_weights, call, few_steps, rows, script, weights
+from support import (
+    GUIDED,
+    REPO,
+    SPRINT,
+    TIMES,
+    TINY_DIGITS,
+    assert_same_weights,
+    call,
+    few_steps,
+    rows,
+    script,
+    weights,
+)
 
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.runs import checkpoint
@@ -66,16 +78,21 @@ def test_columns_stand_in_every_row_and_are_empty_where_nothing_was_evaluated(tr
     assert "step 2: FID " in (folder / "log.txt").read_text() and " of 5 samples" in (folder / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("kind", ["null_label", "checkpoint", "masked", "routed"])
+@pytest.mark.parametrize("kind", GUIDED)
 def test_an_evaluation_is_what_sampling_its_checkpoint_gives(train, monkeypatch, tmp_path, kind):
     weak = train("weak", "--eval_interval", "0", "--seed", "1") / "ema_0.5_000002.pt" if kind == "checkpoint" else None
-    path = ["--guide_path", weak] if weak else []
-    folder = train("run", "--eval_cfg_scale", "400", "--eval_interval", "2", "--eval_guide_from", kind, *path)
-    record = json.loads((folder / "evaluation" / "000002" / "manifest.json").read_text())["settings"]
-    assert record.get("guide", {}).get("from", "null_label") == kind
-    sampled = ["--model_path", folder / "ema_0.5_000002.pt", "--cfg_cond", "True", "--cfg_scale", "400"]
-    sampled += ["--guide_from", kind, *path]
-    sampled += [*few_steps(2), "--num_samples", "5", "--batch_size", "2", "--device", "cpu"]
+    guides = [*GUIDED[kind], *(["--guide_path", weak] if weak else [])]
+    model = SPRINT if kind == "path_drop" else []
+    evaluated = ["--eval_cfg_scale", "30", "--eval_interval", "2", "--eval_sampling_steps", "3"]
+    evaluated += ["--eval_guide_from", kind, *guides]
+    folder = train("run", *model, *evaluated, sinks="csv,log")
+    manifest = json.loads((folder / "evaluation" / "000002" / "manifest.json").read_text())
+    assert manifest["settings"].get("guide", {}).get("from", "null_label") == kind
+    cost = f"cost of evaluations: {manifest['passes_per_image']:g} passes of the model per image"
+    assert manifest["passes_per_image"] > 3 and (folder / "log.txt").read_text().count(cost) == 1
+    sampled = ["--model_path", folder / "ema_0.5_000002.pt", "--cfg_cond", "True", "--cfg_scale", "30"]
+    sampled += ["--guide_from", kind, *guides]
+    sampled += [*few_steps(3), "--num_samples", "5", "--batch_size", "2", "--device", "cpu"]
     assert call(monkeypatch, SAMPLE, tmp_path / "samples", *sampled) == 0
     with np.load(tmp_path / "samples" / "samples_5x8x8x3.npz") as file:
         pixels = file["arr_0"].astype(np.int64)
