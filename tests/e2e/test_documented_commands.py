@@ -116,7 +116,9 @@ TABLE = [
     Row(r"^python scripts/demo\.py", elsewhere="test_demo_in_browser.py opens the page, where gradio is installed"),
     Row(r"^pip install", elsewhere="tests/run.sh installs the package and its extras"),
     Row(r"^python infer_mdt\.py$", flags=PICTURES, makes="sample.png", without="mdt_xl2_v1_ckpt.pt"),
-    Row(r"^DATA_PATH=\S+ bash run\.sh$", elsewhere="first link of the chain below"),
+    Row(r"^source \.venv/bin/activate$", elsewhere="test_launch_scripts.py sees run.sh say it"),
+    Row(r"^DATA_PATH=\S+ bash run\.sh --max_steps 400000$", elsewhere="first link of the chain below"),
+    Row(r"^DATA_PATH=\S+ bash run\.sh$", elsewhere="first link of the chain below, which ends it"),
     Row(r"torch\.distributed\.launch .*image_train\.py", **trains("output_mdt_s2"), without="output_mdt_s2"),
     Row(
         r"bash run_ddp_master\.sh$",
@@ -180,7 +182,7 @@ TABLE = [
     ),
     Row(r"--features dino\.pt2", elsewhere="data/test_exported_features.py keeps the features of a tiny network"),
     Row(
-        r"encode_latents\.py (?!.*--normalize|.*--features)",
+        r"encode_latents\.py (?!.*--normalize|.*--features|.*imagenet512)",
         flags=f"{ENCODING} --vae_path $TINY_VAE --num_workers 1",
         makes="latents_imagenet256/latents.json",
         without="latents_imagenet256",
@@ -192,8 +194,10 @@ TABLE = [
         says="autoencoder_flowers64",
     ),
     Row(
-        r"--data_dir latents_imagenet512|--image_size 64 --vae_path none", elsewhere="e2e/test_resolutions.py runs both"
+        r"image_train\.py --data_dir latents_imagenet512|--image_size 64 --vae_path none",
+        elsewhere="e2e/test_resolutions.py runs both",
     ),
+    Row(r"imagenet512\.zip", elsewhere="e2e/test_resolutions.py resizes and encodes"),
     Row(r"--data_dir latents_imagenet256", **trains("output_latents"), says="12 images, 3 classes (n01440764, "),
     # docs/training.md
     Row(
@@ -222,7 +226,10 @@ TABLE = [
     ),
     Row(r"image_train\.py .*--preview_guide_from", elsewhere="test_train_util.py draws a preview of each kind"),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
-    Row(r"^python scripts/posthoc_ema\.py .*--std", elsewhere="runs/test_posthoc_ema.py runs it, and samples its file"),
+    Row(
+        r"posthoc_ema\.py .*--std|--model_path output_mdt_s2/posthoc_0\.07\.pt",
+        elsewhere="runs/test_posthoc_ema.py makes the file, and samples it",
+    ),
     Row(r"--sweep guide_from=null_label", elsewhere="sampling/test_gallery.py sweeps over the kinds"),
     Row(r"^python scripts/posthoc_ema\.py .*--sweep", elsewhere="sampling/test_scored_sets.py scores a series"),
     Row(r"^python scripts/guidance_sweep\.py", elsewhere="sampling/test_scored_sets.py scores each weight"),
@@ -232,6 +239,7 @@ TABLE = [
     Row(r"^python scripts/study\.py", elsewhere="scripts/test_study.py runs it with two arms and few steps"),
     Row(r"^python scripts/fid_curve\.py", makes="fid_curve.svg"),
     Row(r"^python scripts/on_track\.py", says="are in the band of"),
+    Row(r"^for seed in 0 1 2; do", elsewhere="the digits' training of run.sh, which test_learning.py runs"),
     Row(r"^python scripts/make_card\.py", makes="my_recipe.json"),
     Row(
         r"torchrun --standalone .*image_train\.py .*--batch_size 32$",
@@ -487,6 +495,30 @@ def test_a_documented_command_runs(text, workspace, images_by_name, tiny_vae):
         assert list(workspace.glob(row.makes)), sorted(workspace.glob("*/*"))
 
 
+@pytest.mark.parametrize("status, signalled, requeues", [(75, True, 1), (0, True, 0), (0, False, 0), (1, False, 0)])
+def test_the_batch_job_of_slurm_queues_itself_again_after_it_was_told_to_save(tmp_path, status, signalled, requeues):
+    [script] = blocks(REPO / "docs" / "training.md", "sh")
+    told = "kill -USR1 $PPID\nwhile true; do sleep 0.02; done" if signalled else f"exit {status}"
+    stubs = {
+        "srun": f'trap "exit {status}" USR1\necho $$ > srun.pid\necho "$*" > srun.txt\n{told}',
+        "scancel": '[ "$*" = "--signal=USR1 7" ] && kill -USR1 $(cat srun.pid)',
+        "scontrol": 'echo "$*" >> scontrol.txt',
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    (tmp_path / "train.sh").write_text(script)
+    env = environment("", SLURM_JOB_ID=7, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = run_command(["bash", "train.sh"], env, cwd=tmp_path, timeout=20)
+    assert (done.returncode, done.stderr) == (status, "")
+    queued = tmp_path / "scontrol.txt"
+    assert (queued.read_text().splitlines() if queued.exists() else []) == ["requeue 7"] * requeues
+    [interactive] = [text for text in COMMANDS if " srun " in text]
+    training = "python scripts/image_train.py .* --batch_size 16"
+    started = (tmp_path / "srun.txt").read_text()
+    assert re.findall(training, started) == re.findall(training, interactive) != []
+
+
 # Their programs are parts of a training, and run by test_change_one_thing.py, test_objectives_end_to_end.py and others.
 PARTS = ("change_one_thing.md", "objectives.md", "policies.md")
 PROGRAMS = [page for page in PAGES if blocks(page, "python") and page.name not in PARTS]
@@ -507,7 +539,7 @@ def test_a_documented_python_program_runs(page, images_by_name, tmp_path, monkey
 @pytest.mark.e2e
 def test_the_published_chain_in_one_output_folder(workspace, images_by_name, tiny_vae):
     """Train with run.sh, sample twice and score twice with run_sample.sh, as the README has it."""
-    [training] = [text for text in COMMANDS if re.search(r"^DATA_PATH=\S+ bash run\.sh$", text)]
+    [training] = [text for text in COMMANDS if re.search(r"^DATA_PATH=\S+ bash run\.sh --max_steps 400000$", text)]
     [sampling] = [text for text in COMMANDS if re.search(r"^MODEL_PATH=\S+ bash run_sample\.sh$", text)]
     variables = {**SMALL_SHELL, "NUM_GPUS": 2, "MASTER_PORT": free_port(), "OPENAI_LOGDIR": "output_chain"}
     flags = "--max_steps 2 --preview_samples 2 --preview_steps 2 --vae_path $TINY_VAE --device cpu --num_workers 0"
