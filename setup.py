@@ -36,6 +36,8 @@ PARQUET = ["pyarrow>=16"]
 DEMO = ["gradio>=6"]
 # Pages of the docstrings, by scripts/make_api_page.py.
 DOCS = ["pdoc>=15"]
+# Run docs/tutorial.ipynb as Jupyter does.
+NOTEBOOK = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"]
 TEST = [
     *EVAL,
     *EVAL_TORCH,
@@ -44,6 +46,7 @@ TEST = [
     *WANDB,
     *PARQUET,
     *DOCS,
+    *NOTEBOOK,
     "mpich>=4.2; sys_platform == 'linux'",
     "pytest>=8",
     "hypothesis>=6.100",

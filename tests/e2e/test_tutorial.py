@@ -1,5 +1,6 @@
-"""docs/tutorial.md, command by command, in one folder, with few images and steps."""
+"""docs/tutorial.md and the notebook of it, command by command, in one folder, with few images and steps."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -7,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
-from support import REPO, call
+from support import REPO, TIMEOUT, call, environment
 
 from masked_diffusion.data.shapes import CLASSES, draw_shape
 
@@ -47,6 +48,18 @@ def images(module_folder):
     return root
 
 
+def fewer(command, images):
+    """A command with few images and steps."""
+    settings, python, rest = command.rpartition("python ")
+    if not rest.startswith(("scripts/", "infer_mdt.py")):
+        return command
+    rest = rest.replace("002000.pt", "000002.pt").replace("builtin:shapes", shlex.quote(str(images)))
+    program = rest.split()[0]
+    steps = 2 if "output_mine" in settings else 1
+    flags = TRAINING.format(steps) if program == "scripts/image_train.py" else FEWER.get(program, "")
+    return f"{settings}{python}{rest} {flags}"
+
+
 @pytest.mark.e2e
 def test_the_tutorial_goes_from_images_to_a_shared_model(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -54,13 +67,11 @@ def test_the_tutorial_goes_from_images_to_a_shared_model(images, tmp_path, monke
     for command in COMMANDS:
         if any(name in command for name in ELSEWHERE):
             continue
-        settings, _, rest = command.rpartition("python ")
+        settings, _, rest = fewer(command, images).rpartition("python ")
         if not rest.startswith(("scripts/", "infer_mdt.py")):
             subprocess.run(command, shell=True, check=True)
             continue
-        program, *flags = shlex.split(rest.replace("002000.pt", "000002.pt").replace("builtin:shapes", str(images)))
-        steps = 2 if "output_mine" in settings else 1
-        flags += shlex.split(TRAINING.format(steps) if program == "scripts/image_train.py" else FEWER.get(program, ""))
+        program, *flags = shlex.split(rest)
         variables = dict(setting.split("=") for setting in settings.split())
         folder, sinks = variables.get("OPENAI_LOGDIR", "output"), variables.get("OPENAI_LOG_FORMAT", "csv")
         assert call(monkeypatch, program, folder, *flags, sinks=sinks) in (0, None), command
@@ -70,6 +81,52 @@ def test_the_tutorial_goes_from_images_to_a_shared_model(images, tmp_path, monke
     with np.load(tmp_path / "output_mine" / "samples_4x32x32x3.npz") as samples:
         assert samples["arr_0"].shape == (4, 32, 32, 3)
     assert (tmp_path / "output_pets" / "ema_0.99_000001.pt").exists()
+    assert (tmp_path / "my_pipeline" / "model_index.json").exists()
+
+
+@pytest.fixture
+def execute(images, tmp_path):
+    """Run the notebook's cells until the first of which something is true, as Jupyter does. Returns the cells."""
+    reason = "the extra test brings nbclient and ipykernel, which run notebooks"
+    nbformat, nbclient = (pytest.importorskip(name, reason=reason) for name in ("nbformat", "nbclient"))
+    pytest.importorskip("ipykernel", reason=reason)
+    for name in ("scripts", "infer_mdt.py", "masked_diffusion"):
+        (tmp_path / name).symlink_to(REPO / name)
+    (tmp_path / "docs").mkdir()
+
+    def run(until=lambda cell: False):
+        notebook = nbformat.read(REPO / "docs" / "tutorial.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        cells = []
+        for cell in itertools.takewhile(lambda cell: not until(cell), notebook.cells):
+            if cell.cell_type == "markdown" or any(name in cell.source for name in ELSEWHERE):
+                continue
+            _, bash, command = cell.source.partition("%%bash\n")
+            if bash:
+                cell.source = bash + fewer(" ".join(command.replace("\\\n", " ").split()), images)
+            cells.append(cell)
+        notebook.cells = cells
+        client = nbclient.NotebookClient(
+            notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(tmp_path / "docs")}}
+        )
+        client.execute(env=environment(tmp_path / "output"))
+        return cells
+
+    return run
+
+
+@pytest.mark.e2e
+def test_the_notebook_starts_as_the_tutorial_does(execute, tmp_path):
+    cells = execute(until=lambda cell: "train_autoencoder.py" in cell.source)
+    assert len(list((tmp_path / "my_images").glob("*/*.png"))) == 40
+    assert "40" in str(cells[-1].outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_the_notebook_goes_from_images_to_a_shared_model_and_shows_its_pictures(execute, tmp_path):
+    shown = [cell for cell in execute() if "Image(" in cell.source and not cell.source.startswith("%%")]
+    assert len(shown) == len(PICTURES) and all("image/" in str(cell.outputs) for cell in shown)
     assert (tmp_path / "my_pipeline" / "model_index.json").exists()
 
 

@@ -10,7 +10,7 @@ HELP = [
     "image_train", "image_sample", "check_data", "encode_latents", "convert_checkpoint", "visualize", "posthoc_ema",
     "read_digits", "train_autoencoder", "on_track", "fid_curve", "make_card", "make_dataset", "refactor_gate", "study",
     "demo", "draw_policies", "make_api_page", "guidance_sweep", "benchmark", "gpu_report",
-    "benchmark_evaluator", "compare_objectives",
+    "benchmark_evaluator", "compare_objectives", "make_notebook",
 ]  # fmt: skip
 # Commands, and what is said of them.
 WRONG = {
