@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_diffusion.sampling.scored_sets import Point, add_scoring_flags, figure_class, open_sweep
-from masked_diffusion.script_util import finite_float, run_script
+from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
+from masked_diffusion.script_util import finite_float, from_args, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEPT = ("--cfg_scale", "--cfg_cond")
@@ -48,7 +48,7 @@ def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[],
         if any(part.partition("=")[0] == flag for part in of_sampler):
             raise ValueError(f"{flag}: --weights decides it; leave it out")
     figure = figure_class()
-    sweep = open_sweep(args, "weight", of_sampler, ROOT)
+    sweep = open_sweep(from_args(Scoring, args), "weight", of_sampler, ROOT)
     points = [Point(weight, ["--cfg_cond", "True", "--cfg_scale", str(weight)]) for weight in args.weights]
     return lambda: sweep.work(points, figure)
 

@@ -43,6 +43,7 @@ from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     OUT_FLAG,
     apply_family_defaults,
+    args_to_dict,
     explicit_flags,
     from_args,
     ignored_folder,
@@ -54,7 +55,7 @@ from masked_diffusion.training.eval_config import EvalConfig
 from masked_diffusion.training.guide_config import GuideConfig
 from masked_diffusion.training.train_config import TrainConfig
 
-WITH_INIT = ", with --init_from"
+WITH_INIT, WEIGHTS_FLAGS = ", with --init_from", ("interpolate_pos", "drop_extra")
 FLAGS = {
     **flags_of(DataConfig, ModelConfig, DiffusionConfig, ObjectiveConfig, TrainConfig, EvalConfig, GuideConfig),
     "vae_path": Flag(
@@ -67,7 +68,7 @@ FLAGS = {
     **{
         name: flag._replace(help=flag.help + WITH_INIT)
         for name, flag in flags_of(Request).items()
-        if name in ("interpolate_pos", "drop_extra")
+        if name in WEIGHTS_FLAGS
     },
     "freeze": Flag(
         "", "regular expression: parameters whose names match are not trained, such as ^(blocks|x_embedder)", "model"
@@ -123,12 +124,19 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     guides = from_args(GuideConfig, args)
     guides.check({config.preview_guide_from, eval_config.eval_guide_from})
+    data, process = from_args(DataConfig, args), from_args(DiffusionConfig, args)
+    model = args_to_dict(args, [*flags_of(ModelConfig), "learn_sigma"])
+    objective = args_to_dict(args, ObjectiveConfig.__dataclass_fields__)
+    weights = Request(**args_to_dict(args, WEIGHTS_FLAGS))
     flags = {name: value for name, value in vars(args).items() if name not in OF_THE_LAUNCHER | OF_THE_MACHINE}
     # The run, with torch, which takes seconds to import.
     from masked_diffusion.programs import image_train
 
     command, alike = command_of(args, explicit), repr(sorted(flags.items()))
-    asked = image_train.Asked(config, eval_config, guides, idle, explicit, command, alike)
+    asked = image_train.Asked(
+        config, eval_config, guides, data, model, process, objective, from_args(image_train.Beginning, args), weights,
+        idle, explicit, command, alike,
+    )  # fmt: skip
     return image_train.prepare(args, asked, EVALUATOR, stack)
 
 
@@ -208,7 +216,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
         "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")
         or (not args.learn_sigma and "with --learn_sigma False"),
-        **dict.fromkeys(("interpolate_pos", "drop_extra"), not args.init_from and "without --init_from"),
+        **dict.fromkeys(WEIGHTS_FLAGS, not args.init_from and "without --init_from"),
         "min_snr_gamma": (args.use_kl and "with --use_kl True") or (continuous and by_objective),
         **dict.fromkeys(("diffusion_steps", "noise_schedule", "timestep_respacing"), continuous and by_objective),
         **dict.fromkeys(("level_mean", "level_std"), by_law),

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from masked_diffusion.choices import check_std
 from masked_diffusion.files import atomic_write, sha256_of
-from masked_diffusion.sampling.scored_sets import Point, add_scoring_flags, figure_class, open_sweep
-from masked_diffusion.script_util import finite_float, run_script
+from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
+from masked_diffusion.script_util import finite_float, from_args, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def prepare_sweep(
     _, step = snapshots.used_for(args.step)
     out = args.out.expanduser()
     source = {"run": str(run.resolve()), "step": step, "base_sha256": sha256_of(snapshots.folder / BASE_NAME)}
-    sweep = open_sweep(args, "std", of_sampler, ROOT, source)
+    sweep = open_sweep(from_args(Scoring, args), "std", of_sampler, ROOT, source)
     if not (out / "config.json").exists():
         shutil.copy(run / "config.json", out)
 

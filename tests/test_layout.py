@@ -119,3 +119,29 @@ def test_a_function_or_class_that_is_too_long_would_be_found():
     assert list(too_long("def f():\n" + 60 * lines)) == [("f", 61)] and not list(too_long("def f():\n" + 59 * lines))
     assert list(too_long("class C:\n" + 300 * lines)) == [("C", 301)]
     assert not list(too_long("class GaussianDiffusion:\n" + 400 * lines))
+
+
+# A program's front door may read the command line; what it calls says by name what it needs. script_util serves it.
+READS_ARGS, SERVES_ARGS = {"prepare"}, {"script_util"}
+
+
+def readers_of_args(source):
+    """Names of functions and methods that take the arguments of a command line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            kinds = {ast.unparse(one.annotation) for one in taken if one.annotation}
+            if any(one.arg == "args" for one in taken) or "argparse.Namespace" in kinds:
+                yield node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_below_the_scripts_only_front_doors_read_the_command_line(path):
+    doors = READS_ARGS if path.parent.name == "programs" else set()
+    if name_of(path) not in SERVES_ARGS:
+        assert set(readers_of_args(path.read_text(encoding="utf-8"))) <= doors
+
+
+def test_a_function_that_reads_the_command_line_would_be_found():
+    source = "def f(args): pass\nclass C:\n    def m(self, flags: argparse.Namespace): pass\ndef g(*args, name): pass"
+    assert list(readers_of_args(source)) == ["f", "m"]

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from masked_diffusion import dist_util
 from masked_diffusion.data.data_config import READING
@@ -51,11 +50,17 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
             f"--image_size {args.image_size}: must be a multiple of {autoencoder.downsample}, the first stage's"
         )
 
-    features = features_of(args, len(dataset), device)
+    sizes, path = batch_sizes(len(dataset), args.shard_size, args.batch_size), Path(args.features).expanduser()
+    features = ExportedFeatures(path, device, args.image_size, sizes) if args.features else None
+    settings = args_to_dict(args, ("dtype", "shard_size", "normalize")) | {
+        "mirrored": args.random_flip,
+        "class_names": dataset.class_names if args.class_cond else None,
+        "columns": {name: value for name in ("image_column", "label_column") if (value := getattr(args, name))},
+    }
 
     def claim() -> tuple[CacheRecord, bool]:
         """On rank 0: what will be in the folder, and whether it is not yet."""
-        record, index = describe(args, dataset, autoencoder, features)
+        record, index = describe(dataset, autoencoder, features, settings)
         try:
             return record, ShardFiles(Path(args.out).expanduser(), record).claim(index)
         except OSError as error:
@@ -82,42 +87,30 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
     return partial(work, shards, encode if needed else None, ranks)
 
 
-def features_of(args: argparse.Namespace, num_images: int, device: torch.device) -> ExportedFeatures | None:
-    """The network of --features, tried with each size of a batch that there will be; None without the flag.
-
-    Raises what :class:`ExportedFeatures` does.
-    """
-    if not args.features:
-        return None
-    files = {min(args.shard_size, num_images), num_images % args.shard_size} - {0}  # images in each
-    batches = {size for number in files for size in (min(args.batch_size, number), number % args.batch_size)} - {0}
-    return ExportedFeatures(Path(args.features).expanduser(), device, args.image_size, batches)
+def batch_sizes(num_images: int, shard_size: int, batch_size: int) -> set[int]:
+    """The sizes of the batches that the files of latents are made of, for a network that may take some only."""
+    files = {min(shard_size, num_images), num_images % shard_size} - {0}  # images in each
+    return {size for number in files for size in (min(batch_size, number), number % batch_size)} - {0}
 
 
 def describe(
-    args: argparse.Namespace, dataset: SourceDataset, autoencoder: Autoencoder, features: ExportedFeatures | None
+    dataset: SourceDataset, autoencoder: Autoencoder, features: ExportedFeatures | None, settings: dict[str, Any]
 ) -> tuple[CacheRecord, SourceIndex]:
-    """The record of the latents to make, and the list of the images they are made of."""
-    source = dataset.source
-    index = SourceIndex(list(source.names), source.sizes(), dataset.labels)
-    side = args.image_size // autoencoder.downsample
+    """The record of the latents to make, and the list of the images they are made of. settings: of the record."""
+    index = SourceIndex(list(dataset.source.names), dataset.source.sizes(), dataset.labels)
+    side = dataset.image_size // autoencoder.downsample
     record = CacheRecord(
         **autoencoder.description,
         vae_sha256=autoencoder.weights_sha256(),
-        image_size=args.image_size,
+        image_size=dataset.image_size,
         latent_shape=[autoencoder.latent_channels, side, side],
-        dtype=args.dtype,
-        mirrored=args.random_flip,
-        shard_size=args.shard_size,
         num_images=len(dataset),
-        class_names=dataset.class_names if args.class_cond else None,
-        data_dir=absolute(source.data_dir),
+        data_dir=absolute(dataset.source.data_dir),
         source_sha256=index.sha256(),
-        columns={name: getattr(args, name) for name in ("image_column", "label_column") if getattr(args, name)},
         extensions=list(dataset.extensions),
         posterior=autoencoder.stochastic,
-        normalize=args.normalize,
         **(features.description() if features is not None else {}),
+        **settings,
     )
     return record, index
 

@@ -27,6 +27,7 @@ from masked_diffusion.sampling.sample_set import SampleSet, begun_stream, genera
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     apply_sampling_defaults,
+    args_to_dict,
     from_args,
     place_from_args,
     request_of,
@@ -46,10 +47,15 @@ def prepare(
     for message in idle:
         say(f"warning: {message}")
     # Model and first stage
-    trained = open_model(args, explicit, device, say)
-    sampler = choose_sampler(args, explicit, trained, say)
+    trained = open_model(Path(args.model_path).expanduser(), request_of(args, explicit), device, say)
+    for message in apply_sampling_defaults(trained.config, args, explicit):
+        say(f"warning: {message}")
+    sampler = from_args(SamplerConfig, args)
+    tell_sampler(sampler, args.few_steps, explicit, trained, say)
     # Labels and images
-    labels = labels_of(args, trained)
+    class_cond = args.class_cond and trained.config.class_cond
+    check_null_class(sampler, class_cond, trained)
+    labels = labels_for(trained.config, args.labels, args.num_samples, args.seed, args.class_cond)
     if args.compile and (problem := compile_blocks(trained.model, device)):
         say(f"--compile True is ignored: this machine cannot compile ({problem})")
     as_denoiser = partial(half_precision, enabled=args.use_fp16)
@@ -68,8 +74,10 @@ def prepare(
     )
     passes = new_sampler().passes()  # before the processes meet: what it refuses is refused here
     say(f"cost: {passes:g} passes of the model per image")
-    class_cond = args.class_cond and trained.config.class_cond
-    settings = settings_of(args, trained, sampler, labels if class_cond else None)
+    # Sets made before there was --compile stay the same ones.
+    computed = args_to_dict(args, ("batch_size", "use_fp16", *(["compile"] if args.compile else []), "tf32"))
+    asked = args.labels if class_cond else None
+    settings = settings_of(trained, sampler, asked, args.num_samples) | computed
     if guide_record:
         settings["guidance"] |= guide_record
     # The folder and its lock. The processes meet once, before the work, and never again: none waits for a slow one.
@@ -88,10 +96,7 @@ def prepare(
     return partial(work, samples, new_sampler(stream=stream), labels, class_cond, ranks, needed)
 
 
-def open_model(
-    args: argparse.Namespace, explicit: set[str], device: torch.device, say: Callable[[str], None]
-) -> Trained:
-    path, request = Path(args.model_path).expanduser(), request_of(args, explicit)
+def open_model(path: Path, request: Request, device: torch.device, say: Callable[[str], None]) -> Trained:
     trained = open_trained(path, request, device, warn=lambda text: say(f"warning: {text}"))
     if not trained.recorded:
         model = trained.config.model
@@ -102,25 +107,21 @@ def open_model(
     return trained
 
 
-def choose_sampler(
-    args: argparse.Namespace, explicit: set[str], trained: Trained, say: Callable[[str], None]
-) -> SamplerConfig:
-    """The sampler that the flags ask for, and the model's family where they do not. Raises ValueError for few steps
+def tell_sampler(
+    sampler: SamplerConfig, few_steps: bool, explicit: set[str], trained: Trained, say: Callable[[str], None]
+) -> None:
+    """Say what the model's family decided, and which flags have no effect beside that. Raises ValueError for few steps
     that lead far off."""
     name, channels = trained.config.model.model, trained.config.model.in_channels
-    if args.cfg_cond and "cfg_channels" in explicit and channels != PUBLISHED_CHANNELS:
+    if sampler.cfg_cond and "cfg_channels" in explicit and channels != PUBLISHED_CHANNELS:
         say(f"warning: --cfg_channels is ignored: the latents have {channels}")
-    for message in apply_sampling_defaults(trained.config, args, explicit):
-        say(f"warning: {message}")
-    sampler = from_args(SamplerConfig, args)
     if sampler.cfg_cond:
         say(f"guidance of {name}: {sampler.guidance}, cfg_scale {sampler.cfg_scale}")
         if "guidance" not in explicit:  # else it was said above
-            for ignored in sorted(explicit & foreign_settings(args.guidance).keys()):
-                say(f"warning: --{ignored} is ignored by {name}: its guidance is {args.guidance}")
-    if text := check_few_steps(trained.config, sampler, args.few_steps):
+            for ignored in sorted(explicit & foreign_settings(sampler.guidance).keys()):
+                say(f"warning: --{ignored} is ignored by {name}: its guidance is {sampler.guidance}")
+    if text := check_few_steps(trained.config, sampler, few_steps):
         say(f"warning: {text}")
-    return sampler
 
 
 def claim(
@@ -154,15 +155,14 @@ def work(
         sys.stdout.write(f"{samples.path.absolute()}\n")
 
 
-def labels_of(args: argparse.Namespace, trained: Trained) -> np.ndarray:
-    """(num_samples,) labels of the samples. Raises ValueError where guidance or a label cannot be had."""
-    if args.cfg_cond and not (args.class_cond and trained.config.class_cond):
+def check_null_class(sampler: SamplerConfig, class_cond: bool, trained: Trained) -> None:
+    """Raise ValueError where guidance, or sampling without classes, has no null class to go by."""
+    if sampler.cfg_cond and not class_cond:
         raise ValueError("--cfg_cond True: guidance needs classes; leave it out, or --class_cond False")
-    unconditional = not (args.class_cond and trained.config.class_cond)
-    if (unconditional or (args.cfg_cond and args.guide_from in NULL_KINDS)) and not trained.model.has_null_class:
-        flag = "--cfg_cond True" if args.cfg_cond else "--class_cond False"
+    needed = not class_cond or (sampler.cfg_cond and sampler.guide_from in NULL_KINDS)
+    if needed and not trained.model.has_null_class:
+        flag = "--cfg_cond True" if sampler.cfg_cond else "--class_cond False"
         raise ValueError(f"{flag}: {trained.path} has no null class in its label table")
-    return labels_for(trained.config, args.labels, args.num_samples, args.seed, args.class_cond)
 
 
 def half_precision(model: torch.nn.Module, enabled: bool) -> Callable[..., torch.Tensor]:
@@ -175,10 +175,9 @@ def half_precision(model: torch.nn.Module, enabled: bool) -> Callable[..., torch
     return forward
 
 
-def settings_of(
-    args: argparse.Namespace, trained: Trained, sampler: SamplerConfig, labels: np.ndarray | None
-) -> dict[str, Any]:
-    """Everything that determines the images: two runs of equal settings make equal bytes."""
+def settings_of(trained: Trained, sampler: SamplerConfig, labels: str | None, num_samples: int) -> dict[str, Any]:
+    """What determines the images beside how they are computed: two runs of equal settings make equal bytes. labels: as
+    asked for, None without classes."""
     config = trained.config
     return {
         "weights": trained.identity(),
@@ -202,11 +201,7 @@ def settings_of(
         "clip_denoised": sampler.clip_denoised,
         "guidance": sampler.guidance_record(),
         "decoder": trained.first_stage.identity(),
-        "labels": None if labels is None else args.labels,
+        "labels": labels,
         "seed": sampler.seed,
-        "sample_indices": [0, args.num_samples - 1],
-        "batch_size": args.batch_size,
-        "use_fp16": args.use_fp16,
-        **({"compile": True} if args.compile else {}),  # sets made before there was the flag stay the same ones
-        "tf32": args.tf32,
+        "sample_indices": [0, num_samples - 1],
     }

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,10 +49,8 @@ from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.script_util import (
     args_to_dict,
     choose_num_workers,
-    from_args,
     place_from_args,
 )
-from masked_diffusion.settings import flags_of
 from masked_diffusion.train_util import TrainLoop
 from masked_diffusion.training.budget import Budget
 from masked_diffusion.training.eval_config import EvalConfig
@@ -64,13 +63,36 @@ SHIFT_ONE = 4096  # numbers of a latent, 4 x 32 x 32, at which --time_shift auto
 SIGMA_DATA_IMAGES = 1000
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run is kept, and what it begins with; named as the flags."""
+
+    out: str
+    resume_checkpoint: str
+    init_from: str | None
+    overwrite: bool
+    dry_run: bool
+
+    def again(self) -> "Beginning":
+        """What a job that is started again asks for: what the first start asked for must not undo its work."""
+        return dataclasses.replace(self, overwrite=False, resume_checkpoint=self.resume_checkpoint or "auto")
+
+
 class Asked(NamedTuple):
-    """What the script made of its flags. idle: warnings of those without effect. explicit: names of those that were
-    given. command: what was given, alike for all attempts of a job. flags: what all ranks have to agree on."""
+    """What the script made of its flags. model, objective: fields of ModelConfig and ObjectiveConfig that flags decide,
+    before the data complete them. weights: how --init_from is read. idle: warnings of flags without effect. explicit:
+    names of those that were given. command: what was given, alike for all attempts of a job. flags: what all ranks have
+    to agree on."""
 
     config: TrainConfig
     eval_config: EvalConfig
     guides: GuideConfig
+    data: DataConfig
+    model: dict[str, Any]
+    process: DiffusionConfig
+    objective: dict[str, Any]
+    beginning: Beginning
+    weights: Request
     idle: list[str]
     explicit: set[str]
     command: str
@@ -89,37 +111,38 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
     # Data and first stage
-    dataset, first_stage = open_data(args, device, former_extensions(args, asked.command))
+    extensions = former_extensions(asked.beginning, asked.command)
+    dataset, first_stage = open_data(asked.data, args.image_size, args.vae_path, device, extensions)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     data_hash = check_alike(asked.flags, args.data_dir, dataset, ranks)
     # Model and process
-    settings = complete_objective(args, dataset, first_stage, device)
-    run_config = make_run_config(args, config, dataset, first_stage, settings, data_hash)
-    run_config, model = build_model(args, run_config)
+    further = args_to_dict(args, ("schedule_sampler", "freeze"))
+    run_config, model = build_model(config, make_run_config(asked, dataset, first_stage, device, data_hash, further))
     objective = run_config.build_objective()
     schedule_sampler = objective.levels(args.schedule_sampler)
     # Where to start
-    output = Output(args, asked.command, ranks, stack)
-    start = output.plan_start(args)
+    output = Output(asked.beginning, asked.command, ranks, stack)
+    start = output.plan_start()
     config, run_config = with_former_finale(asked.explicit, start, config, run_config)
-    messages = [*start.messages, *take_up(args, start, run_config, model, dataset)]
+    messages = [*start.messages, *take_up(start, asked.weights, run_config, model, dataset)]
     state = ranks.from_main(lambda: checkpoint.read_state(start))
     run_config = with_recorded_stream(state, start, run_config)
     config = config.on_ranks(ranks.world_size, state)
-    messages += changed_batch(args, config, ranks)
+    messages += changed_batch(asked.config, config, ranks)
     # Published checkpoints: full batches.
     position = state["position"] if state else start.step * config.batch_size * ranks.world_size
-    bad_images = check_first_images(args, config, dataset, ranks, output.folder, position)
+    bad_images = check_first_images(config, dataset, ranks, output.folder, position)
     signals = StopSignals()
-    data = open_stream(args, config, dataset, draws_of(run_config, model, first_stage), ranks, position, signals)
+    draws = draws_of(run_config, model, first_stage)
+    data = open_stream(args.data_dir, args.num_workers, config, dataset, draws, ranks, position, signals)
     stack.callback(data.close)
     preview = open_preview(config, asked.guides, run_config, model, first_stage, device)
-    evaluation = open_evaluation(args, asked, evaluator, run_config, model, first_stage, output)
+    evaluation = open_evaluation(asked, evaluator, run_config, model, first_stage, output)
     messages += costs_of(preview, evaluation, model)
     Budget(config, model, config.batch_size * ranks.world_size)  # what it refuses leaves the folder as it is
     # The folder and its lock
-    messages += output.claim(run_config, args.overwrite)
+    messages += output.claim(run_config)
     # The log of another folder's run does not go on here.
     rows_kept = start.step if start.folder == output.folder else 0
     if not args.dry_run:  # which writes nothing
@@ -133,7 +156,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
         start=start, position=position, evaluation=evaluation, signals=signals, preview=preview,
     )  # fmt: skip
     messages = [*warnings_of_run(asked, config, run_config, ranks), *messages]
-    for message in [*describe(args, run_config, dataset, model, ranks, output.folder), *messages]:
+    for message in [*describe(asked, run_config, dataset, model, ranks, output.folder), *messages]:
         logger.text(message)
     return partial(dry_run.report, loop, len(dataset)) if args.dry_run else loop.run
 
@@ -172,7 +195,6 @@ def open_preview(
 
 
 def open_evaluation(
-    args: argparse.Namespace,
     asked: Asked,
     evaluator: Path,
     run_config: RunConfig,
@@ -187,7 +209,7 @@ def open_evaluation(
     sampler, ranks = config.sampler(run_config, asked.guides), output.ranks
     guide = open_away(sampler, model, run_config, "this model", Request(), ranks.device, flag="--eval_guide_from")
     evaluation = Evaluation(config, evaluator, run_config, first_stage, ranks, output.folder, sampler, *guide)
-    evaluation.try_out(leave_no_trace=args.dry_run)
+    evaluation.try_out(leave_no_trace=asked.beginning.dry_run)
     return evaluation
 
 
@@ -199,27 +221,24 @@ def costs_of(preview: Preview | None, evaluation: Evaluation | None, model: Late
     return [f"cost of {name}: {cost:g} passes of the model per image" for name, cost in passes.items()]
 
 
-def former_extensions(args: argparse.Namespace, command: str) -> Sequence[str] | None:
+def former_extensions(asked: Beginning, command: str) -> Sequence[str] | None:
     """Those of the kinds of image files that the run to go on with reads; None for a new run, which reads all."""
-    folder, asked, overwrite = output_folder(out=args.out), args.resume_checkpoint, args.overwrite
+    folder = output_folder(out=asked.out)
     if is_restart(folder, launchers.job_of(os.environ, command), leave_no_trace=True):
-        asked, overwrite = asked or "auto", False
-    run = checkpoint.run_to_resume(folder, asked, overwrite)
+        asked = asked.again()
+    run = checkpoint.run_to_resume(folder, asked.resume_checkpoint, asked.overwrite)
     former = read_config(run) if run is not None else None
     return None if former is None else extensions_of(former)
 
 
 def open_data(
-    args: argparse.Namespace, device: torch.device, extensions: Sequence[str] | None
+    data: DataConfig, image_size: int, vae_path: str, device: torch.device, extensions: Sequence[str] | None
 ) -> tuple[ImageDataset, FirstStage]:
     """The data and what encodes them. extensions: see :func:`former_extensions`. Raises ValueError or OSError."""
-    settings = dataclasses.asdict(from_args(DataConfig, args))
-    dataset = open_dataset(**settings, image_size=args.image_size, extensions=extensions)
-    first_stage = load_first_stage(args.vae_path, device, dataset.channels)
-    if args.grey and not isinstance(first_stage, PixelSpace):
-        raise ValueError(
-            f"--grey True: the autoencoder of --vae_path {args.vae_path} reads colour; give --vae_path none"
-        )
+    dataset = open_dataset(**dataclasses.asdict(data), image_size=image_size, extensions=extensions)
+    first_stage = load_first_stage(vae_path, device, dataset.channels)
+    if data.grey and not isinstance(first_stage, PixelSpace):
+        raise ValueError(f"--grey True: the autoencoder of --vae_path {vae_path} reads colour; give --vae_path none")
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     return dataset, first_stage
@@ -232,16 +251,16 @@ def check_alike(flags: str, data_dir: str, dataset: ImageDataset, ranks: Ranks) 
     return data_hash
 
 
-def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
+def build_model(config: TrainConfig, run_config: RunConfig) -> tuple[RunConfig, LatentTransformer]:
     """A fresh model, and the configuration that it turned out to have."""
-    with global_generator(args.seed, "init"):
+    with global_generator(config.seed, "init"):
         model = run_config.model.build()
-    patch_values = model.in_channels * model.patch_size**2
-    model.policy.check_objective(args.objective, patch_values, args.learned_uncertainty)
+    patch_values, objective = model.in_channels * model.patch_size**2, run_config.objective
+    model.policy.check_objective(objective.objective, patch_values, objective.learned_uncertainty)
     if model.policy.counts_kept and set(run_config.build_objective().loss_names) != {"loss", "mse"}:
         raise ValueError(
-            f"--policy {args.policy}: only kept tokens count in its loss, and the variational term counts all; use "
-            "--learn_sigma False, and no --use_kl"
+            f"--policy {run_config.model.policy_name}: only kept tokens count in its loss, and the variational term "
+            "counts all; use --learn_sigma False, and no --use_kl"
         )
     # None stands for a default that may change; the checkpoint records what was built.
     built = dataclasses.replace(
@@ -253,10 +272,10 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
         path_drop=model.policy.path_drop if model.rejoin.drops_path else None,
         decoder=model.decoder_form,
     )
-    if args.ratio_schedule != CONSTANT and model.policy.choose == "cells":
+    if config.ratio_schedule != CONSTANT and model.policy.choose == "cells":
         raise ValueError(
-            f"--ratio_schedule {args.ratio_schedule}: --choose cells keeps as many tokens of each cell, which a ratio "
-            "that moves cannot; use --choose uniform"
+            f"--ratio_schedule {config.ratio_schedule}: --choose cells keeps as many tokens of each cell, which a "
+            "ratio that moves cannot; use --choose uniform"
         )
     return dataclasses.replace(run_config, model=built), model
 
@@ -264,34 +283,33 @@ def build_model(args: argparse.Namespace, run_config: RunConfig) -> tuple[RunCon
 class Output:
     """The output folder of a training, which no other one writes to. A dry run leaves no trace there."""
 
-    def __init__(self, args: argparse.Namespace, command: str, ranks: Ranks, stack: contextlib.ExitStack) -> None:
-        if launchers.was_restarted(os.environ) and not named_folder(args.out):
+    def __init__(self, asked: Beginning, command: str, ranks: Ranks, stack: contextlib.ExitStack) -> None:
+        if launchers.was_restarted(os.environ) and not named_folder(asked.out):
             raise ValueError("OPENAI_LOGDIR is not set, so a job that is started again cannot find its run; set it")
-        self._dry_run = args.dry_run
+        self._asked = asked
         self.ranks = ranks
         self._stack = stack
         self._job = launchers.job_of(os.environ, command)
-        self.folder = ranks.from_main(lambda: own_folder(stack, args.out, leave_no_trace=args.dry_run))
+        self.folder = ranks.from_main(lambda: own_folder(stack, asked.out, leave_no_trace=asked.dry_run))
         if ranks.from_main(self.folder.is_dir):  # a new one is made when all is checked
             ranks.from_main(self._hold)
 
     def _hold(self) -> None:
-        if not self._dry_run:
+        if not self._asked.dry_run:
             self._stack.enter_context(held(self.folder, "training"))
 
-    def plan_start(self, args: argparse.Namespace) -> checkpoint.Start:
-        """Where the training begins. Of a job that is started again, what was asked of the first start must not undo
-        its work."""
-        if self.ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._dry_run)):
-            args.overwrite, args.resume_checkpoint = False, args.resume_checkpoint or "auto"
-        asked = (args.resume_checkpoint, args.init_from, args.overwrite, self._dry_run)
+    def plan_start(self) -> checkpoint.Start:
+        """Where the training begins."""
+        if self.ranks.from_main(lambda: is_restart(self.folder, self._job, leave_no_trace=self._asked.dry_run)):
+            self._asked = self._asked.again()
+        asked = (self._asked.resume_checkpoint, self._asked.init_from, self._asked.overwrite, self._asked.dry_run)
         return self.ranks.from_main(lambda: checkpoint.plan_start(self.folder, *asked))
 
-    def claim(self, run_config: RunConfig, overwrite: bool) -> list[str]:
+    def claim(self, run_config: RunConfig) -> list[str]:
         """Make the folder this run's, after all is checked. Returns what the user has to be told."""
         self.ranks.from_main(self._hold)
-        if self._dry_run:
-            return self.ranks.from_main(lambda: check_folder(self.folder, run_config, overwrite))
+        if self._asked.dry_run:
+            return self.ranks.from_main(lambda: check_folder(self.folder, run_config, self._asked.overwrite))
         messages = self.ranks.from_main(lambda: claim_folder(self.folder, run_config))
         self.ranks.from_main(lambda: note_job(self.folder, self._job))
         return messages
@@ -319,11 +337,7 @@ def with_former_finale(
 
 
 def take_up(
-    args: argparse.Namespace,
-    start: checkpoint.Start,
-    run_config: RunConfig,
-    model: LatentTransformer,
-    dataset: ImageDataset,
+    start: checkpoint.Start, weights: Request, run_config: RunConfig, model: LatentTransformer, dataset: ImageDataset
 ) -> list[str]:
     """Give a fresh model the weights that it starts from at step 0, and check that a resumed run stays the same one.
 
@@ -338,9 +352,9 @@ def take_up(
         if former.training.get("data_sha256", data_hash) != data_hash:  # older checkpoints do not say
             messages.append("warning: the images, their labels or names are not those of that checkpoint's training")
     if start.init_from is not None:
-        load_initial_weights(model, start.init_from, args, dataset.class_names, messages.append)
-    if args.freeze:
-        messages.append(f"frozen: {freeze(model, args.freeze) / 1e6:.2f} M parameters")
+        load_initial_weights(model, start.init_from, run_config, weights, messages.append)
+    if expression := run_config.training["freeze"]:
+        messages.append(f"frozen: {freeze(model, expression) / 1e6:.2f} M parameters")
     return messages
 
 
@@ -360,8 +374,8 @@ def check_order(former: dict[str, Any] | None, now: dict[str, Any] | None, confi
     )
 
 
-def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -> list[str]:
-    if config.batch_size == args.batch_size:
+def changed_batch(asked: TrainConfig, config: TrainConfig, ranks: Ranks) -> list[str]:
+    if config.batch_size == asked.batch_size:
         return []
     return [
         f"the global batch stays {config.batch_size * ranks.world_size}: {config.batch_size} images for each of the "
@@ -370,12 +384,12 @@ def changed_batch(args: argparse.Namespace, config: TrainConfig, ranks: Ranks) -
 
 
 def check_first_images(
-    args: argparse.Namespace, config: TrainConfig, dataset: ImageDataset, ranks: Ranks, folder: Path, position: int
+    config: TrainConfig, dataset: ImageDataset, ranks: Ranks, folder: Path, position: int
 ) -> BadImages:
     """The run's record of bad images. Raises ValueError where too many of those that it begins with are bad."""
-    order = dataset.order(args.seed)
+    order = dataset.order(config.seed)
     path = folder / LIST_NAME
-    bad_images = BadImages(dataset, seed=args.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=path)
+    bad_images = BadImages(dataset, seed=config.seed, max_bad_share=config.max_bad_share, ranks=ranks, path=path)
     first = min(max(config.batch_size * ranks.world_size, 16), 64)  # of a tiny batch a bad image would be the half
     bad_images.check(order[i] for i in range(position, position + first))
     return bad_images
@@ -389,7 +403,8 @@ def draws_of(run_config: RunConfig, model: LatentTransformer, first_stage: First
 
 
 def open_stream(
-    args: argparse.Namespace,
+    data_dir: str,
+    num_workers: int,
     config: TrainConfig,
     dataset: ImageDataset,
     draws: DrawSpec,
@@ -399,15 +414,15 @@ def open_stream(
 ) -> Any:
     """This rank's batches from a position on."""
     return load_data(
-        data_dir=args.data_dir,
+        data_dir=data_dir,
         dataset=dataset,
         batch_size=config.batch_size,
-        image_size=args.image_size,
-        seed=args.seed,
+        image_size=dataset.image_size,
+        seed=config.seed,
         position=position,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        num_workers=choose_num_workers(args.num_workers),
+        num_workers=choose_num_workers(num_workers),
         draws=draws,
         pin_memory=ranks.device.type == "cuda",
         asked_to_stop=signals.asked,
@@ -415,7 +430,7 @@ def open_stream(
 
 
 def load_initial_weights(
-    model: LatentTransformer, path: Path, args: argparse.Namespace, names: list[str], report: Callable[[str], None]
+    model: LatentTransformer, path: Path, run_config: RunConfig, asked: Request, report: Callable[[str], None]
 ) -> None:
     """--init_from: weights of the same model, perhaps of other classes, another resolution, grey instead of colour, or
     without a policy.
@@ -424,56 +439,53 @@ def load_initial_weights(
     """
     state = checkpoint.read_weights(path)
     former = read_config(path.parent)
-    shown = recognise(state, path).named(former.model.model if former else args.model)
-    if shown.model != args.model:
-        raise ValueError(f"--model {args.model}: the weights in --init_from {path} are of {shown.model}")
+    config = run_config.model
+    shown = recognise(state, path).named(former.model.model if former else config.model)
+    if shown.model != config.model:
+        raise ValueError(f"--model {config.model}: the weights in --init_from {path} are of {shown.model}")
     state = fit_channels(state, model, path, report)
-    state = fit_positions(state, model, path, args.interpolate_pos, report)
-    state = fit_labels(state, model, path, former.class_names if former else [], names, report)
-    state = fit_policy(state, model, path, args.policy, report)
-    checkpoint.load_weights(model, state, path, args.drop_extra)
+    state = fit_positions(state, model, path, asked.interpolate_pos, report)
+    state = fit_labels(state, model, path, former.class_names if former else [], run_config.class_names, report)
+    state = fit_policy(state, model, path, config.policy_name, report)
+    checkpoint.load_weights(model, state, path, asked.drop_extra)
 
 
 def make_run_config(
-    args: argparse.Namespace,
-    config: TrainConfig,
+    asked: Asked,
     dataset: ImageDataset,
     first_stage: FirstStage,
-    objective: ObjectiveConfig,
+    device: torch.device,
     data_hash: str,
+    further: dict[str, Any],
 ) -> RunConfig:
-    """What the checkpoints will say of themselves. Raises ValueError where flags and data do not fit together."""
-    if args.num_classes is not None and args.num_classes < dataset.num_classes:
+    """What the checkpoints will say of themselves. further: settings of the training that have no dataclass.
+
+    Raises ValueError where flags and data do not fit together.
+    """
+    num_classes, data = asked.model["num_classes"], asked.data
+    if num_classes is not None and num_classes < dataset.num_classes:
         raise ValueError(
-            f"--num_classes {args.num_classes}: the data has {dataset.num_classes}, so labels would be out of range"
+            f"--num_classes {num_classes}: the data has {dataset.num_classes}, so labels would be out of range"
         )
-    if args.num_classes is not None and not args.class_cond:
+    if num_classes is not None and not data.class_cond:
         raise ValueError("--num_classes has no meaning with --class_cond False: leave one of them out")
+    of_data = {"num_classes": num_classes or dataset.num_classes, "in_channels": first_stage.latent_channels}
     return RunConfig(
-        model=ModelConfig(
-            **{**args_to_dict(args, flags_of(ModelConfig)), "num_classes": args.num_classes or dataset.num_classes},
-            downsample=first_stage.downsample,
-            in_channels=first_stage.latent_channels,
-            learn_sigma=args.learn_sigma,
-        ),
-        diffusion=from_args(DiffusionConfig, args),
-        objective=objective,
+        model=ModelConfig(**{**asked.model, **of_data}, downsample=first_stage.downsample),
+        diffusion=asked.process,
+        objective=complete_objective(asked.objective, dataset, first_stage, device),
         first_stage=first_stage.description,
         class_names=dataset.class_names,
-        class_cond=args.class_cond,
+        class_cond=data.class_cond,
         training=training_record(
-            config,
-            data_dir=args.data_dir,
+            asked.config,
+            data_dir=data.data_dir,
             num_images=len(dataset),
             data_sha256=data_hash,
             extensions=list(dataset.extensions),
-            random_flip=args.random_flip,
-            random_crop=args.random_crop,
-            fast_decode=args.fast_decode,
-            grey=args.grey,
+            **{name: getattr(data, name) for name in ("random_flip", "random_crop", "fast_decode", "grey")},
             **({} if dataset.order_record is None else {"data_order": dataset.order_record}),
-            schedule_sampler=args.schedule_sampler,
-            freeze=args.freeze,
+            **further,
         ),
     )
 
@@ -484,17 +496,16 @@ def open_logger(folder: Path, start_step: int, sinks: Sequence[str], dry_run: bo
 
 
 def complete_objective(
-    args: argparse.Namespace, dataset: ImageDataset, first_stage: FirstStage, device: torch.device
+    asked: dict[str, Any], dataset: ImageDataset, first_stage: FirstStage, device: torch.device
 ) -> ObjectiveConfig:
     """The objective with what the data decides: ``--time_shift auto``, and ``--sigma_data`` where it is not given."""
-    settings = {name: getattr(args, name) for name in ObjectiveConfig.__dataclass_fields__}
-    if args.time_shift == "auto":
-        side = args.image_size / first_stage.downsample
-        settings["time_shift"] = math.sqrt(first_stage.latent_channels * side**2 / SHIFT_ONE)
-    ObjectiveConfig(**settings)  # what it refuses is refused before data is measured
-    if args.objective == "edm" and args.sigma_data is None:
-        settings["sigma_data"] = deviation_of_latents(dataset, first_stage, device)
-    return ObjectiveConfig(**settings)
+    if asked["time_shift"] == "auto":
+        side = dataset.image_size / first_stage.downsample
+        asked = {**asked, "time_shift": math.sqrt(first_stage.latent_channels * side**2 / SHIFT_ONE)}
+    objective = ObjectiveConfig(**asked)  # what it refuses is refused before data is measured
+    if objective.objective == "edm" and objective.sigma_data is None:
+        return dataclasses.replace(objective, sigma_data=deviation_of_latents(dataset, first_stage, device))
+    return objective
 
 
 def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device: torch.device) -> float:
@@ -517,7 +528,7 @@ def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device:
 
 
 def describe(
-    args: argparse.Namespace,
+    asked: Asked,
     run_config: RunConfig,
     dataset: ImageDataset,
     model: LatentTransformer,
@@ -527,7 +538,7 @@ def describe(
     """What a user wants confirmed before a long run."""
     where = f"{ranks.world_size} processes" if ranks.world_size > 1 else "one process"
     parameters = sum(p.numel() for p in model.parameters())
-    defaulted = " (the default)" if args.decode_layer is None else ""
+    defaulted = " (the default)" if asked.model["decode_layer"] is None else ""
     decoder = f", {model.decode_layer} decoder blocks{defaulted}" if model.decode_layer else ""
     masking = "no masking" if model.mask_ratio is None else f"mask ratio {model.mask_ratio}"
     masking = f"policy {run_config.model.policy_name}, {masking}"

@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from masked_diffusion.sampling.few_steps import few_steps_warning
 from masked_diffusion.sampling.gallery import Row, draw, num_frames, parse_sweep
 from masked_diffusion.sampling.guides import open_away
 from masked_diffusion.sampling.image_sampler import ImageSampler, labels_for
-from masked_diffusion.sampling.inpainting import image_channels, open_photo, side_interpolation
+from masked_diffusion.sampling.inpainting import Photo, image_channels, open_photo, side_interpolation
 from masked_diffusion.sampling.pictures import check_picture_path
 from masked_diffusion.sampling.sampler_config import PICTURE_FLAGS, SamplerConfig
 from masked_diffusion.script_util import (
@@ -78,7 +79,7 @@ def prepare(
     trained = open_model(path, request, device, warn=lambda text: say(f"warning: {text}"))
     for message in apply_sampling_defaults(trained.config, args, explicit | preset):
         say(f"warning: {message}")
-    reasons = without_effect(args, swept, trained.config)
+    reasons = without_effect(bool(args.image), args.guidance, swept, trained.config)
     if swept == "guide_from":
         check_guide_settings(explicit, values, args.sweep)
     if swept in reasons:
@@ -89,12 +90,19 @@ def prepare(
         args.num_sampling_steps = min(args.num_sampling_steps, trained.config.most_steps or args.num_sampling_steps)
     if swept != "num_sampling_steps":
         frames = min(frames, args.num_sampling_steps)  # no state twice
-    variants = [(f"{swept} {value}", with_setting(args, parse, swept, value)) for value in values] or [("", args)]
+    settings = args_to_dict(args, SWEPT)
+    variants = [(f"{swept} {value}", settings | settings_as_given(parse, swept, value)) for value in values]
+    variants = variants or [("", settings)]
     for text in {few_steps_warning(trained.config, sampler_of(variant, trained.config)) for _, variant in variants}:
         if text:
             say(f"warning: {text}")
-    few = bool(swept) or frames > 1
-    rows = [row_of(name, variant, trained, device, few, swept == "labels") for name, variant in variants]
+    photo = None
+    if args.image:
+        image, mask = Path(args.image).expanduser(), Path(args.mask).expanduser()
+        photo = open_photo(image, mask, trained.config.model.image_size, image_channels(trained.first_stage) == 1)
+    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
+    few, repeat = bool(swept) or frames > 1, swept == "labels"
+    rows = [row_of(name, variant, trained, guide, photo, device, few, repeat) for name, variant in variants]
     say(cost_of(rows))
     # Small sets of classes in turn: one column per class.
     labels = rows[0].labels
@@ -104,9 +112,9 @@ def prepare(
     return Drawing(rows, frames, columns, trained.config.class_names, out)
 
 
-def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> dict[str, str]:
+def without_effect(has_image: bool, guidance: str, swept: str, config: RunConfig) -> dict[str, str]:
     """Flags that change nothing beside the others and with this model, and why."""
-    reasons = {} if args.image else {"inpaint_mode": "it needs --image and --mask"}
+    reasons = {} if has_image else {"inpaint_mode": "it needs --image and --mask"}
     if not config.class_cond:
         return reasons | dict.fromkeys(GUIDANCE_FLAGS, "the model was trained without classes and cannot be guided")
     if config.model.in_channels <= GUIDED_CHANNELS:
@@ -114,7 +122,7 @@ def without_effect(args: argparse.Namespace, swept: str, config: RunConfig) -> d
     elif config.model.in_channels > PUBLISHED_CHANNELS:
         reasons["cfg_channels"] = f"all channels of latents with more than {PUBLISHED_CHANNELS} are guided"
     if swept != "guidance":
-        reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(args.guidance).items()}
+        reasons |= {flag: f"it needs --guidance {name}" for flag, name in foreign_settings(guidance).items()}
     return reasons
 
 
@@ -125,33 +133,35 @@ def check_guide_settings(explicit: set[str], kinds: list[str], sweep: str) -> No
             raise ValueError(f"--{name}: no row of --sweep {sweep} has a use for it; leave it out")
 
 
-def with_setting(
-    args: argparse.Namespace, parse: Callable[[list[str]], argparse.Namespace], name: str, text: str
-) -> argparse.Namespace:
-    """The arguments with one of them as if ``--name text`` had been given.
+def settings_as_given(parse: Callable[[list[str]], argparse.Namespace], name: str, text: str) -> dict[str, Any]:
+    """What ``--name text`` sets.
 
     Of a kind of guidance, settings that it does not have are as if they had not been given: another row has them.
     """
-    usual = parse([f"--{name}={text}"])
     foreign = [setting for setting, kinds in GUIDE_SETTINGS.items() if name == "guide_from" and text not in kinds]
-    return argparse.Namespace(**{**vars(args), **{name: getattr(usual, name) for name in (name, *foreign)}})
+    return args_to_dict(parse([f"--{name}={text}"]), (name, *foreign))
 
 
 def row_of(
-    name: str, args: argparse.Namespace, trained: Trained, device: torch.device | str, few: bool, repeat: bool
+    name: str,
+    settings: Mapping[str, Any],
+    trained: Trained,
+    guide: Request,
+    photo: Photo | None,
+    device: torch.device | str,
+    few: bool,
+    repeat: bool,
 ) -> Row:
-    """The samples of one setting. few: a row's worth at most; repeat: each label with several noises."""
+    """The samples of one setting. settings: of :data:`SWEPT`. few: a row's worth at most; repeat: each label with
+    several noises."""
     config = trained.config
-    sampler = sampler_of(args, config)
-    labels = labels_of(args.labels, trained, few) * (COLUMNS if repeat else 1)
-    guide = Request(vae_path=args.vae_path, usual_decoder=args.vae_decoder)
+    sampler = sampler_of(settings, config)
+    labels = labels_of(settings["labels"], trained, few) * (COLUMNS if repeat else 1)
     new_away, _ = open_away(sampler, trained.model, config, str(trained.path), guide, device)
     make = ImageSampler(trained.model, config, sampler, trained.first_stage, device, progress=True, new_away=new_away)
-    if not args.image:
+    if photo is None:
         return Row(name, make, labels)
-    grey = image_channels(trained.first_stage) == 1
-    photo = open_photo(Path(args.image).expanduser(), Path(args.mask).expanduser(), config.model.image_size, grey)
-    side = side_interpolation(trained.model, config, args.inpaint_mode)
+    side = side_interpolation(trained.model, config, settings["inpaint_mode"])
     return Row(name, make, labels, photo.inpainting(trained.first_stage, side, device), photo)
 
 
@@ -167,8 +177,8 @@ def cost_of(rows: Sequence[Row]) -> str:
     return text + "; each is made twice, for the halves of the hole" * by_halves
 
 
-def sampler_of(args: argparse.Namespace, config: RunConfig) -> SamplerConfig:
-    return SamplerConfig(cfg_cond=config.class_cond, **args_to_dict(args, PICTURE_FLAGS))
+def sampler_of(settings: Mapping[str, Any], config: RunConfig) -> SamplerConfig:
+    return SamplerConfig(cfg_cond=config.class_cond, **{name: settings[name] for name in PICTURE_FLAGS})
 
 
 def labels_of(text: str, trained: Trained, few: bool) -> list[int]:

@@ -101,22 +101,10 @@ class ModelConfig:
         """A fresh model. Raises ValueError for an unknown name or a mask, decoder or patch that does not fit."""
         from masked_diffusion.models import create_model
 
+        settings = dataclasses.asdict(self)
+        name, input_size = settings.pop("model"), settings.pop("image_size") // settings.pop("downsample")
         try:
-            return create_model(
-                self.model,
-                input_size=self.image_size // self.downsample,
-                in_channels=self.in_channels,
-                num_classes=self.num_classes,
-                mask_ratio=self.mask_ratio,
-                decode_layer=self.decode_layer,
-                learn_sigma=self.learn_sigma,
-                class_dropout_prob=self.class_dropout_prob,
-                policy=self.policy,
-                route=self.route,
-                choose=self.choose,
-                path_drop=self.path_drop,
-                decoder=self.decoder,
-            )
+            return create_model(name, input_size=input_size, **settings)
         except ValueError as error:
             raise ValueError(_as_flags(str(error), self)) from None
 

@@ -152,33 +152,44 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that sample, such as one per GPU (%(default)s)")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Where sets go, and how they are sampled and scored; named as the flags of :func:`add_scoring_flags`."""
+
+    out: Path
+    eval_ref: Path | None
+    eval_graph: Path | None
+    eval_backend: str
+    processes: int
+
+
 def open_sweep(
-    args: argparse.Namespace, axis: str, of_sampler: Sequence[str], root: Path, source: Mapping[str, Any] | None = None
+    asked: Scoring, axis: str, of_sampler: Sequence[str], root: Path, source: Mapping[str, Any] | None = None
 ) -> Sweep:
-    """The sweep that the flags of :func:`add_scoring_flags` ask for, in the folder ``args.out``, which it takes.
+    """The sweep that is asked for. It takes its folder.
 
     of_sampler: further flags, of image_sample.py. root: of the repository, where the programs are. source: see
     :class:`Sweep`. Raises ValueError or OSError.
     """
-    if args.eval_ref is None:
+    if asked.eval_ref is None:
         raise ValueError("--eval_ref: give the reference to compare with")
-    if not args.eval_ref.expanduser().exists():
-        raise FileNotFoundError(f"--eval_ref {args.eval_ref}: no such file; evaluations/README.md says what it is")
-    if args.eval_graph is not None and not args.eval_graph.expanduser().is_file():
+    if not asked.eval_ref.expanduser().exists():
+        raise FileNotFoundError(f"--eval_ref {asked.eval_ref}: no such file; evaluations/README.md says what it is")
+    if asked.eval_graph is not None and not asked.eval_graph.expanduser().is_file():
         raise FileNotFoundError(
-            f"--eval_graph {args.eval_graph}: no such file; evaluations/README.md says where to get the network"
+            f"--eval_graph {asked.eval_graph}: no such file; evaluations/README.md says where to get the network"
         )
-    if args.processes < 1:
-        raise ValueError(f"--processes {args.processes}: must be at least 1")
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"]
-    graph = [] if args.eval_graph is None else ["--graph", str(args.eval_graph.expanduser())]
+    if asked.processes < 1:
+        raise ValueError(f"--processes {asked.processes}: must be at least 1")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={asked.processes}"]
+    graph = [] if asked.eval_graph is None else ["--graph", str(asked.eval_graph.expanduser())]
     sweep = Sweep(
-        folder=args.out.expanduser(),
+        folder=asked.out.expanduser(),
         axis=axis,
         sample=[str(root / "scripts" / "image_sample.py"), *of_sampler],
-        score=[str(root / "evaluations" / "evaluator.py"), str(args.eval_ref.expanduser())],
-        network=["--backend", args.eval_backend, *graph],
-        launch=launch if args.processes > 1 else (),
+        score=[str(root / "evaluations" / "evaluator.py"), str(asked.eval_ref.expanduser())],
+        network=["--backend", asked.eval_backend, *graph],
+        launch=launch if asked.processes > 1 else (),
         source=source or {},
     )
     sweep.claim()
