@@ -453,8 +453,8 @@ class _Examples(Dataset[dict[str, Any]]):
             except UnreadableImageError as error:
                 errors.append(error)
         raise ValueError(
-            f"--data_dir: {len(errors)} images in a row cannot be read, so it may not be for the images; the first: "
-            f"{errors[0]}"
+            f"--data_dir: {len(errors)} images in a row cannot be read; check the disk, the mount and the codec before "
+            f"the images; the first: {errors[0]}"
         )
 
 

@@ -410,7 +410,7 @@ def all_have_a_batch(data: ReadAhead, ranks: Ranks, step: int, logger: Logger) -
     in_hand = data.fetch()
     lacking = ranks.sum_(torch.tensor(int(not in_hand), device=ranks.device)).item()
     if lacking:
-        logger.text(f"no step {step + 1}: a process has no batch")
+        logger.text(f"step {step + 1} is not begun: a process has no batch")
     else:  # A rank with one batch has none for the second step: the question of now is answered after the first.
         ranks.any(in_hand < READ_AHEAD)
     return not lacking

@@ -174,7 +174,7 @@ def resolve(args: argparse.Namespace, explicit: set[str]) -> None:
         asked = "zero" if args.use_zero else "none"
         if "shard" in explicit and args.shard != asked:
             raise ValueError(
-                f"--use_zero {args.use_zero} is --shard {asked}, but --shard {args.shard} is given: choose"
+                f"--use_zero {args.use_zero} is --shard {asked}, but --shard {args.shard} is given; leave one out"
             )
         args.shard = asked
     args.policy = args.policy or family_policy(args.model)

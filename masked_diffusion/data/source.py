@@ -129,8 +129,8 @@ class Narrowed(ImageSource):
         self._kept = [index for index, kind in enumerate(kinds) if kind not in left_out]
         if not self._kept:
             raise ValueError(
-                f"--data_dir {source.data_dir}: all its images are of kinds ({' '.join(sorted(left_out))}) that were "
-                "not read when what is to go on began; give its images, or begin anew in another folder"
+                f"--data_dir {source.data_dir}: the run, or the latents, to go on with do not read its kinds of images "
+                f"({' '.join(sorted(left_out))}); give the former images, or begin anew in another folder"
             )
         self.data_dir = source.data_dir
         self.made_up_folders = source.made_up_folders

@@ -247,7 +247,7 @@ class Continuous(Objective):
         if output.shape[1] != x.shape[1]:
             raise ValueError(
                 f"the model returned {output.shape[1]} channels, --objective {self.config.objective} needs "
-                f"{x.shape[1]}: it has no use for --learn_sigma True"
+                f"{x.shape[1]}; train it with --learn_sigma False"
             )
         return output
 
@@ -432,8 +432,8 @@ def check_uniform(name: str, config: ObjectiveConfig) -> None:
     """Raise ValueError for a --schedule_sampler that a continuous objective does not have."""
     if name != "uniform":
         raise ValueError(
-            f"--schedule_sampler {name}: --objective {config.objective} has levels without number, so it takes "
-            "uniform; --level_law, --level_mean and --p_mean are its own"
+            f"--schedule_sampler {name}: --objective {config.objective} has no numbered timesteps to choose from; "
+            "leave the flag out, and see --level_law, --level_mean and --p_mean"
         )
 
 

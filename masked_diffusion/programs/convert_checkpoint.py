@@ -34,7 +34,7 @@ def prepare(args: argparse.Namespace, explicit: set[str], source: Path, out: Pat
         raise ValueError(f"--out {out}: the {CONFIG_NAME} beside it is of other weights; give another folder")
     if former is None and out.parent.is_dir() and (others := weight_files(out.parent, source)):
         raise ValueError(
-            f"--out {out}: a new {CONFIG_NAME} in {out.parent} would speak of {others[0].name}, too; give another "
+            f"--out {out}: a new {CONFIG_NAME} in {out.parent} would be read for {others[0].name}, too; give another "
             "folder"
         )
     return lambda: write_weights(model.state_dict(), config, out)

@@ -369,8 +369,8 @@ def check_order(former: dict[str, Any] | None, now: dict[str, Any] | None, confi
     if said[0] == said[1]:
         said[1] = "other places of the images in the archives"
     raise ValueError(
-        f"{config}: the run to resume has another order of images ({said[0]}; now: {said[1]}), in which its place in "
-        "the data means nothing; give the data and --shuffle_window of before, or start a new run with --init_from"
+        f"{config}: the run to resume has another order of images ({said[0]}; now: {said[1]}), so it would go on "
+        "at a wrong place; give the data and --shuffle_window of before, or start a new run with --init_from"
     )
 
 

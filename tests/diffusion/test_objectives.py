@@ -378,7 +378,9 @@ def test_the_share_of_noise_rises_over_four_quartiles_and_guidance_sees_timestep
 
 def test_levels_without_number_take_the_uniform_sampler_alone():
     for name in ("flow", "edm"):
-        with pytest.raises(ValueError, match=f"--schedule_sampler loss-second-moment: --objective {name} has levels"):
+        with pytest.raises(
+            ValueError, match=f"--schedule_sampler loss-second-moment: --objective {name} has no numbered timesteps"
+        ):
             make(name).levels("loss-second-moment")
 
 

@@ -612,6 +612,15 @@ def quoted_messages():
     return re.findall(r"^\| `(.+?)` \|", TROUBLESHOOTING.read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_every_message_has_a_cause_and_a_remedy_in_sentences():
+    text = TROUBLESHOOTING.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `.+?` \| (.*?) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == len(quoted_messages())
+    sentence = re.compile(r"[A-Z].*\.")
+    assert not [cause for cause, _ in rows if not cause.endswith(".")]
+    assert not [remedy for _, remedy in rows if not sentence.fullmatch(remedy) or "as it says" in remedy]
+
+
 def occurs(quote, template):
     """Whether a quoted message is a part of one in the source; … stands for anything in both."""
     pattern = ".*?".join(re.escape(part) for part in quote.split("…"))

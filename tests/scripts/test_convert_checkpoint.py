@@ -234,5 +234,5 @@ def test_a_new_configuration_does_not_come_to_speak_of_other_weights(convert, tm
     published(tmp_path / "shared" / "theirs.pt")
     out = tmp_path / "shared" / "mine.safetensors"
     convert(tmp_path / "source" / "mine.pt", out, "--vae_path", "none", status=2)
-    assert "would speak of theirs.pt" in capsys.readouterr().err
+    assert "would be read for theirs.pt" in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / "shared" / "config.json").exists()
