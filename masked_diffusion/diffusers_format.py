@@ -33,7 +33,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from masked_diffusion.choices import GUIDED_CHANNELS
+from masked_diffusion.choices import DISCRETE_OBJECTIVES, GUIDED_CHANNELS
 from masked_diffusion.data.class_names import ClassNames, names_by_label
 from masked_diffusion.diffusion.guidance import Guidance
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
@@ -186,11 +186,16 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         guide_from: str = SamplerConfig.guide_from,
         guide_ratio: float | None = SamplerConfig.guide_ratio,
         guide_strong_ratio: float = SamplerConfig.guide_strong_ratio,
+        schedule: str | None = None,
+        cfg_interval: Sequence[float] | None = SamplerConfig.cfg_interval,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw one image per entry of class_labels, see :meth:`labels`. The scheduler works in float32 in any case.
 
-        guidance_scale, scale_pow: see :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`; a DiT's scale is
-        constant. A scale of 1 draws without guidance; None takes the one the model is scored with. cfg_channels: how
+        guidance_scale: largest weight. A scale of 1 draws without guidance; None takes the one the model is scored
+        with. schedule: weight over time, as ``--guidance``; None is that of the model's family, power_cosine for the
+        masked ones and constant for DiT and SiT. scale_pow: of ``power_cosine``, see
+        :func:`masked_diffusion.diffusion.guidance.power_cosine_weight`. cfg_interval: of ``interval``, first and last
+        timestep, or under ``flow`` and ``edm`` two shares of noise in [0, 1]. cfg_channels: how
         many of the latent's channels are guided; None means three of four under the objective ``ddpm``, as published,
         and else all, as in diffusers' own pipelines. output_type: ``pil``, ``np`` (N, H, W, 3) in [0, 1], ``pt``
         (N, 3, H, W), or ``latent``. guide_from, guide_ratio, guide_strong_ratio: as the flags of
@@ -204,7 +209,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self._set_timesteps(num_inference_steps, device)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        guide = {"guide_from": guide_from, "guide_ratio": guide_ratio, "guide_strong_ratio": guide_strong_ratio}
+        guide: dict[str, Any] = {} if schedule is None else {"guidance": schedule}
+        guide |= {"guide_from": guide_from, "guide_ratio": guide_ratio, "guide_strong_ratio": guide_strong_ratio}
+        guide |= {"cfg_interval": None if cfg_interval is None else [*cfg_interval]}
         draws = _GeneratorDraws(len(y), generator)
         guidance = self._guidance(guidance_scale, cfg_channels, draws, scale_pow=scale_pow, **guide)
         unguided_predict, guided_predict = guidance.unled(self._predict), guidance.lead(self._predict)
@@ -263,7 +270,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             network, device = self.transformer.network, self._execution_device
             new_away, _ = own_away(sampler, network, config.mask_ratio, "this model", device, "guide_from")
             away = new_away(draws)
-        guidance = sampler.build_guidance(config.num_classes, self.scheduler.config.num_train_timesteps, away)
+        steps = self.scheduler.config.num_train_timesteps if objective in DISCRETE_OBJECTIVES else None
+        guidance = sampler.build_guidance(config.num_classes, steps, away)
         if cfg_channels is None:
             three_of_four = objective == "ddpm" and config.in_channels == GUIDED_CHANNELS + 1
             cfg_channels = GUIDED_CHANNELS if three_of_four else config.in_channels

@@ -31,9 +31,10 @@ from masked_diffusion.diffusers_format import (
     scheduler_of,
     use_dit_frequencies,
 )
+from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import Guidance, NullLabel, power_cosine_weight
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
-from masked_diffusion.first_stage import ChannelStatistics, load_first_stage
+from masked_diffusion.first_stage import ChannelStatistics, PixelSpace, load_first_stage
 from masked_diffusion.models.layers import sincos_position_table
 from masked_diffusion.randomness import key_bytes
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
@@ -143,6 +144,8 @@ def test_the_pipeline_refuses_guidance_that_it_cannot_have():
     ):
         with pytest.raises(ValueError, match=sentence):
             pipeline([0], guide_from=kind)
+    with pytest.raises(ValueError, match="--cfg_interval 470-80: give the smaller one first"):
+        pipeline([0], schedule="interval", cfg_interval=(470, 80))
 
 
 @pytest.mark.parametrize("objective", ["x0", "v"])
@@ -191,6 +194,40 @@ def test_a_loaded_pipeline_draws_our_samplers_images_under_every_objective(tmp_p
     expected = ours(range(2), [2, 0]).astype(int)
     assert np.abs(to_uint8(images * 2 - 1) - expected).max() <= 1
     assert expected.std() > 12 and np.abs(expected[0] - expected[1]).mean() > 5
+
+
+@pytest.mark.parametrize(
+    "objective, settings",
+    [
+        ("ddpm", {"guidance": "interval", "cfg_interval": [100, 700]}),
+        ("x0", {"guidance": "linear"}),
+        ("v", {"guidance": "beta:2,4"}),
+        ("flow", {"guidance": "interval", "cfg_interval": [0.1, 0.7]}),
+        ("edm", {"guidance": "interval", "cfg_interval": [0.1, 0.7]}),
+    ],
+)
+def test_the_pipeline_takes_each_weight_over_time_as_our_sampler_does(objective, settings):
+    model, config = trained_under(objective)
+    sampler = SamplerConfig(
+        8,
+        OBJECTIVES[objective][0],
+        cfg_cond=True,
+        cfg_scale=3.0,
+        cfg_channels=config.objective.guided_channels,
+        **settings,
+    )
+    ours = ImageSampler(model, config, sampler, PixelSpace(4), "cpu", stream=1)
+    seeds = [int.from_bytes(key_bytes(0, "noise", i)[:8], "big") for i in range(2)]
+    arguments = {"num_inference_steps": 8, "output_type": "latent", "cfg_interval": settings.get("cfg_interval")}
+    images, of_family = (
+        quiet(pipeline_of(model, config, None))(
+            [2, 0], 3.0, generator=[torch.Generator().manual_seed(seed) for seed in seeds], schedule=name, **arguments
+        ).images
+        for name in (settings["guidance"], None)
+    )
+    expected = samplers.last(ours.states(range(2), [2, 0])).float()
+    assert_close(images, expected)
+    assert (of_family - expected).abs().max() > 100 * (images - expected).abs().max()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -183,6 +183,8 @@ class SamplerConfig:
         """``cfg_interval`` in timesteps."""
         assert self.cfg_interval is not None
         low, high = self.cfg_interval
+        if not 0 <= low <= high:
+            raise ValueError(f"--cfg_interval {low}-{high}: give the smaller one first, from 0 on, such as 80-470")
         if diffusion_steps is None and high > 1:
             raise ValueError(
                 f"--cfg_interval {low}-{high}: of this --objective it is a share of noise, from 0 (clean) to 1, such "
