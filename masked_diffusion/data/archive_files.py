@@ -2,13 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from masked_diffusion.data.image_files import is_remote, patiently
 from masked_diffusion.data.listing_cache import Listing
+
+# Archives that a process holds open: some systems allow 256 files.
+_OPEN = 64
 
 
 class ArchiveFile:
@@ -42,6 +45,25 @@ class ArchiveFile:
     def size(self) -> int:
         """Bytes of the file."""
         return os.stat(self.path).st_size  # noqa: PTH116
+
+
+class ArchiveFiles:
+    """Local files read at offsets, by their numbers. A process holds some of them open; threads may share them."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+        self._opened: dict[int, ArchiveFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": {}}
+
+    def __getitem__(self, number: int) -> ArchiveFile:
+        file = self._opened.get(number)
+        if file is None:
+            if len(self._opened) >= _OPEN:
+                self._opened.pop(next(iter(self._opened)), None)  # closed when no thread reads it any more
+            file = self._opened[number] = ArchiveFile(self.paths[number])
+        return file
 
 
 def is_outside(name: str) -> bool:

@@ -1,29 +1,37 @@
 """Images in parquet files, as snapshots of Hugging Face's hub have them: a column of {bytes, path}, one of labels."""
 
+import contextlib
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from masked_diffusion.data.archive_files import others_in
+from masked_diffusion.data.archive_files import ArchiveFiles, others_in
 from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError, is_remote
+from masked_diffusion.data.row_places import ChangedFileError, RowPlaces, find_rows
 from masked_diffusion.data.table_images import Table, choose_split, image_column
 
 _MAGIC = b"PAR1"
 _SPLIT = re.compile(r"(.+?)-\d+-of-\d+.*\.parquet")  # train-00000-of-00005-0123456789abcdef.parquet
-# Bytes of row groups that a process keeps decoded, beside the one it reads. The hub's groups have 100 images each.
-_KEPT_BYTES = 2**29
-# A row group is decoded as a whole, in each loader process: one that is larger is refused.
+# Bytes of the places of rows that a process keeps: those of some million images.
+_PLACES_BYTES = 2**27
+# A row group is decoded as a whole when a process first meets it: one that is larger is refused.
 MAX_GROUP_BYTES = 2**32
 # Files that a process holds open.
 _OPEN = 8
 
 
 class Parquet(Table):
-    """The images of a parquet file, or of those in a folder or its folder ``data``; of several splits, ``train``."""
+    """The images of a parquet file, or of those in a folder or its folder ``data``; of several splits, ``train``.
+
+    kept_bytes: of row groups that a process keeps decoded, beside the one it reads. The hub's have 100 images each.
+    """
+
+    kept_bytes = 2**29
+    _image_bytes = 0  # of all files, when they are decoded
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:
@@ -49,11 +57,16 @@ class Parquet(Table):
 
     def _start(self) -> None:
         self._opened: dict[int, Any] = {}
+        self._contents = ArchiveFiles(self._paths)
         self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        # None: of a group whose rows have to be decoded together.
+        self._places: OrderedDict[tuple[int, int], RowPlaces | None] = OrderedDict()
+        self._places_bytes = 0
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_opened", "_kept", "_lock")}
+        own = ("_opened", "_contents", "_kept", "_places", "_places_bytes", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -64,7 +77,7 @@ class Parquet(Table):
 
     def _rows_of_groups(self, number: int) -> Iterable[int]:
         metadata = self._file(number).metadata
-        _check_groups(metadata, self._column, self._paths[number], self.data_dir)
+        self._image_bytes += _check_groups(metadata, self._column, self._paths[number], self.data_dir)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, list[Any]]:
@@ -75,6 +88,29 @@ class Parquet(Table):
             values = table[name].to_pylist()
             found[column] = [value and value[part] for value in values] if part else values
         return found
+
+    def _content(self, number: int, group: int, row: int, index: int) -> bytes | None:
+        """As any table's. Of sets that do not stay in memory, at the row's place in the file if that is known."""
+        with self._lock:
+            places = None if (number, group) in self._kept else self._places.get((number, group))
+            if places is not None:
+                self._places.move_to_end((number, group))
+        if places is not None:
+            with contextlib.suppress(ChangedFileError):  # decoding the group says what is wrong
+                return places.read(self._contents[number].read, row)
+        return super()._content(number, group, row, index)
+
+    def _find_places(self, number: int, group: int, rows: Any) -> None:
+        """Keep the places of the rows of a group, which were just decoded."""
+        metadata = self._file(number).metadata.row_group(group)
+        chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+        [chunk] = [c for c in chunks if c.path_in_schema in (self._column, f"{self._column}.bytes")]
+        places = find_rows(self._contents[number].read, chunk, list(_buffers(rows)))
+        self._places[number, group] = places
+        self._places_bytes += places.nbytes if places else 0
+        while self._places_bytes > _PLACES_BYTES:
+            _, former = self._places.popitem(last=False)
+            self._places_bytes -= former.nbytes if former else 0
 
     def _rows(self, number: int, group: int, index: int) -> Any:
         """The image column of a row group."""
@@ -91,8 +127,10 @@ class Parquet(Table):
                     raise  # the disk, not the data
                 raise UnreadableImageError(self.name_of(index), f"its row group is damaged: {error}") from error
             rows = self._kept[number, group] = table[self._column]
-            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
+            while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.kept_bytes:
                 self._kept.popitem(last=False)
+            if self._image_bytes > self.kept_bytes and (number, group) not in self._places:
+                self._find_places(number, group, rows)
             return rows
 
     def _file(self, number: int) -> Any:
@@ -113,8 +151,16 @@ def _parquet_files(folder: Path) -> list[Path]:
     return found or (sorted(inner.glob("[!.]*.parquet")) if entries and inner.is_dir() else [])
 
 
-def _check_groups(metadata: Any, column: str, path: str, data_dir: str) -> None:
-    """Raises ValueError for a row group of which the images are too large to be decoded."""
+def _buffers(rows: Any) -> Iterator[Any]:
+    """The content of each row of a column of images, as a buffer, None where it has none."""
+    for chunk in rows.chunks:
+        parts = chunk.flatten()[chunk.type.get_field_index("bytes")] if hasattr(chunk, "flatten") else chunk
+        yield from (value.as_buffer() if value.is_valid else None for value in parts)
+
+
+def _check_groups(metadata: Any, column: str, path: str, data_dir: str) -> int:
+    """The bytes of a file's images. Raises ValueError for a row group of which they are too many to be decoded."""
+    total = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
@@ -125,6 +171,8 @@ def _check_groups(metadata: Any, column: str, path: str, data_dir: str) -> None:
                 f"{MAX_GROUP_BYTES} that are decoded at a time; write the file with fewer rows in a group "
                 "(row_group_size=100)"
             )
+        total += size
+    return total
 
 
 def _has_images(path: Path) -> bool:

@@ -119,13 +119,17 @@ class Table(ImageSource):
 
     def read(self, index: int) -> bytes:
         number, group = (int(value) for value in self._groups[self._group_of[index]])
-        value = self._rows(number, group, index)[int(self._row_of[index])].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
+        content = self._content(number, group, int(self._row_of[index]), index)
         if not content:
             raise UnreadableImageError(self.name_of(index), "the row has no bytes; the image is in a file elsewhere")
         if len(content) > self._largest:
             raise UnreadableImageError(self.name_of(index), f"{len(content)} bytes are more than {self._largest}")
         return bytes(content)
+
+    def _content(self, number: int, group: int, row: int, index: int) -> bytes | None:
+        """The content of an image, None where its row has none. Raises as :meth:`_rows`."""
+        value = self._rows(number, group, index)[row].as_py()
+        return value.get("bytes") if isinstance(value, dict) else value
 
     def _usable(self, schema: Any, column: str | None, labels: list[Any], options: SourceOptions) -> Classes | None:
         """Classes of the label column, their names from the features that datasets stores; None without labels."""

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each, others_in
+from masked_diffusion.data.archive_files import ArchiveFiles, is_hidden, is_outside, last_of_each, others_in
 from masked_diffusion.data.image_files import (
     EXTENSIONS,
     PathTable,
@@ -42,8 +42,6 @@ _MAGIC, _MAGIC_AT = b"ustar", 257
 _LABEL_FILES = (".cls", ".json", ".txt")  # the first that a sample has gives its label
 _LONGEST_LABEL = 1 << 20  # bytes of such a file
 _ZEROS_AT_ONCE = 1 << 20
-# Archives that a process holds open: some systems allow 256 files.
-_OPEN = 64
 
 
 @dataclass
@@ -99,7 +97,7 @@ class Tar(ImageSource):
             missing = labels.count("")
             self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
         self.notes = notes
-        self._opened: dict[int, ArchiveFile] = {}
+        self._files = ArchiveFiles(self._paths)
 
     def _read_shards(self) -> list[Shard]:
         """The images of each archive. Raises FileNotFoundError, naming the archive, for one that is missing."""
@@ -139,9 +137,6 @@ class Tar(ImageSource):
             head = file.read(512)
         return head.startswith(_MAGIC, _MAGIC_AT) or head.partition(b"\n")[0].strip().endswith(b".tar")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_opened": {}}
-
     def sizes(self) -> np.ndarray:
         return self._sizes
 
@@ -153,19 +148,11 @@ class Tar(ImageSource):
         if size > self._largest:
             raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self._largest}")
         number, offset = int(self._shards[index]), int(self._offsets[index])
-        content = self._file(number).read(offset, size)
+        content = self._files[number].read(offset, size)
         if len(content) < size:
             where = f"{self._paths[number]} is cut off after {offset + len(content)} bytes"
             raise UnreadableImageError(self.name_of(index), where)
         return content
-
-    def _file(self, number: int) -> ArchiveFile:
-        file = self._opened.get(number)
-        if file is None:
-            if len(self._opened) >= _OPEN:
-                self._opened.pop(next(iter(self._opened)), None)  # closed when no thread reads it any more
-            file = self._opened[number] = ArchiveFile(self._paths[number])
-        return file
 
 
 def no_archive(data_dir: str, path: str) -> FileNotFoundError:

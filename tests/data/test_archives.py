@@ -20,7 +20,7 @@ from PIL import Image
 from pyarrow import parquet
 from support import script
 
-from masked_diffusion.data import array_images, image_files, parquet_images, tar_images
+from masked_diffusion.data import archive_files, array_images, image_files, parquet_images, tar_images
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.source import SourceOptions
 from masked_diffusion.data.sources import Arrays, Arrow, Folder, Parquet, Tar, Zip, open_source
@@ -660,10 +660,10 @@ def test_shards_of_one_name_in_several_folders_are_told_apart(tmp_path):
 
 
 def test_more_archives_are_read_than_are_open_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_images, "_OPEN", 2)
+    monkeypatch.setattr(archive_files, "_OPEN", 2)
     source = open_source(str(make_tar(tmp_path, 5, place=".")))
     assert [source.read(index) for index in range(COUNT)] == [IMAGES[name] for name in IN_ORDER]
-    assert len(source._opened) == 2
+    assert len(source._files._opened) == 2
 
 
 def test_members_are_grouped_as_webdataset_does(tmp_path):
@@ -998,10 +998,12 @@ def test_decoded_row_groups_are_kept_up_to_a_number_of_bytes(tmp_path, monkeypat
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     source = open_source(str(tmp_path / "a.parquet"))
     assert [source.read(n) for n in range(20)] == [png(n, 32) for n in range(20)] and len(source._kept) == 20
-    monkeypatch.setattr(parquet_images, "_KEPT_BYTES", 4 * len(png(0, 32)))
+    monkeypatch.setattr(Parquet, "kept_bytes", 4 * len(png(0, 32)))
     source = open_source(str(tmp_path / "a.parquet"))
     assert [source.read(n) for n in range(20)] == [png(n, 32) for n in range(20)] and 2 <= len(source._kept) <= 4
-    monkeypatch.setattr(parquet_images, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(Parquet, "kept_bytes", 0)
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert [source.read(n) for n in (1, 3)] == [png(n, 32) for n in (1, 3)]
     assert source.read(3) == png(3, 32) and len(source._kept) == 1
 
 
