@@ -1,17 +1,20 @@
 """Compare this code's trainings and samples with those of another checkout, byte for byte.
 
     git worktree add ../base main && python scripts/refactor_gate.py ../base
+    python scripts/refactor_gate.py ../base --step_rounds 8
 
 Run it after a change that must not change numbers. For each model, both codes train on the embedded digits, and this
 one also goes on from a checkpoint of the other. Weights, averages, optimizer states and samples must be equal, byte for
 byte, and so must the columns of the log and the entries of the state file that the other code has. What this one has
 beside them is listed as added. Exit status 0: nothing differs; 1: something does; 2: there is no such checkout.
+--step_rounds compares the time of a training step of MDT_S_2 instead.
 """
 
 import argparse
 import csv
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +36,21 @@ SAMPLE = [
     "scripts/image_sample.py", "--num_samples", "4", "--batch_size", "4", "--num_sampling_steps", "25", "--cfg_cond",
     "True", "--device", "cpu", "--model_path",
 ]  # fmt: skip
+# Run in a checkout: one training step of the benchmark's settings for each line read, the first to warm up; writes its
+# seconds by the clock and by the processor. Older checkouts have the benchmark's parts beside it.
+STEPS = """
+import importlib, os, sys, time
+import torch
+from masked_diffusion.dist_util import Place, Ranks
+name = "benchmarking.setup" if os.path.isdir("scripts/benchmarking") else "benchmark_setup"
+setup = importlib.import_module(name)
+loop = setup.make_loop(setup.Settings(), Ranks(Place(), torch.device("cpu")))
+batch = setup.training_batch(setup.Settings())
+for _ in sys.stdin:
+    clock, cpu = time.perf_counter(), time.process_time()
+    loop.train_step(*batch)
+    print(time.perf_counter() - clock, time.process_time() - cpu, flush=True)
+"""
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -40,6 +58,10 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("base", type=Path, metavar="BASE_CHECKOUT", help="root of the checkout to compare with")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="models to train")
     parser.add_argument("--steps", type=int, default=50, help="length of the trainings; half-way they are resumed")
+    parser.add_argument(
+        "--step_rounds", type=int, default=0,
+        help="compare the time of a training step of MDT_S_2 instead, in so many rounds, one thread each",
+    )  # fmt: skip
     return parser
 
 
@@ -55,6 +77,11 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: must be at least 2, as the trainings are resumed half-way")
 
+    if args.step_rounds < 0:
+        raise ValueError(f"--step_rounds {args.step_rounds}: must be 0 or more")
+    if args.step_rounds:
+        return lambda: compare_step_times(args.base, args.step_rounds)
+
     def work() -> int:
         found = [finding for name in args.models for finding in compare_model(args.base, name, args.steps)]
         for finding in found:
@@ -64,6 +91,51 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         return 1 if counts[0] else 0
 
     return work
+
+
+def compare_step_times(base: Path, rounds: int) -> int:
+    """Print the medians of the rounds' ratios of both codes' steps, ours to theirs. Returns the exit status."""
+    ours, theirs = stepping(HERE), stepping(base.resolve())
+    with ours, theirs:
+        for process in (ours, theirs):
+            step(process)
+        measured = []
+        for number in range(rounds):  # each is the first of a round as often as the other
+            both = [ours, theirs][:: -1 if number % 2 else 1]
+            seconds = {process: step(process) for process in both}
+            measured.append((seconds[ours], seconds[theirs]))
+        for process in (ours, theirs):
+            assert process.stdin is not None
+            process.stdin.close()
+    for which, name in enumerate(("clock", "processor")):
+        pairs = [(one[which], other[which]) for one, other in measured]
+        ratios = [one / other for one, other in pairs]
+        medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
+        sys.stdout.write(
+            f"{name}: {statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f}) times the other's step; "
+            f"median seconds {medians[0]:.3f} here, {medians[1]:.3f} there\n"
+        )
+    return 0
+
+
+def stepping(tree: Path) -> "subprocess.Popen[str]":
+    """A process that makes a training step of a checkout for each line that it is sent."""
+    paths = os.pathsep.join([str(tree), str(tree / "scripts")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", STEPS], cwd=tree, env=env, stdin=pipe, stdout=pipe, text=True)
+
+
+def step(process: "subprocess.Popen[str]") -> tuple[float, float]:
+    """One step: its seconds by the clock and by the processor. Raises RuntimeError where the process ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        clock, cpu = process.stdout.readline().split()
+    except (BrokenPipeError, ValueError):
+        raise RuntimeError("the measuring of steps failed; its output is above") from None
+    return float(clock), float(cpu)
 
 
 class Finding(NamedTuple):

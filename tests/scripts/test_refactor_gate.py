@@ -21,6 +21,13 @@ def write(folder, columns, state, weights):
     return folder
 
 
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "base" / "scripts").mkdir(parents=True)
+    (tmp_path / "base" / "scripts" / "image_train.py").touch()
+    return tmp_path / "base"
+
+
 METER = {"sums": torch.tensor([1.0, 2.0]), "names": ["loss"]}
 
 
@@ -85,10 +92,37 @@ def test_a_file_that_the_newer_code_does_not_write_is_a_difference(tmp_path):
         ),
     ],
 )
-def test_additions_alone_are_no_failure(monkeypatch, tmp_path, capsys, findings, status, says):
+def test_additions_alone_are_no_failure(monkeypatch, base, capsys, findings, status, says):
     gate = script(GATE)
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "image_train.py").touch()
     monkeypatch.setattr(gate, "compare_model", lambda *_: [gate.Finding(*finding) for finding in findings])
-    assert gate.main([str(tmp_path), "--models", "MDT_Ti_2"]) == status
+    assert gate.main([str(base), "--models", "MDT_Ti_2"]) == status
     assert capsys.readouterr().out.startswith(says)
+
+
+# In place of a step: a slower one in the folder called base.
+STAND_IN = """
+import os, sys
+for number, _ in enumerate(sys.stdin):
+    slower = os.getcwd().endswith("base")
+    print(9 if number == 0 else 4 + slower, 2 * (1 + slower), flush=True)
+"""
+
+
+def test_steps_of_both_codes_are_measured_in_turn_without_the_first(monkeypatch, base, capsys):
+    monkeypatch.setattr(script(GATE), "STEPS", STAND_IN)
+    assert script(GATE).main([str(base), "--step_rounds", "3"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "clock: 0.800 (0.800-0.800) times the other's step; median seconds 4.000 here, 5.000 there",
+        "processor: 0.500 (0.500-0.500) times the other's step; median seconds 2.000 here, 4.000 there",
+    ]
+
+
+def test_a_measuring_that_fails_is_an_error(monkeypatch, base):
+    monkeypatch.setattr(script(GATE), "STEPS", "import sys; sys.exit('no such module')")
+    with pytest.raises(RuntimeError, match="the measuring of steps failed"):
+        script(GATE).compare_step_times(base, 1)
+
+
+def test_a_negative_number_of_rounds_is_refused(base, capsys):
+    assert script(GATE).main([str(base), "--step_rounds", "-1"]) == 2
+    assert "--step_rounds -1: must be 0 or more" in capsys.readouterr().err
