@@ -524,16 +524,40 @@ PARTS = ("change_one_thing.md", "objectives.md", "policies.md")
 PROGRAMS = [page for page in PAGES if blocks(page, "python") and page.name not in PARTS]
 
 
+def run_program(text, **replacements):
+    """A documented program, with each of the replaced words in it. Returns its names."""
+    for old, new in replacements.items():
+        assert old in text
+        text = text.replace(old, str(new))
+    names = {}
+    exec(compile(text, "a documented program", "exec"), names)
+    return names
+
+
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_a_documented_python_program_runs(page, images_by_name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for program in blocks(page, "python"):
-        for old, new in (("/dataset/", f"{images_by_name}/"), ("256", str(SIDE)), ("10000", "6")):
-            assert old in program
-            program = program.replace(old, new)
-        exec(compile(program, str(page), "exec"), {})
+    programs = [program for program in blocks(page, "python") if "/dataset/" in program]
+    assert programs
+    for program in programs:
+        run_program(program, **{"/dataset/": f"{images_by_name}/", "256": SIDE, "10000": 6})
     with np.load(tmp_path / f"flowers{SIDE}.npz") as file:
         assert file["arr_0"].shape == (6, SIDE, SIDE, 3) and file["arr_0"].dtype == np.uint8
+
+
+def test_the_documented_programs_export_a_network_and_read_its_features(
+    images_by_name, tiny_vae, tmp_path, monkeypatch
+):
+    export, read = [text for text in blocks(REPO / "docs" / "data.md", "python") if "/dataset/" not in text]
+    monkeypatch.chdir(tmp_path)
+    run_program(export, **{"256": SIDE, "224": 28})["export"](torch.nn.AvgPool2d(14), "dino.pt2")
+    flags = ["--data_dir", images_by_name / "flowers", "--vae_path", tiny_vae, "--out", "latents_flowers_dino"]
+    flags += [*ENCODING.split(), "--num_workers", 0, "--features", "dino.pt2", "--trust_features", "True"]
+    assert call(monkeypatch, "scripts/encode_latents.py", tmp_path, *flags) == 0
+    names = run_program(
+        read, **{"latents_flowers256_dino": "latents_flowers_dino", "256": SIDE, "batch_size=32": "batch_size=3"}
+    )
+    assert names["extra"]["features"].shape == (3, 3, 2, 2)
 
 
 @pytest.mark.e2e
