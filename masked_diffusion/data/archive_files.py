@@ -84,9 +84,3 @@ def others_in(data_dir: str, taken: Collection[str]) -> list[str]:
     beside = [entry for entry in Path(data_dir).iterdir() if entry.is_file() and not is_hidden(entry.name)]
     kinds = (entry.suffix.lower() or "no extension" for entry in beside if entry.name not in names)
     return Listing(skipped=Counter(kinds)).notes
-
-
-def last_of_each(names: list[str]) -> list[int]:
-    """Indices of the names in their order, of equal ones the last."""
-    order = sorted(range(len(names)), key=names.__getitem__)  # stable
-    return [i for i, after in zip(order, [*order[1:], -1], strict=True) if after < 0 or names[i] != names[after]]

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import PathTable, is_remote
+from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.label_files import classes_of
 from masked_diffusion.data.listing_cache import some
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"

@@ -2,13 +2,13 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from masked_diffusion.data.archive_files import is_outside
 from masked_diffusion.data.image_files import is_remote
-from masked_diffusion.data.table_images import Table, choose_split
+from masked_diffusion.data.table_images import Table, choose_split, values_of
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 # Files that a process maps: a mapping of each has a list of all its groups of rows.
@@ -68,7 +68,7 @@ class Arrow(Table):
     def _rows_of_groups(self, number: int) -> Iterable[int]:
         return [len(chunk) for chunk in self._table(number)[self._column].chunks]
 
-    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, Iterator[Any]]:
         import pyarrow.compute
 
         table = self._table(number)
@@ -76,7 +76,7 @@ class Arrow(Table):
         for column in columns:
             name, _, part = column.partition(".") if column not in table.column_names else (column, "", "")
             values = pyarrow.compute.struct_field(table[name], part) if part else table[name]
-            found[column] = values.to_pylist()
+            found[column] = values_of(values)
         return found
 
     def _rows(self, number: int, group: int, index: int) -> Any:

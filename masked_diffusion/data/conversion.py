@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from masked_diffusion.data.image_files import FORMATS, PathTable, UnreadableImageError, is_remote
+from masked_diffusion.data.image_files import FORMATS, UnreadableImageError, is_remote
 from masked_diffusion.data.image_writers import FolderTarget, Target, Written
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.files import lock, write_json
 from masked_diffusion.image_datasets import SourceDataset, center_crop_arr, resize_short_side
 from masked_diffusion.processes.loader_processes import iterate

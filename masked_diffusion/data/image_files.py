@@ -3,7 +3,7 @@
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from masked_diffusion.data.listing_cache import Listing, keep_listing, kept_listing
+from masked_diffusion.data.path_table import PathList, PathTable
 from masked_diffusion.files import atomic_write
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
@@ -56,7 +57,7 @@ def join(folder: str, relative: str) -> str:
 
 def list_image_files(data_dir: str) -> list[str]:
     """List the paths of all images below ``data_dir``, sorted. Raises what :func:`list_folder` does."""
-    return list_folder(data_dir).files
+    return list(list_folder(data_dir).files)
 
 
 def list_folder(data_dir: str) -> Listing:
@@ -81,7 +82,7 @@ def list_folder(data_dir: str) -> Listing:
         )
     else:
         listing = kept_listing(Path(data_dir)) or _list_anew(data_dir)
-    if not listing.files:
+    if not len(listing.files):
         kinds = " ".join(extension[1:] for extension in EXTENSIONS)
         raise ValueError(f"--data_dir {data_dir}: no images in it or below it; give a folder with files of {kinds}")
     return listing
@@ -92,7 +93,7 @@ def looked_in(path: str) -> str:
     return "" if Path(path).is_absolute() else f" in {Path.cwd()}"
 
 
-def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
+def file_sizes(folder: str, paths: Sequence[str] | PathTable) -> np.ndarray:
     """Return the bytes of the files below a folder, (N,) int64.
 
     Remote files count as -1, because each answer would cost a request.
@@ -101,7 +102,8 @@ def file_sizes(folder: str, paths: Sequence[str]) -> np.ndarray:
         return np.full(len(paths), -1, dtype=np.int64)
 
     def sizes(start: int) -> list[int]:
-        return [os.stat(f"{folder}/{path}").st_size for path in paths[start : start + FILES_AT_ONCE]]  # noqa: PTH116
+        some = range(start, min(start + FILES_AT_ONCE, len(paths)))
+        return [os.stat(f"{folder}/{paths[index]}").st_size for index in some]  # noqa: PTH116
 
     # Several are asked at a time: a network disk takes a while for each answer.
     with ThreadPoolExecutor(ASKED_AT_A_TIME) as pool:
@@ -113,7 +115,7 @@ def take_file(listing: Listing, path: str) -> bool:
     """Add a file to the images, or by its extension to what is left out. Returns whether it is an image."""
     extension = os.path.splitext(path)[1].lower()  # noqa: PTH122  (a million of them)
     if extension in EXTENSIONS:
-        listing.files.append(path)
+        listing.found.append(path)
         return True
     if path != LABELS_NAME:
         listing.skipped[extension or "no extension"] += 1
@@ -122,7 +124,9 @@ def take_file(listing: Listing, path: str) -> bool:
 
 def _finish(listing: Listing, folders: Iterable[str]) -> Listing:
     """Sort a new list and find the folders without images. folders: all that were met, below the root."""
-    listing.files.sort()
+    found = listing.found.table()
+    listing.files = found.take(found.order()[0])
+    listing.found = PathList()
     filled = {""}
     for path in listing.files:
         while (path := path.rpartition("/")[0]) not in filled:
@@ -262,41 +266,6 @@ def _list_remote(root: str) -> Listing:
             f"--data_dir {root}: cannot be listed ({error}); check the path and the credentials"
         ) from error
     return _finish(listing, met)
-
-
-class PathTable:
-    """A read-only list of paths, kept in two arrays.
-
-    Two arrays are shared when a process forks, and are sent quickly otherwise. A million Python strings would be copied
-    into every loader process, because counting references touches their memory.
-    """
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        for end in self._ends:
-            yield self._text[start:end].tobytes().decode("utf-8", "surrogateescape")
-            start = end
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, PathTable):
-            return NotImplemented
-        return np.array_equal(self._ends, other._ends) and np.array_equal(self._text, other._text)
-
-    __hash__ = None  # type: ignore[assignment]  # as of a list
-
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"path {index} of {len(self)}")
-        start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
 
 
 # Of the extensions. Pillow knows others, and some can be more than pictures: EPS is a program.

@@ -3,14 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from masked_diffusion.data.class_names import sort_class_names
-from masked_diffusion.data.image_files import PathTable, read_bytes
+from masked_diffusion.data.image_files import read_bytes
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.data.source import Classes, Source
 
 MAX_CLASSES = 1_000_000
@@ -68,6 +70,56 @@ def classes_of(labels: Iterable[int | str], origin: str) -> Classes:
     names = sort_class_names(str(label) for label in labels)
     label_of = {name: label for label, name in enumerate(names)}
     return Classes(names, np.array([label_of[str(label)] for label in labels], dtype=np.int64))
+
+
+class LabelColumn:
+    """The labels of images, of which each different one is kept once: ten million of them are few classes.
+
+    A label is an integer or a name, or what stands for none, such as None.
+    """
+
+    def __init__(self) -> None:
+        self._number_of: dict[Any, int] = {}
+        self._numbers = array("i")
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def extend(self, labels: Iterable[Any]) -> None:
+        number_of = self._number_of
+        for label in labels:
+            label = str(label) if isinstance(label, list | dict) else label
+            self._numbers.append(number_of.setdefault(label, len(number_of)))
+
+    def __getitem__(self, index: int) -> Any:
+        return list(self._number_of)[self._numbers[index]]
+
+    def count(self, label: Any) -> int:
+        """How many images have this label."""
+        return int(np.count_nonzero(np.frombuffer(self._numbers, np.int32) == self._number_of.get(label, -1)))
+
+    def take(self, indices: np.ndarray) -> "LabelColumn":
+        """The labels of these images, in this order."""
+        taken = LabelColumn()
+        taken._number_of = self._number_of
+        taken._numbers = array("i", np.frombuffer(self._numbers, np.int32)[indices].tobytes())
+        return taken
+
+    @property
+    def different(self) -> list[Any]:
+        """The labels that images have, in the order in which they were first met."""
+        used = np.unique(np.frombuffer(self._numbers, np.int32))
+        values = list(self._number_of)
+        return [values[number] for number in used]
+
+    def classes(self, label_of: Callable[[Any], int | str], origin: str) -> Classes:
+        """What :func:`classes_of` makes of all labels. label_of: turns what was given into one."""
+        numbers = np.frombuffer(self._numbers, np.int32)
+        used = np.unique(numbers)
+        names, labels = classes_of([label_of(value) for value in self.different], origin)
+        lookup = np.zeros(len(self._number_of), dtype=np.int64)
+        lookup[used] = labels
+        return Classes(names, lookup[numbers])
 
 
 def named(classes: Classes, names: Sequence[str]) -> Classes:

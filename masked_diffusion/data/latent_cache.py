@@ -17,7 +17,6 @@ runs no code.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from masked_diffusion.data.image_files import (
     EXTENSIONS,
     EXTENSIONS_OF_0_1_0,
     LATER_EXTENSIONS,
-    PathTable,
     UnreadableImageError,
     is_file,
     is_remote,
@@ -42,7 +40,7 @@ from masked_diffusion.data.image_files import (
     local_copy,
     read_bytes,
 )
-from masked_diffusion.data.listing_cache import pack_paths, unpack_paths
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.files import atomic_write, cache_folder, remove_unfinished, write_json
 from masked_diffusion.first_stage import ChannelStatistics
 from masked_diffusion.processes.resumable_parts import Parts
@@ -148,19 +146,19 @@ class CacheRecord:
 class SourceIndex:
     """The images behind a cache. paths: below the source folder; sizes: (N,) int64 bytes; labels: (N,) int64."""
 
-    paths: list[str]
+    paths: PathTable
     sizes: np.ndarray
     labels: np.ndarray
 
     def as_bytes(self) -> bytes:
-        paths = np.frombuffer(pack_paths(self.paths), dtype=np.uint8)
-        arrays = {"labels": self.labels, "sizes": self.sizes, "paths": paths.copy()}
+        paths = np.frombuffer(self.paths.packed(), dtype=np.uint8)
+        arrays = {"labels": self.labels, "sizes": self.sizes, "paths": paths}
         return to_safetensors({name: torch.from_numpy(array) for name, array in arrays.items()})
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "SourceIndex":
         arrays = {name: tensor.numpy() for name, tensor in from_safetensors(content).items()}
-        return cls(unpack_paths(arrays["paths"].tobytes()), arrays["sizes"], arrays["labels"])
+        return cls(PathTable.unpacked(arrays["paths"]), arrays["sizes"], arrays["labels"])
 
     def sha256(self) -> str:
         return hashlib.sha256(self.as_bytes()).hexdigest()
@@ -200,7 +198,7 @@ def extensions_in(folder: Path) -> list[str] | None:
     return _extensions(_parse_record(str(record)), SourceIndex.from_bytes(index.read_bytes()).paths)
 
 
-def _extensions(record: CacheRecord, paths: Sequence[str]) -> list[str]:
+def _extensions(record: CacheRecord, paths: PathTable) -> list[str]:
     """Those that were looked for. Where no image is of the later kinds, none was or they were left out."""
     if record.extensions is not None:
         return record.extensions
@@ -331,7 +329,7 @@ class LatentCache:
         self.data_dir = data_dir
         self.record = read_record(data_dir)
         index = self._read_index()
-        self.names, self.labels, self.sizes = PathTable(index.paths), index.labels, index.sizes
+        self.names, self.labels, self.sizes = index.paths, index.labels, index.sizes
         self.extensions = _extensions(self.record, index.paths)
         self._opened: dict[int, Any] = {}
         self._check_files()

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from masked_diffusion.data.path_table import PathList, PathTable
 from masked_diffusion.files import atomic_write, cache_folder
 
 FEWEST_FILES = 10_000
@@ -29,14 +30,16 @@ NAMED = 5  # of the things that are left out
 class Listing:
     """What was found in a data folder and the folders below it.
 
-    files: images, below the folder. skipped: number of files of other extensions, by extension in lower case. empty:
-    folders that have no image in or below them. kept_in: where the list was kept, if it was not made anew.
+    files: images, below the folder, sorted. skipped: number of files of other extensions, by extension in lower case.
+    empty: folders that have no image in or below them. kept_in: where the list was kept, if not made anew. found:
+    images, as they come while the folder is listed.
     """
 
-    files: list[str] = field(default_factory=list)
+    files: PathTable = field(default_factory=PathTable)
     skipped: Counter[str] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)
     kept_in: Path | None = None
+    found: PathList = field(default_factory=PathList)
 
     @property
     def notes(self) -> list[str]:
@@ -58,30 +61,21 @@ def some(items: list[str]) -> str:
     return ", ".join(items[:NAMED]) + (f", ... ({len(items)} in all)" if len(items) > NAMED else "")
 
 
-def pack_paths(paths: list[str]) -> bytes:
-    """Paths as one text, separated by NUL, which no path contains."""
-    return "\0".join(paths).encode("utf-8", "surrogateescape")
-
-
-def unpack_paths(packed: bytes) -> list[str]:
-    """What :func:`pack_paths` packed."""
-    return packed.decode("utf-8", "surrogateescape").split("\0")
-
-
 def kept_listing(root: Path) -> Listing | None:
     """The files below a folder as they were listed before; None where they were not, or where a folder has changed."""
     path = _file_of(root)
     if path is None:
         return None
     try:
-        header, _, packed = path.read_bytes().partition(b"\n")
-        record = json.loads(header)
+        content = path.read_bytes()
+        end = content.index(b"\n")
+        record, packed = json.loads(content[:end]), memoryview(content)[end + 1 :]
         folders: dict[str, list[int]] = record["folders"]
         current = all(_state(root / folder) == state[:-1] for folder, state in folders.items())
         counted = sorted(folders)[:: -(-len(folders) // COUNTED_FOLDERS)]
         current = current and all(len(os.listdir(root / folder)) == folders[folder][-1] for folder in counted)
         current = current and hashlib.sha256(packed).hexdigest() == record["sha256"]
-        listing = Listing(unpack_paths(packed), Counter(record["skipped"]), record["empty"], path)
+        listing = Listing(PathTable.unpacked(packed), Counter(record["skipped"]), record["empty"], path)
     except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none, not readable, or a folder is gone
         return None
     return listing if current else None
@@ -100,11 +94,12 @@ def keep_listing(root: Path, folders: dict[str, int], listing: Listing) -> None:
         if _times_stand_still([(modified, changed) for modified, changed, *_ in states.values()]):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        packed = pack_paths(listing.files)
+        packed = listing.files.packed()
         digest = hashlib.sha256(packed).hexdigest()  # a list that was cut off would be a shorter one
         header = {"folders": states, "skipped": listing.skipped, "empty": listing.empty, "sha256": digest}
         with atomic_write(path) as file:
-            file.write(json.dumps(header).encode() + b"\n" + packed)
+            file.write(json.dumps(header).encode() + b"\n")
+            file.write(packed)
 
 
 def _times_stand_still(times: list[tuple[int, int]]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from masked_diffusion.data.archive_files import ArchiveFiles, others_in
 from masked_diffusion.data.image_files import EXTENSIONS, UnreadableImageError, is_remote
 from masked_diffusion.data.row_places import ChangedFileError, RowPlaces, find_rows
-from masked_diffusion.data.table_images import Table, choose_split, image_column
+from masked_diffusion.data.table_images import Table, choose_split, image_column, values_of
 
 _MAGIC = b"PAR1"
 _SPLIT = re.compile(r"(.+?)-\d+-of-\d+.*\.parquet")  # train-00000-of-00005-0123456789abcdef.parquet
@@ -80,13 +80,12 @@ class Parquet(Table):
         self._image_bytes += _check_groups(metadata, self._column, self._paths[number], self.data_dir)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
-    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, Iterator[Any]]:
         table = self._file(number).read(columns, use_threads=False)
         found = {}
         for column in columns:
             name, _, part = column.partition(".") if column not in table.column_names else (column, "", "")
-            values = table[name].to_pylist()
-            found[column] = [value and value[part] for value in values] if part else values
+            found[column] = values_of(table[name], part)
         return found
 
     def _content(self, number: int, group: int, row: int, index: int) -> bytes | None:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import EXTENSIONS, PathTable, as_shown, join, read_with
+from masked_diffusion.data.image_files import EXTENSIONS, as_shown, join, read_with
 from masked_diffusion.data.listing_cache import Listing
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.settings import setting
 
 

@@ -17,7 +17,6 @@ from masked_diffusion.data.array_images import Arrays
 from masked_diffusion.data.arrow_images import Arrow
 from masked_diffusion.data.image_files import (
     LABELS_NAME,
-    PathTable,
     file_sizes,
     is_file,
     is_remote,
@@ -28,6 +27,7 @@ from masked_diffusion.data.image_files import (
 from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.latent_cache import LatentCache, is_latent_cache
 from masked_diffusion.data.parquet_images import Parquet
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.data.remote_tars import RemoteTar
 from masked_diffusion.data.shapes import CLASSES as SHAPE_CLASSES
 from masked_diffusion.data.shapes import draw_shape, label_of
@@ -169,7 +169,7 @@ class Folder(ImageSource):
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         listing = list_folder(data_dir)
         self.data_dir = data_dir
-        self.names = PathTable(listing.files)
+        self.names = listing.files
         self.notes = listing.notes
 
     def classes(self) -> Classes | None:
@@ -183,7 +183,7 @@ class Folder(ImageSource):
         return True  # the last one: what is wrong with any other path, it says
 
     def sizes(self) -> np.ndarray:
-        return file_sizes(self.data_dir, list(self.names))
+        return file_sizes(self.data_dir, self.names)
 
     def read(self, index: int) -> bytes:
         return read_bytes(self.name_of(index))

@@ -2,17 +2,19 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from masked_diffusion.data.archive_files import is_outside
-from masked_diffusion.data.image_files import PathTable, UnreadableImageError
-from masked_diffusion.data.label_files import classes_of, named
+from masked_diffusion.data.image_files import UnreadableImageError
+from masked_diffusion.data.label_files import LabelColumn, named
+from masked_diffusion.data.path_table import PathList, PathTable
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
+_ROWS_AT_ONCE = 1 << 16  # of small columns
 _IMAGE_NAMES = ("image", "img", "jpg", "png")
 _LABEL_NAMES = ("label", "labels", "cls")
 
@@ -40,8 +42,7 @@ class Table(ImageSource):
         self._largest = options.max_image_bytes
         self._paths, self.notes = self._files_of(Path(data_dir))
         self._start()
-        paths: list[str | None] = []
-        labels: list[Any] = []
+        paths, labels = _OwnNames(), LabelColumn()
         groups: list[tuple[int, int, int]] = []  # file, group of rows, its rows
         try:
             schema = self._schema(0)
@@ -52,9 +53,9 @@ class Table(ImageSource):
                 columns = [name for name in (path_column, label_column) if name]
                 table = self._small_columns(number, columns) if columns else {}
                 if path_column:
-                    paths += table[path_column]
+                    paths.extend(table[path_column])
                 if label_column:
-                    labels += table[label_column]
+                    labels.extend(table[label_column])
         except (pyarrow.ArrowException, OSError, KeyError) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: its {self.kind} files are damaged, or not alike ({error}); copy them again"
@@ -62,14 +63,14 @@ class Table(ImageSource):
         counts = [count for *_, count in groups]
         if not sum(counts):
             raise ValueError(f"--data_dir {data_dir}: these {self.kind} files have no rows; give some that hold images")
-        own_names = _own_names(paths)
-        names = own_names or self._made_up_names(groups)
-        order = sorted(range(len(names)), key=names.__getitem__)
-        self.names = PathTable(names[index] for index in order)
+        own_names = paths.table()
+        names = PathTable(self._made_up_names(groups)) if own_names is None else own_names
+        order, _ = names.order()
+        self.names = names.take(order)
         self._groups = np.array([group[:2] for group in groups])
-        self._group_of = np.repeat(np.arange(len(groups)), counts)[order]
-        self._row_of = np.concatenate([np.arange(count) for count in counts])[order]
-        self._labels = self._usable(schema, label_column, [labels[index] for index in order] if labels else [], options)
+        self._group_of = np.repeat(np.arange(len(groups), dtype=np.int32), counts)[order]
+        self._row_of = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])[order]
+        self._labels = self._usable(schema, label_column, labels.take(order) if len(labels) else labels, options)
         if own_names is None and self._labels is None:
             missing = labels.count(None) if label_column else len(names)
             self.made_up_folders = f"{missing} of {len(names)} images have no label"
@@ -94,7 +95,7 @@ class Table(ImageSource):
         """How many rows each of a file's groups has."""
 
     @abstractmethod
-    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, list[Any]]:
+    def _small_columns(self, number: int, columns: Sequence[str]) -> dict[str, Iterator[Any]]:
         """The values of columns of a file by their names, such as ``label`` and ``image.path``."""
 
     @abstractmethod
@@ -104,12 +105,12 @@ class Table(ImageSource):
 
     # The source
 
-    def _made_up_names(self, groups: list[tuple[int, int, int]]) -> list[str]:
+    def _made_up_names(self, groups: list[tuple[int, int, int]]) -> Iterator[str]:
         """The file's name and the row of each image."""
         rows_of = np.zeros(len(self._paths), dtype=np.int64)
         for number, _, count in groups:
             rows_of[number] += count
-        return [f"{Path(self._paths[n]).name}/{row:08d}" for n, rows in enumerate(rows_of) for row in range(rows)]
+        return (f"{Path(self._paths[n]).name}/{row:08d}" for n, rows in enumerate(rows_of) for row in range(rows))
 
     def sizes(self) -> np.ndarray:
         return np.full(len(self), -1, dtype=np.int64)  # they stand nowhere but in the data
@@ -131,9 +132,9 @@ class Table(ImageSource):
         value = self._rows(number, group, index)[row].as_py()
         return value.get("bytes") if isinstance(value, dict) else value
 
-    def _usable(self, schema: Any, column: str | None, labels: list[Any], options: SourceOptions) -> Classes | None:
+    def _usable(self, schema: Any, column: str | None, labels: LabelColumn, options: SourceOptions) -> Classes | None:
         """Classes of the label column, their names from the features that datasets stores; None without labels."""
-        if column is None or not labels:
+        if column is None or not len(labels):
             return None
         if missing := labels.count(None):
             if options.label_column:
@@ -143,18 +144,38 @@ class Table(ImageSource):
                 )
             self.notes = [*self.notes, f"labels are not used: {missing} of {len(labels)} images have none"]
             return None
-        classes = classes_of(labels, f"column {column} of --data_dir {self.data_dir}")
-        if any(isinstance(label, str) for label in labels):
+        classes = labels.classes(lambda label: label, f"column {column} of --data_dir {self.data_dir}")
+        if any(isinstance(label, str) for label in labels.different):
             return classes
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         names = features.get(column, {}).get("names") or ()
         return named(classes, [str(name) for name in names])
 
 
-def _own_names(paths: list[str | None]) -> list[str] | None:
-    """The images' own paths, where each has one and no two the same."""
-    own = [path for path in paths if path and not is_outside(path)]
-    return own if own and len(own) == len(paths) == len(set(own)) else None
+def values_of(column: Any, part: str = "") -> Iterator[Any]:
+    """The values of a column of pyarrow, or of a part of each, some rows at a time."""
+    for first in range(0, len(column), _ROWS_AT_ONCE):
+        values = column.slice(first, _ROWS_AT_ONCE).to_pylist()
+        yield from (value and value[part] for value in values) if part else values
+
+
+class _OwnNames:
+    """The images' own paths, as far as each has one."""
+
+    def __init__(self) -> None:
+        self._paths, self._all_have = PathList(), True
+
+    def extend(self, paths: Iterable[str | None]) -> None:
+        for path in paths:
+            self._all_have = self._all_have and bool(path) and not is_outside(path or "")
+            if self._all_have:
+                self._paths.append(path or "")
+
+    def table(self) -> PathTable | None:
+        """The paths where each image has one and no two have the same, else None."""
+        table = self._paths.table()
+        usable = self._all_have and len(table) > 0 and bool(table.order()[1].all())
+        return table if usable else None
 
 
 def image_column(schema: Any, data_dir: str, asked: str = "") -> tuple[str, str | None]:

@@ -13,26 +13,28 @@ import os
 import re
 import tarfile
 import zipfile
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import ArchiveFiles, is_hidden, is_outside, last_of_each, others_in
+from masked_diffusion.data.archive_files import ArchiveFiles, is_hidden, is_outside, others_in
 from masked_diffusion.data.image_files import (
     EXTENSIONS,
-    PathTable,
     UnreadableImageError,
     is_remote,
     join,
     looked_in,
     read_bytes,
 )
-from masked_diffusion.data.label_files import classes_of, named
-from masked_diffusion.data.listing_cache import Listing, pack_paths, unpack_paths
+from masked_diffusion.data.label_files import LabelColumn, named
+from masked_diffusion.data.listing_cache import Listing
+from masked_diffusion.data.path_table import PathList, PathTable, last_of_each
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 from masked_diffusion.files import atomic_write, cache_folder
 
@@ -46,13 +48,13 @@ _ZEROS_AT_ONCE = 1 << 20
 
 @dataclass
 class Shard:
-    """The images of one archive. offsets, sizes: of their content. labels: JSON of each, empty where there is none.
-    class_names: of labels that are numbers, where the archive says them."""
+    """The images of one archive. offsets, sizes: of their content, (N,) int64. labels: JSON of each, empty where there
+    is none. class_names: of labels that are numbers, where the archive says them."""
 
-    names: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
+    names: PathTable = field(default_factory=PathTable)
+    offsets: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))
+    sizes: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))
+    labels: PathTable = field(default_factory=PathTable)
     class_names: dict[int, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)  # by extension
     notes: list[str] = field(default_factory=list)
@@ -75,24 +77,27 @@ class Tar(ImageSource):
         notes = others_in(data_dir, self._paths)
         notes += Listing(skipped=sum((shard.skipped for shard in shards), Counter())).notes
         notes += [note for shard in shards for note in shard.notes]
-        names = [name for shard in shards for name in shard.names]
-        if not names:
+        names = PathTable.joined(shard.names for shard in shards)
+        if not len(names):
             raise ValueError(f"--data_dir {data_dir}: no images in these archives; give some that hold images")
-        same_names = len(shards) > 1 and len(set(names)) < len(names)
+        order = last_of_each(names)
+        same_names = len(shards) > 1 and len(order) < len(names)
         if same_names:  # shards that count from 0 each
             prefixes = zip(_told_apart(self._paths), shards, strict=True)
-            names = [f"{prefix}/{name}" for prefix, shard in prefixes for name in shard.names]
-        order = last_of_each(names)
+            names = PathTable(f"{prefix}/{name}" for prefix, shard in prefixes for name in shard.names)
+            order = last_of_each(names)
         if len(order) < len(names):
             notes.append(f"left out: {len(names) - len(order)} members of which later ones have the name")
-        self.names = PathTable(names[index] for index in order)
+        self.names = names.take(order)
         numbers = np.repeat(np.arange(len(shards)), [len(shard.names) for shard in shards])
         self._shards = numbers[order]
-        self._offsets = np.array([o for shard in shards for o in shard.offsets], dtype=np.int64)[order]
-        self._sizes = np.array([size for shard in shards for size in shard.sizes], dtype=np.int64)[order]
-        labels = [label for shard in shards for label in shard.labels]
+        self._offsets = np.concatenate([shard.offsets for shard in shards])[order]
+        self._sizes = np.concatenate([shard.sizes for shard in shards])[order]
+        labels = LabelColumn()
+        for shard in shards:
+            labels.extend(shard.labels)
         class_names = {label: name for shard in shards for label, name in shard.class_names.items()}
-        self._labels = self._usable([labels[index] for index in order], class_names, notes)
+        self._labels = self._usable(labels.take(order), class_names, notes)
         if same_names and self._labels is None:
             missing = labels.count("")
             self.made_up_folders = f"{missing} of {len(labels)} images have no label" if missing else notes[-1]
@@ -106,18 +111,17 @@ class Tar(ImageSource):
                 raise no_archive(self.data_dir, path)
         return [read_shard(path) for path in self._paths]
 
-    def _usable(self, labels: list[str], class_names: dict[int, str], notes: list[str]) -> Classes | None:
+    def _usable(self, labels: LabelColumn, class_names: dict[int, str], notes: list[str]) -> Classes | None:
         """The classes of the images where all have a label that others have, too; captions are no classes."""
         missing = labels.count("")
         if missing:
             if missing < len(labels):
                 notes.append(f"labels are not used: {missing} of {len(labels)} images have none")
             return None
-        values = [json.loads(label) for label in labels]
-        if len(values) > 1 and isinstance(values[0], str) and len(set(labels)) == len(labels):
+        if len(labels) > 1 and isinstance(json.loads(labels[0]), str) and len(labels.different) == len(labels):
             notes.append("labels are not used: each image has another one, so they may be captions")
             return None
-        classes = classes_of(values, f"labels in --data_dir {self.data_dir}")
+        classes = labels.classes(json.loads, f"labels in --data_dir {self.data_dir}")
         if not class_names or not set(np.unique(classes.labels).tolist()) <= class_names.keys():
             return classes
         return named(classes, [class_names.get(number, str(number)) for number in range(len(classes.names))])
@@ -266,15 +270,16 @@ def _pack(shard: Shard, state: list[Any]) -> bytes:
         "class_names": [*shard.class_names.items()],
     }
     arrays = io.BytesIO()
-    names, labels = (np.frombuffer(pack_paths(texts), np.uint8) for texts in (shard.names, shard.labels))
-    np.savez(arrays, names=names, labels=labels, offsets=np.array(shard.offsets), sizes=np.array(shard.sizes))
+    names, labels = (np.frombuffer(texts.packed(), np.uint8) for texts in (shard.names, shard.labels))
+    np.savez(arrays, names=names, labels=labels, offsets=shard.offsets, sizes=shard.sizes)
     return json.dumps(header).encode() + b"\n" + arrays.getvalue()
 
 
 def _unpack(record: dict[str, Any], packed: bytes) -> Shard:
     with np.load(io.BytesIO(packed), allow_pickle=False) as arrays:
-        offsets, sizes = arrays["offsets"].tolist(), arrays["sizes"].tolist()
-        names, labels = (unpack_paths(arrays[name].tobytes()) if offsets else [] for name in ("names", "labels"))
+        offsets, sizes = (arrays[name].astype(np.int64) for name in ("offsets", "sizes"))
+        texts = (arrays[name] if len(offsets) else None for name in ("names", "labels"))
+        names, labels = (PathTable() if packed is None else PathTable.unpacked(packed) for packed in texts)
     class_names = {int(label): str(name) for label, name in record["class_names"]}
     return Shard(names, offsets, sizes, labels, class_names, Counter(record["skipped"]), record["notes"])
 
@@ -296,7 +301,7 @@ class _ShardListing:
 
     def __init__(self, path: str) -> None:
         self.path, self.shard = path, Shard()
-        self.keys: list[str] = []
+        self.names, self.offsets, self.sizes = PathList(), array("q"), array("q")
         self.label_of: dict[str, dict[str, str]] = {}
         self.left_out: Counter[str] = Counter()
 
@@ -329,10 +334,9 @@ class _ShardListing:
         elif not is_hidden(name):
             key, extension = split_key(name)
             if extension in EXTENSIONS:
-                self.keys.append(key)
-                self.shard.names.append(name)
-                self.shard.offsets.append(member.offset_data)
-                self.shard.sizes.append(member.size)
+                self.names.append(name)
+                self.offsets.append(member.offset_data)
+                self.sizes.append(member.size)
             elif extension in _LABEL_FILES and member.size <= _LONGEST_LABEL:
                 stream = archive.extractfile(member)
                 content = b"" if stream is None else stream.read()
@@ -344,10 +348,12 @@ class _ShardListing:
                 self.shard.skipped[extension or "no extension"] += 1
 
     def finish(self) -> Shard:
-        for key in self.keys:
-            labels = self.label_of.get(key, {})
-            self.shard.labels.append(next((labels[kind] for kind in _LABEL_FILES if kind in labels), ""))
-        self.left_out["labels without an image"] = len(self.label_of.keys() - set(self.keys))
+        shard = self.shard
+        shard.names, shard.offsets, shard.sizes = self.names.table(), np.array(self.offsets), np.array(self.sizes)
+        keys = [split_key(name)[0] for name in shard.names]
+        label_files = (self.label_of.get(key, {}) for key in keys)
+        shard.labels = PathTable(next((of[kind] for kind in _LABEL_FILES if kind in of), "") for of in label_files)
+        self.left_out["labels without an image"] = len(self.label_of.keys() - set(keys))
         left_out = [f"left out of {self.path}: {number} {what}" for what, number in self.left_out.items() if number]
         self.shard.notes += left_out
         return self.shard

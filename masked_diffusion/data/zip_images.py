@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside, last_of_each
-from masked_diffusion.data.image_files import LABELS_NAME, PathTable, UnreadableImageError, is_remote, take_file
+from masked_diffusion.data.archive_files import ArchiveFile, is_hidden, is_outside
+from masked_diffusion.data.image_files import LABELS_NAME, UnreadableImageError, is_remote, take_file
 from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.listing_cache import Listing
+from masked_diffusion.data.path_table import last_of_each
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
 
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
@@ -25,8 +26,11 @@ _MEMBER, LOCAL_MARK = b"PK\x01\x02", b"PK\x03\x04"
 _MEMBER_HEAD = struct.Struct("<4s6H3L5H2L")
 LOCAL_HEAD = struct.Struct("<4s5H3L2H")
 _STORED, _DEFLATED = 0, 8
+_COLUMNS = "qqqIi"  # types of what is kept of each member: offset, packed, size, crc, method
 _ENCRYPTED = 1  # of the flags
 _LARGEST_LABELS = 2**30  # bytes of a dataset.json: ten million labels have about half of it
+_LONGEST_ENTRY = _MEMBER_HEAD.size + 3 * 0xFFFF  # of the directory
+_READ_AT_ONCE = 1 << 24  # bytes of it
 _USUAL_EXTRA = 64  # bytes between a member's name and its content that are read along with it
 
 
@@ -54,7 +58,7 @@ class Zip(ImageSource):
         self.data_dir = data_dir
         self._largest = options.max_image_bytes
         self._file = ArchiveFile(data_dir)
-        listing, rows, labels = Listing(), array("q"), None
+        listing, columns, labels = Listing(), [array(kind) for kind in _COLUMNS], None
         outside: list[str] = []
         links = 0
         try:
@@ -68,25 +72,29 @@ class Zip(ImageSource):
                 elif member.is_link:
                     links += 1
                 elif take_file(listing, member.name):
-                    rows.extend((member.offset, member.packed, member.size, member.crc, member.method))
+                    fields = (member.offset, member.packed, member.size, member.crc, member.method)
+                    for column, field in zip(columns, fields, strict=True):
+                        column.append(field)
         except (struct.error, DirectoryError) as error:
             raise ValueError(
                 f"--data_dir {data_dir}: its directory, at the end of the archive, is cut off or damaged ({error}); "
                 "copy the archive again"
             ) from error
-        if not listing.files:
+        found = listing.found.table()
+        if not len(found):
             raise ValueError(f"--data_dir {data_dir}: no images in this archive; give one that holds images")
-        order = last_of_each(listing.files)
-        self.names = PathTable(listing.files[index] for index in order)
-        table = np.frombuffer(rows, dtype=np.int64).reshape(-1, 5)[order]
-        self._offsets, self._packed, self._sizes, self._crcs, self._methods = np.ascontiguousarray(table.T)
+        order = last_of_each(found)
+        self.names = found.take(order)
+        self._offsets, self._packed, self._sizes, self._crcs, self._methods = (
+            np.frombuffer(c, c.typecode)[order] for c in columns
+        )
         self.notes = listing.notes
         if outside:
             self.notes.append(f"left out: {len(outside)} members with names that point out of it, such as {outside[0]}")
         if links:
             self.notes.append(f"left out: {links} members that are links")
-        if len(order) < len(listing.files):
-            self.notes.append(f"left out: {len(listing.files) - len(order)} members of which later ones have the name")
+        if len(order) < len(found):
+            self.notes.append(f"left out: {len(found) - len(order)} members of which later ones have the name")
         self._labels = None if labels is None else self._content(labels, _LARGEST_LABELS)
 
     @classmethod
@@ -147,16 +155,18 @@ class Zip(ImageSource):
 def _members(file: ArchiveFile) -> Iterator[_Member]:
     """All members in the order of the directory. Raises DirectoryError or struct.error."""
     start, length, shift = _directory(file)
-    directory = file.read(start, length)
-    if len(directory) < length:
-        raise DirectoryError("it ends too early")
-    at = 0
-    while at < length:
+    directory, read, at = b"", 0, 0  # a part of it, how much was read, where the next entry is in the part
+    while read < length or at < len(directory):
+        if len(directory) - at < _LONGEST_ENTRY and read < length:
+            part = file.read(start + read, min(_READ_AT_ONCE, length - read))
+            if not part:
+                raise DirectoryError("it ends too early")
+            directory, read, at = directory[at:] + part, read + len(part), 0
         head = _MEMBER_HEAD.unpack_from(directory, at)
         mark, _, _, flags, method, _, _, crc, packed, size = head[:10]
         name_length, extra_length, comment_length, _, _, attributes, offset = head[10:]
         if mark != _MEMBER:
-            raise DirectoryError(f"no entry at byte {start + at}")
+            raise DirectoryError(f"no entry at byte {start + read - len(directory) + at}")
         at += _MEMBER_HEAD.size
         name = directory[at : at + name_length]
         extra = directory[at + name_length : at + name_length + extra_length]

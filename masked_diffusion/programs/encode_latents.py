@@ -97,7 +97,7 @@ def describe(
     dataset: SourceDataset, autoencoder: Autoencoder, features: ExportedFeatures | None, settings: dict[str, Any]
 ) -> tuple[CacheRecord, SourceIndex]:
     """The record of the latents to make, and the list of the images they are made of. settings: of the record."""
-    index = SourceIndex(list(dataset.source.names), dataset.source.sizes(), dataset.labels)
+    index = SourceIndex(dataset.source.names, dataset.source.sizes(), dataset.labels)
     side = dataset.image_size // autoencoder.downsample
     record = CacheRecord(
         **autoencoder.description,

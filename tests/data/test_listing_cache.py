@@ -90,7 +90,7 @@ def test_every_change_is_seen(folder, change):
     change(folder)
     after = list_image_files(str(folder))
     anew, _, _ = image_files._list_local(str(folder))
-    assert after == anew.files != before
+    assert after == list(anew.files) != before
     rest(folder)
     assert list_image_files(str(folder)) == after
 

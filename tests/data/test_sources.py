@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from masked_diffusion.data import sources
-from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0, PathTable
+from masked_diffusion.data.image_files import EXTENSIONS, EXTENSIONS_OF_0_1_0
+from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.data.source import Classes, ImageSource
 from masked_diffusion.data.sources import Builtin, Folder, LatentFolder, open_images, open_source
 from masked_diffusion.image_datasets import open_dataset
