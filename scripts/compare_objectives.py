@@ -23,7 +23,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--objectives", default=",".join(OBJECTIVES), help="comma list of what to train and show (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=750, help="of each training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of each training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each objective (%(default)s)")
     parser.add_argument("--sampling_steps", default="10,25,50", help="comma list, a sample set each (%(default)s)")
     parser.add_argument("--num_samples", type=int, default=355, help="of each sample set (%(default)s)")
