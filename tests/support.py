@@ -1,8 +1,10 @@
 """Starting the project's scripts: in this process, where many small runs are compared, and as real ones."""
 
+import atexit
 import contextlib
 import csv
 import importlib.util
+import inspect
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from warm_python import WarmPython
 
 from masked_diffusion.data.data_stream import DataOrder
 from masked_diffusion.image_datasets import open_dataset
@@ -116,26 +119,42 @@ def run_command(arguments, env, cwd=None, timeout=TIMEOUT):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def run(path, folder, *arguments, processes=None, launcher="torch.distributed.run", check=True, **variables):
-    """Run a script as a real process (or several) to its end."""
-    done = run_command(
-        command(path, *arguments, processes=processes, launcher=launcher), environment(folder, **variables)
-    )
+@cache
+def warm_python():
+    """The folder of a ``python`` that has imported torch, see ``warm_python.py``; None where the system has no such."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    server = WarmPython(environment(""))
+    atexit.register(server.close)
+    return server.folder
+
+
+def run(path, folder, *arguments, processes=None, launcher="torch.distributed.run", check=True, warm=True, **variables):
+    """Run a script as a real process (or several) to its end. warm: by :func:`warm_python`."""
+    words = command(path, *arguments, processes=processes, launcher=launcher)
+    if warm and (tools := warm_python()):
+        words[0] = str(tools / "python")
+    done = run_command(words, environment(folder, **variables))
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def on_two_ranks(work, folder):
-    """Call ``work(rank, dist_url, folder)`` in two processes. Returns what each saved as ``{rank}.pt`` there."""
+    """Call ``work(rank, dist_url, folder)``, a function of a test module, in two processes. Returns what each saved as
+    ``{rank}.pt`` there."""
     dist_url = f"tcp://127.0.0.1:{free_port()}"
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, dist_url, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
+    paths = [str(Path(inspect.getfile(work)).parent), str(Path(__file__).parent)]
+    python = str(warm_python() / "python") if warm_python() else sys.executable
+    processes = []
+    for rank in range(2):
+        code = (
+            f"import sys, pathlib\nsys.path[:0] = {paths}\nfrom {work.__module__} import {work.__name__} as work\n"
+            f"work({rank}, {dist_url!r}, pathlib.Path({str(folder)!r}))"
+        )
+        processes.append(begin([python, "-c", code], environment(folder)))
     try:
-        for process in processes:
-            process.join(60)
-        assert [process.exitcode for process in processes] == [0, 0]
+        said = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
     finally:
         for process in processes:
             process.kill()

@@ -18,8 +18,9 @@ def published_run(module_folder, tiny_vae, colour_folder):
     """The published training command on two processes, on images and a real autoencoder."""
     folder = module_folder("published")
     done = run(
-        TRAIN, folder, *published_flags(tiny_vae, colour_folder), "--batch_size", 2, processes=2, launcher=LAUNCH
-    )
+        TRAIN, folder, *published_flags(tiny_vae, colour_folder), "--batch_size", 2, processes=2, launcher=LAUNCH,
+        warm=False,
+    )  # fmt: skip
     return folder, done
 
 
@@ -109,7 +110,7 @@ def test_samples_are_the_same_bytes_from_one_and_two_processes(published_weights
 @pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
 def test_launchers_give_the_numbers_of_a_bare_process(launcher, tmp_path):
     flags = [*TINY_DIGITS, "--lr", "1e-3"]
-    run(TRAIN, tmp_path / "launched", *flags, "--batch_size", 2, processes=2, launcher=launcher)
+    run(TRAIN, tmp_path / "launched", *flags, "--batch_size", 2, processes=2, launcher=launcher, warm=False)
     run(TRAIN, tmp_path / "bare", *flags, "--batch_size", 4)
     assert_same_weights(weights(tmp_path / "launched", 2), weights(tmp_path / "bare", 2), atol=1e-4)
 
