@@ -1,5 +1,7 @@
 """A training that is shared out over two processes is the one of whole copies, and so are its checkpoints."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,12 @@ def runs(request, module_folder):
     return flags, root
 
 
+def made_afterwards(folder):
+    """An average of another length, from the snapshots of steps 10 and 20."""
+    assert [snapshot.step for snapshot in Snapshots(folder).all()] == [10, 20]
+    return Snapshots(folder).reconstruct(0.15)[0]
+
+
 @pytest.mark.parametrize("shard", ["zero", "fsdp"])
 def test_losses_gradients_weights_and_previews_are_those_of_whole_copies(runs, shard):
     _, root = runs
@@ -36,8 +44,7 @@ def test_losses_gradients_weights_and_previews_are_those_of_whole_copies(runs, s
             assert plain[name] == pytest.approx(sharded[name], rel=1e-5), name
     for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / "none", 20, kind), weights(root / shard, 20, kind), atol=1e-5)
-    averages = [Snapshots(root / name).reconstruct(0.15)[0] for name in ("none", shard)]
-    assert_same_weights(*averages, atol=1e-5)
+    assert_same_weights(made_afterwards(root / "none"), made_afterwards(root / shard), atol=1e-5)
     pictures = [np.asarray(Image.open(root / name / "preview_000020.png"), dtype=int) for name in ("none", shard)]
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
@@ -56,9 +63,9 @@ def test_a_checkpoint_holds_the_whole_optimizer_in_the_published_format(runs, sh
 
 
 def start_again(root, saved, name):
-    """The checkpoint of step 10 alone, in a folder of its own."""
+    """The checkpoint of step 10 alone, in a folder of its own, with the snapshots of later steps, too."""
     folder = root / name
-    folder.mkdir()
+    shutil.copytree(root / saved / "ema_snapshots", folder / "ema_snapshots")
     for path in [*(root / saved).glob("*000010*"), root / saved / "config.json"]:
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
@@ -71,6 +78,7 @@ def test_a_sharded_run_goes_on_sharded_bit_for_bit(runs, shard, flag):
     run(TRAIN, folder, *flags, *flag, processes=2)
     for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / shard, 20, kind), weights(folder, 20, kind))
+    assert_same_weights(made_afterwards(root / shard), made_afterwards(folder))
 
 
 @pytest.mark.parametrize("shard", ["zero", "fsdp"])
@@ -78,7 +86,9 @@ def test_a_sharded_run_goes_on_in_one_process(runs, monkeypatch, shard):
     flags, root = runs
     folder = start_again(root, shard, f"whole_after_{shard}")
     assert call(monkeypatch, TRAIN, folder, *flags, "--batch_size", "4", "--shard", "none") == 0
-    assert_same_weights(weights(root / "none", 20), weights(folder, 20), atol=1e-5)
+    for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
+        assert_same_weights(weights(root / "none", 20, kind), weights(folder, 20, kind), atol=1e-5)
+    assert_same_weights(made_afterwards(root / "none"), made_afterwards(folder), atol=1e-5)
 
 
 def test_a_run_of_whole_copies_goes_on_in_shards(runs):
@@ -87,6 +97,7 @@ def test_a_run_of_whole_copies_goes_on_in_shards(runs):
     run(TRAIN, folder, *flags, "--shard", "fsdp", processes=2)
     for kind in ("model", "ema_0.9999_", "ema_power0.1_"):
         assert_same_weights(weights(root / "none", 20, kind), weights(folder, 20, kind), atol=1e-5)
+    assert_same_weights(made_afterwards(root / "none"), made_afterwards(folder), atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["--use_bf16", "--use_fp16"])

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support import TINY_DIGITS, call, few_steps
+from support import GUIDED, TINY_DIGITS, call, few_steps
 
 from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
@@ -32,6 +32,7 @@ from masked_diffusion.sampling import guides
 from masked_diffusion.sampling.guides import open_away, with_fitting_views
 from masked_diffusion.sampling.image_sampler import ImageSampler
 from masked_diffusion.sampling.inpainting import Inpainting, SideInterpolation
+from masked_diffusion.sampling.sample_set import SampleSet, generate
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 SAMPLE = "scripts/image_sample.py"
@@ -184,6 +185,27 @@ def test_guided_samples_do_not_depend_on_their_batch(runs, sample, kind):
     assert np.abs(together - alone).max() <= 1
 
 
+@pytest.mark.parametrize("kind", GUIDED)
+def test_guided_samples_are_the_same_bytes_from_one_and_two_processes(runs, tmp_path, kind):
+    """Each rank opens the models for itself, and its own generators stand elsewhere."""
+    path = {"guide_path": str(runs / "weak" / CHECKPOINT)} if kind == "checkpoint" else {}
+    config, labels = SamplerConfig(5, cfg_cond=True, guidance="constant", guide_from=kind, **path), np.arange(7)
+
+    def sampled(name, world_size):
+        samples = SampleSet(tmp_path / name, 7, 8, 2, {})
+        samples.open({})
+        for rank in reversed(range(world_size)):  # rank 0 waits for the others
+            torch.manual_seed(10 * world_size + rank)
+            trained = opened(runs, "sprint" if kind == "path_drop" else "strong")
+            away = away_of(trained, config)
+            make = ImageSampler(trained.model, trained.config, config, trained.first_stage, "cpu", new_away=away)
+            generate(samples, make, labels, rank, world_size)
+        samples.assemble(labels)
+        return samples.path.read_bytes()
+
+    assert sampled("one", 1) == sampled("two", 2)
+
+
 def test_a_dropped_path_is_what_the_training_drops(runs):
     """The weak prediction has the null label and no way through the route, though half of the rows go there."""
     trained = opened(runs, "sprint")
@@ -197,11 +219,13 @@ def test_a_dropped_path_is_what_the_training_drops(runs):
     assert not torch.allclose(weak, model(x, t, torch.full_like(y, 10)))
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "masked", "routed"])
-@pytest.mark.parametrize("side", [True, False])
+@pytest.mark.parametrize(
+    "kind, side",
+    [*((kind, side) for kind in ("checkpoint", "masked", "routed") for side in (True, False)), ("path_drop", False)],
+)
 def test_a_photo_is_filled_with_each_kind(runs, kind, side):
-    """Whatever guides, the known region is kept, and the sizes fit."""
-    trained = opened(runs, "strong")
+    """Whatever guides, the known region is kept, and the sizes fit. What drops paths has no side-interpolater."""
+    trained = opened(runs, "sprint" if kind == "path_drop" else "strong")
     path = {"guide_path": str(runs / "weak" / CHECKPOINT)} if kind == "checkpoint" else {}
     config = SamplerConfig(3, cfg_cond=True, guidance="constant", guide_from=kind, **path)
     away = away_of(trained, config)
