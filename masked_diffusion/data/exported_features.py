@@ -64,9 +64,19 @@ class ExportedFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(n, 3, S, S) float32 on the device -> (n, ...) float16 on the CPU."""
+        """(n, 3, S, S) float32 on the device -> (n, ...) float16 on the CPU.
+
+        Raises ValueError for numbers that float16 does not hold: as infinities they would be of no use to a training.
+        """
         features: Tensor = self._module(images)
-        return features.to(torch.float16).cpu()
+        kept = features.to(torch.float16)
+        if bool((kept.isinf() & features.isfinite()).any()):  # of unreadable images all are NaN
+            most = features[features.isfinite()].abs().max().item()
+            raise ValueError(
+                f"--features {self.path}: returns numbers up to {most:.3g}, and float16 holds "
+                f"{torch.finfo(torch.float16).max:.0f} at most; divide them in what is exported"
+            )
+        return kept.cpu()
 
     def description(self) -> dict[str, Any]:
         """What a cache records of it. The hash is that of the file."""

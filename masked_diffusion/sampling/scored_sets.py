@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ TABLE_NAME, FIGURE_NAME, SETTINGS_NAME = "sweep.csv", "sweep.png", "sweep.json"
 # Columns of the table, with the evaluator's names of the same numbers.
 SCORES = {"fid": "FID", "is": "Inception Score", "precision": "Precision", "recall": "Recall"}
 PASSES = "passes_per_image"
+ALLOWING = "--few_steps"
 PANEL_SIZE = (4.5, 3.0)  # inches
 Row = dict[str, float | None]
 Run = Callable[[Sequence[str], Mapping[str, str]], int]  # a command and its environment -> its exit status
@@ -39,6 +40,19 @@ def figure_class() -> Callable[..., Any]:
     except ImportError as error:
         raise ValueError("plotting needs matplotlib: pip install -e '.[plot]'") from error
     return Figure
+
+
+def of_images(flags: Sequence[str]) -> Iterator[str]:
+    """Flags of image_sample.py without the one that lets a sampling begin and changes no image.
+
+    A sweep that was refused for its few steps, or begun before they were, goes on with it.
+    """
+    rest = iter(flags)
+    for flag in rest:
+        if flag == ALLOWING:
+            next(rest, None)  # its value
+        elif not flag.startswith(f"{ALLOWING}="):
+            yield flag
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,8 @@ class Sweep:
 
     def claim(self) -> None:
         """Take the folder. Raises ValueError where it holds a sweep of other settings."""
-        settings = {"axis": self.axis, "sample": [*self.sample[1:]], "score": [*self.score[1:], *self.network]}
+        sample = [*of_images(self.sample[1:])]
+        settings = {"axis": self.axis, "sample": sample, "score": [*self.score[1:], *self.network]}
         settings |= self.source
         path = self.folder / SETTINGS_NAME
         try:

@@ -168,6 +168,17 @@ def test_features_of_another_input_are_refused(own_cache, colour_folder, tiny_va
     assert "features_input BGR in [0, 255] instead of RGB in [-1, 1], centre crop" in capsys.readouterr().err
 
 
+def test_features_that_half_precision_does_not_hold_are_refused_and_those_of_unreadable_images_are_not(tmp_path):
+    path = export(tmp_path / "large.pt2", Patches(7e4))
+    features = ExportedFeatures(path, torch.device("cpu"), SIDE, {2})
+    images = torch.full((2, 3, SIDE, SIDE), 0.5)
+    assert features(images).isfinite().all()
+    images[0] = torch.nan
+    assert features(images).isnan().any(dim=2).tolist() == [[True, True], [False, False]]
+    with pytest.raises(ValueError, match=r"large.pt2: returns numbers up to 7e\+04, and float16 holds 65504 at most;"):
+        features(torch.ones(2, 3, SIDE, SIDE))
+
+
 def test_features_that_are_not_finite_are_found_by_the_check(own_cache, capsys):
     path = own_cache / FILES[1]
     tensors = load_file(path)

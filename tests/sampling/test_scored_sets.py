@@ -127,6 +127,17 @@ def test_a_folder_of_another_sweep_is_refused(run, sweep, tmp_path, capsys):
     assert "sweep.json: not valid JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("allowing", [["--few_steps", "True"], ["--few_steps=True"]], ids=" ".join)
+def test_a_sweep_that_was_refused_for_its_few_steps_goes_on_when_they_are_allowed(
+    run, sweep, tmp_path, capfd, allowing
+):
+    flags = [*weight_flags(run, tmp_path / "sweep", "1"), "--num_sampling_steps", 3]
+    assert sweep(GUIDANCE, *flags, "--few_steps", "False") == (2, ["image_sample.py"])
+    assert "; give --few_steps True to make images with 3 steps all the same" in capfd.readouterr().err
+    del flags[flags.index("--few_steps") :][:2]
+    assert sweep(GUIDANCE, *flags, *allowing) == (0, ["image_sample.py", "evaluator.py"])
+
+
 def test_a_sweep_without_matplotlib_is_refused(run, sweep, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert sweep(GUIDANCE, *weight_flags(run, tmp_path / "sweep")) == (2, [])
