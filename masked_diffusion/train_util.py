@@ -91,7 +91,7 @@ class TrainLoop:
         self.model = model.train()
         self.shared_model, self.skeleton = prepare_model(self.model, start, config, ranks, logger)
         self.optimizer = GuardedOptimizer(
-            model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks
+            model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks, config.adam_beta2
         )
         self.scaler = gradient_scaler(config, ranks.device)
         self.step = self.start_step = start.step

@@ -212,6 +212,7 @@ def warnings_of(args: argparse.Namespace, explicit: set[str]) -> list[str]:
     of_objective = OBJECTIVES.get(args.objective, ())  # an unknown one is refused later
     by_law = args.level_law != "logit_normal" and f"with --level_law {args.level_law}"
     idle = {
+        "adam_beta2": args.opt != "adamw" and f"with --opt {args.opt}",
         "fp16_scale_growth": not args.use_fp16 and "without --use_fp16 True",
         "sigma_small": args.learn_sigma and "with --learn_sigma True",
         "rescale_learned_sigmas": (args.use_kl and "with --use_kl True")

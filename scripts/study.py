@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from studying.settings import QUICK_BUDGET, SETTINGS, Study, held_out_of
+from studying.settings import QUICK_BUDGET, QUICK_SAMPLES, SAMPLES, SETTINGS, Study, held_out_of
 
 from masked_diffusion.script_util import finite_float, run_script
 
@@ -42,6 +42,11 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm; the setting's")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--held_out_images", type=int, default=360, help="images to measure on, at most (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=None,
+        help="samples of each run of digits or shapes for the classifier to read, at most as many as are held out; 0 = "
+        f"none (360, with --quick {QUICK_SAMPLES})",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each (%(default)s)")
     parser.add_argument("--launcher", default="", help='starts each training, such as "srun --gpus 1"')
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -71,6 +76,9 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     for name, number in (("seeds", seeds), ("jobs", args.jobs)):
         if number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
+    samples = args.samples if args.samples is not None else QUICK_SAMPLES if args.quick else SAMPLES
+    if samples < 0 or samples == 1:
+        raise ValueError(f"--samples {samples}: must be 0 (none), or at least 2")
     budget = args.budget if args.budget is not None else QUICK_BUDGET if args.quick else setting.budget
     names = ("data_dir", "vae_path", "image_size", "batch_size", "held_out_images")
     study = Study(
@@ -82,7 +90,9 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     from studying.course import Asked, begin  # with torch, which takes seconds to import
 
     own = ("out", "arms", "jobs", "launcher", "device", "quick", "report_only", "require_ranking", "publish")
-    return begin(study, Asked(seeds=seeds, name=args.setting, **{name: getattr(args, name) for name in own}))
+    return begin(
+        study, Asked(seeds=seeds, samples=samples, name=args.setting, **{name: getattr(args, name) for name in own})
+    )
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def test_model_files_are_plain_state_dicts_without_prefixes(train):
 
 # Each flag that is not kept for compatibility alone changes something. Names are those of files and log columns.
 CHANGES_THE_WEIGHTS = [
+    ["--adam_beta2", "0.5"],
     ["--lr", "1e-3"], ["--weight_decay", "0.5"], ["--lr_anneal_steps", "3"], ["--batch_size", "5"], ["--seed", "1"],
     ["--mask_ratio", "0.5"], ["--learn_sigma", "False"], ["--diffusion_steps", "500"], ["--class_cond", "False"],
     ["--noise_schedule", "cosine"], ["--timestep_respacing", "100"], ["--use_kl", "True"],
@@ -440,6 +441,7 @@ def test_an_optimizer_saved_with_other_settings_resumes_with_those_of_the_flags(
     [
         (["--fp16_scale_growth", "0.1"], "--fp16_scale_growth is ignored without --use_fp16 True"),
         (["--sigma_small", "True"], "--sigma_small is ignored with --learn_sigma True"),
+        (["--opt", "adan", "--adam_beta2", "0.9"], "--adam_beta2 is ignored with --opt adan"),
         (["--use_kl", "True", "--rescale_learned_sigmas", "True"], "--rescale_learned_sigmas is ignored with --use_kl"),
         (["--preview_steps", "3"], "--preview_steps is ignored with --preview_samples 0"),
         (["--preview_guide_from", "masked"], "--preview_guide_from is ignored with --preview_samples 0"),

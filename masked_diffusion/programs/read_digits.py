@@ -57,13 +57,17 @@ class Classifier(nn.Module):
         self.hidden = nn.Linear(widths[-1] * self.side**2, HIDDEN)
         self.logits = nn.Linear(HIDDEN, 10, bias=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Tensor) -> Tensor:
+        """(N, S, S, 3) -> (N, 64)."""
         x = pixels[..., : self.channels].permute(0, 3, 1, 2).float() / 127.5 - 1
         for convolution, halved in zip(self.convolutions, self.halvings, strict=True):
             x = F.relu(convolution(x))
             x = F.avg_pool2d(x, 2) if halved else x
         x = x.permute(0, 2, 3, 1).flatten(1)  # in H, W, C order, as TensorFlow flattens
-        return self.logits(F.relu(self.hidden(x)))
+        return F.relu(self.hidden(x))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.logits(self.features(pixels))
 
 
 def embedded_images(name: str) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,24 @@ EMA_GROUP = 64
 class GuardedOptimizer:
     """An optimizer that skips a step when a flag on the device says so.
 
-    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; a single process ignores it.
+    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; a single process ignores it. beta2:
+    of AdamW; Adan has its own.
     The state dict has the format of torch's optimizers, whatever the sharding.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], opt: str, lr: float, weight_decay: float, shard: str, ranks: Ranks
+        self,
+        parameters: Iterable[nn.Parameter],
+        opt: str,
+        lr: float,
+        weight_decay: float,
+        shard: str,
+        ranks: Ranks,
+        beta2: float = 0.999,
     ) -> None:
         optimizer_class, settings = OPTIMIZERS[opt]
         settings = {**settings, "lr": lr, "weight_decay": weight_decay}
+        settings |= {"betas": (0.9, beta2)} if opt == "adamw" else {}
         self.lr = lr  # of the last update
         self._opt = opt
         self._ranks = ranks

@@ -35,6 +35,9 @@ class TrainConfig:
     opt: str = setting("adamw", "optimizer: " + " or ".join(OPTIMIZERS) + "; MDTv2 has adan by default", "training")
     lr: float = setting(3e-4, "learning rate; DiT has 1e-4 by default", "training")
     weight_decay: float = setting(0.0, "weight decay of the optimizer, decoupled", "training")
+    adam_beta2: float = setting(
+        0.999, "decay of AdamW's mean of squared gradients, such as 0.99 for a short run", "training"
+    )
     grad_clip: float = setting(
         0.0, "largest norm of the whole model's gradient; 0 = any; MDTv2 has 1 by default", "training"
     )
@@ -140,6 +143,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.adam_beta2 < 1:
+            raise ValueError(f"--adam_beta2 {self.adam_beta2}: must be in [0, 1), such as 0.99")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"--max_bad_share {self.max_bad_share}: must be in [0, 1], a share of the images")
         for name, choices in (("opt", OPTIMIZERS), ("shard", SHARDINGS), ("preview_guide_from", GUIDE_FROM)):

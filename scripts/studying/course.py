@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from studying.judge import judge_of, megabytes_by_policy
 from studying.measure import HeldOut, measure
 from studying.plan import Run, arms_of, as_arguments, runs_of, training_flags
+from studying.progress import Progress
 from studying.report import Results, publish, read_result, standing, verdicts_of, write_report
 from studying.settings import Comparison, Study
 from studying.trainer import Trainer
 from studying.verdicts import lack_of_power, undecided
-from tqdm.auto import tqdm
 
 from masked_diffusion.dist_util import choose_device
 from masked_diffusion.files import write_json
@@ -37,6 +38,7 @@ class Asked:
     report_only: bool
     require_ranking: bool
     publish: Path | None
+    samples: int
     name: str
 
 
@@ -46,7 +48,7 @@ def begin(study: Study, asked: Asked) -> Callable[[], int]:
     device = choose_device(asked.device, 0)
     held_out = HeldOut(study, device)
     runs = runs_of(arms_of(study, asked.arms, held_out.latent_shape), asked.seeds)
-    commands = {run: as_arguments(training_flags(study, run, held_out.latent_shape)) for run in runs}
+    flags_of = {run: training_flags(study, run, held_out.latent_shape) for run in runs}
     take_folder(asked.out, study)
     torch.set_num_threads(1)
     workers = ["--num_workers", "0"] if study.data_dir.startswith("builtin:") else []
@@ -56,15 +58,17 @@ def begin(study: Study, asked: Asked) -> Callable[[], int]:
         results = {run: result for run in runs if (result := read_result(trainer.result_of(run)))}
         if asked.report_only:
             return report(study, asked, results, len(runs))
-        pending = {run: command for run, command in commands.items() if run not in results}
-        with tqdm(total=len(runs), initial=len(results), unit="run") as bar:
+        pending = {run: as_arguments(flags) for run, flags in flags_of.items() if run not in results}
+        judge = judge_of(study, asked.samples) if pending else None
+        memory = megabytes_by_policy(trainer, pending)
+        with Progress({trainer.folder / run.name: flags_of[run]["max_compute"] for run in pending}, len(runs)) as bar:
             for run in trainer.train(pending):
-                result = measure(trainer.folder / run.name, held_out, device)
+                result = measure(trainer.folder / run.name, held_out, judge, device)
+                result["memory_mb"] = memory[run.policy]
                 write_json(trainer.result_of(run), result)
                 checkpoint.prune(trainer.folder / run.name, 1, 0)  # not before: a killed study measures again
                 results[run] = result
-                bar.set_postfix_str(f"{run.name} {result['error']:.4f}")
-                bar.update()
+                bar.show(f"{run.name} {result['error']:.4f}")
                 write_report(asked.out, study, in_order(results, runs), len(runs), asked.quick)
         if trainer.status:
             sys.stdout.write(f"stopped after {len(results)} of {len(runs)} runs; the same command goes on from here\n")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from studying.judge import Judge, sampler_of
 from studying.settings import Comparison, Study
 from torch import Tensor
 
@@ -18,13 +19,12 @@ from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.randomness import numpy_generator
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.trained import Request, Trained, open_trained
-from masked_diffusion.sampling.image_sampler import ImageSampler, SamplerConfig
 from masked_diffusion.sampling.pictures import grid
 
 BINS = 8
 MIDDLES = [(number + 0.5) / BINS for number in range(BINS)]
 BATCH = 64
-SAMPLES, SAMPLING_STEPS = 20, 25
+SAMPLES = 20
 
 
 class HeldOut:
@@ -97,10 +97,11 @@ def times_of(process: GaussianDiffusion) -> np.ndarray:
     return sigma / (alpha + sigma)
 
 
-def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict[str, Any]:
+def measure(folder: Path, held_out: HeldOut, judge: Judge | None, device: torch.device | str) -> dict[str, Any]:
     """The numbers of a finished run: its curve at each of its checkpoints, of which the last one decides.
 
-    Draws samples into ``samples.png``. Raises ValueError where the log has no row of the last checkpoint.
+    judge: of samples; None for none. Draws samples into ``samples.png``. Raises ValueError where the log has no row of
+    the last checkpoint.
     """
     averages = sorted((int(match[2]), path) for path in folder.iterdir() if (match := ema_file(path)))
     log = {int(row["step"]): row for row in read_rows(folder)}
@@ -115,7 +116,8 @@ def measure(folder: Path, held_out: HeldOut, device: torch.device | str) -> dict
     if not curve or curve[-1]["step"] != averages[-1][0]:
         raise ValueError(f"{folder}: its log has no row of step {averages[-1][0]}; remove the folder and start again")
     draw_samples(trained, device).save(folder / "samples.png")
-    return {**curve[-1], "curve": curve}
+    judged = {} if judge is None else judge.of(trained, device)
+    return {**curve[-1], "curve": curve, **judged}
 
 
 def ema_file(path: Path) -> Any:
@@ -128,9 +130,6 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 
 def draw_samples(trained: Trained, device: torch.device | str) -> Image.Image:
-    """Samples of all classes in turn, without guidance, of the same noise for every run."""
-    steps = {"num_sampling_steps": SAMPLING_STEPS, "sampler": trained.config.objective.default_sampler}
-    sampler = SamplerConfig.of_family(trained.config.model.model, **steps)
-    make = ImageSampler(trained.model, trained.config, sampler, trained.first_stage, device)
+    """Samples of all classes in turn."""
     labels = [number % trained.config.model.num_classes for number in range(SAMPLES)]
-    return grid(make(range(SAMPLES), labels), columns=SAMPLES // 2)
+    return grid(sampler_of(trained, device)(range(SAMPLES), labels), columns=SAMPLES // 2)

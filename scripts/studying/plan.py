@@ -1,6 +1,7 @@
 """What a study trains: its settings, its arms, and the runs of each."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ OTHER_SEEDS = 1000  # where they begin, whatever the number of seeds
 TREAD_FINALE, TREADS_FINALE = "tread-finale", 0.1
 OBJECTIVE = "flow"
 EMA_RATE = "0.995"
-POINTS = 4  # of each run's curve
+POINTS, ROWS = 4, 5  # of each run's curve, and of its log between two of them
 
 
 def network_of(study: Study, policy: str, latent_shape: Sequence[int]) -> LatentTransformer:
@@ -56,8 +57,11 @@ def decoder_of(model: str, policy: str) -> dict[str, Any]:
     return {"decoder": LAST_BLOCKS} if policy == "maskdit" else {}
 
 
-def arms_of(study: Study, asked: str, latent_shape: Sequence[int]) -> list[str]:
-    """The arms that are asked for, ``all`` that can be or a comma list, plain first. latent_shape: (C, H, W).
+def arms_of(
+    study: Study, asked: str, latent_shape: Sequence[int], say: Callable[[str], Any] = sys.stderr.write
+) -> list[str]:
+    """The arms that are asked for, ``all`` that can be or a comma list, plain first. latent_shape: (C, H, W). say: told
+    which arms of all cannot be, and why.
 
     Raises ValueError for an unknown one, and for one that is named and cannot be.
     """
@@ -68,7 +72,9 @@ def arms_of(study: Study, asked: str, latent_shape: Sequence[int]) -> list[str]:
     known = [*fitting, *([TREAD_FINALE] if "tread" in fitting else [])]
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if asked == "all":
-        names = [name for name in known if why_not(study, Run(name, 0).policy, latent_shape) is None]
+        reasons = {name: why_not(study, Run(name, 0).policy, latent_shape) for name in known}
+        names = [name for name, reason in reasons.items() if reason is None]
+        say("".join(f"left out: {name}: {reason}\n" for name, reason in reasons.items() if reason))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--arms {unknown[0]}: unknown; choose some of {', '.join(known)}")
     for name in names:
@@ -125,6 +131,8 @@ def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[
     last_step = Budget(TrainConfig(**length), network, study.batch_size).last_step
     assert last_step is not None
     every = max(1, last_step // POINTS)
+    row = max(1, every // ROWS)  # the bar of the study goes by the rows
+    every -= every % row
     return {
         "data_dir": study.data_dir,
         "image_size": study.image_size,
@@ -138,6 +146,7 @@ def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[
         "batch_size": study.batch_size,
         "opt": "adamw",
         "lr": 1e-3,
+        "adam_beta2": study.adam_beta2,
         "lr_warmup": 50,
         "lr_decay": 0.2,
         "shard": "none",
@@ -147,7 +156,7 @@ def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[
         "seed": run.seed,
         "preview_samples": 0,
         "save_interval": every,
-        "log_interval": every,
+        "log_interval": row,
         **length,
     }
 

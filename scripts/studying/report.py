@@ -73,32 +73,59 @@ def summary(study: Study, results: Results) -> str:
         f"{study.model} on {study.data_dir}, flow objective, batches of {study.batch_size}. Each run has the compute "
         f"of {study.budget:g} steps of training without a policy. What is measured is the mean squared error of the "
         f"velocity on at most {study.held_out_images} images of {study.held_out_dir}: with averaged weights, on all "
-        f"tokens, at eight noise levels, with fixed noise. {spread}"
+        f"tokens, at eight noise levels, with fixed noise. {spread}{of_samples(results)}"
     )
 
 
-HEADINGS = ("arm", "runs", "steps", "TFLOPs", "seconds", "held-out error", "to none", "least difference", "verdict")
+def of_samples(results: Results) -> str:
+    """What the columns of samples mean, in words; empty where no samples were judged."""
+    floors = [result["fd_floor"] for result in results.values() if "fd_floor" in result]
+    if not floors:
+        return ""
+    return (
+        " A classifier of the data reads samples that are drawn without guidance: the share read as the class that was "
+        "asked for, and the Fréchet distance (FD) of its features from those of as many held-out images. As many "
+        f"training images have an FD of {np.mean(floors):.3g}."
+    )
+
+
+HEADINGS = ("arm", "runs", "steps", "TFLOPs", "seconds", "MB kept", "read right", "FD", "held-out error", "to none",
+            "least difference", "verdict")  # fmt: skip
+# Of a run, where it has them: what a step keeps for its backward pass, and what the classifier finds.
+FURTHER = {"memory_mb": ".1f", "read_right": ".1%", "fd": ".3g"}
+
+
+def mean_of(results: Results, arm: str, name: str) -> float:
+    """Mean of a number over the runs of an arm that have it; NaN where none has."""
+    values = [result[name] for run, result in results.items() if run.arm == arm and name in result]
+    return float(np.mean(values)) if values else math.nan
+
+
+def words_of(verdict: Verdict, results: Results) -> str:
+    """The verdict by the held-out error, and whether the samples contradict it."""
+    gain = mean_of(results, PLAIN, "fd") - mean_of(results, verdict.arm, "fd")
+    contradicted = (verdict.words == "better" and gain < 0) or (verdict.words == "worse" and gain > 0)
+    return verdict.words + ", but FD says otherwise" * contradicted
 
 
 def table_rows(results: Results) -> list[list[str]]:
     """A row for each arm under :data:`HEADINGS`, and its errors in the eight bins."""
     rows = []
+    forms = {"step": ".0f", "tflops": ".4g", "seconds": ".0f", **FURTHER}
     for verdict in verdicts_of(results):
         of_arm = [result for run, result in results.items() if run.arm == verdict.arm]
-        mean = {name: np.mean([result[name] for result in of_arm]) for name in ("step", "tflops", "seconds")}
+        means = {name: mean_of(results, verdict.arm, name) for name in forms}
         bins = np.mean([result["bins"] for result in of_arm], axis=0)
         is_plain = verdict.arm == PLAIN
         rows.append(
             [
                 TITLES.get(verdict.arm, verdict.arm),
                 str(len(of_arm)),
-                f"{mean['step']:.0f}",
-                f"{mean['tflops']:.4g}",
-                f"{mean['seconds']:.0f}",
+                *("" if math.isnan(mean) else f"{mean:{forms[name]}}" for name, mean in means.items()),
                 f"{verdict.mean:.4f}",
                 "" if is_plain else f"{verdict.difference:+.4f}",
                 "" if is_plain or math.isnan(verdict.least) else f"{verdict.least:.4f}",
-                "" if is_plain else verdict.words,
+                "" if is_plain else words_of(verdict, results),
                 *(f"{value:.3f}" for value in bins),
             ]
         )
@@ -212,12 +239,12 @@ def _csv(results: Results) -> str:
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     bins = len(next(iter(results.values()))["bins"])
-    writer.writerow(
-        ["arm", "seed", "steps", "tflops", "plain_samples", "seconds", "error", *(f"error_bin{i}" for i in range(bins))]
-    )
+    names = ["tflops", "plain_samples", "seconds", "error"]
+    further = [*FURTHER, "fd_floor"]
+    writer.writerow(["arm", "seed", "steps", *names, *(f"error_bin{i}" for i in range(bins)), *further])
     for run, result in results.items():
-        numbers = [result[name] for name in ("step", "tflops", "plain_samples", "seconds", "error")]
-        writer.writerow([run.arm, run.seed, *numbers, *result["bins"]])
+        numbers = [result[name] for name in ("step", *names)]
+        writer.writerow([run.arm, run.seed, *numbers, *result["bins"], *(result.get(name, "") for name in further)])
     return out.getvalue()
 
 

@@ -21,6 +21,7 @@ SETTINGS = {
     "tokens64": Setting("DiT_Micro_1", budget=700, seeds=2),
 }
 QUICK_BUDGET = 60.0
+SAMPLES, QUICK_SAMPLES = 360, 60
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Study:
     budget: float
     batch_size: int
     held_out_images: int
+    adam_beta2: float = 0.99  # recorded, because studies of before had 0.999
 
     def __post_init__(self) -> None:
         if family_of(self.model) not in ("DiT", "SiT"):

@@ -59,6 +59,7 @@ def trained(monkeypatch, tmp_path):
         (["--microbatch", "0"], "--microbatch 0"),
         (["--max_bad_share", "2"], "--max_bad_share 2.0: must be in [0, 1]"),
         (["--lr", "0"], "--lr 0.0: must be positive"),
+        (["--adam_beta2", "1"], "--adam_beta2 1.0: must be in [0, 1), such as 0.99"),
         (["--ema_rate", "0.9,1.5"], "--ema_rate 0.9,1.5: expected numbers in [0, 1)"),
         (["--ema_rate", "none"], "--ema_rate none: without --ema_power there would be no average"),
         (["--ema_power", "0.1,long"], "--ema_power 0.1,long: expected numbers in (0, 0.28]"),

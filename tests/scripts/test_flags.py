@@ -15,6 +15,7 @@ LAUNCHER = {"local_rank": None, "rank": None, "world_size": None, "dist_url": "e
 CONTRACT = {
     "scripts/image_train.py": {
         **MODEL_AND_DIFFUSION, **LAUNCHER, "data_dir": "", "schedule_sampler": "uniform", "lr": 3e-4, "weight_decay": 0,
+        "adam_beta2": 0.999,
         "lr_anneal_steps": 0, "max_compute": 0.0, "lr_warmup": 0, "lr_decay": 0.0, "batch_size": 1,
         "microbatch": -1, "ema_rate": "0.9999", "ema_warmup": False,
         "ema_power": "", "ema_snapshot_interval": 5000, "log_interval": 10,

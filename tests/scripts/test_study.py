@@ -2,24 +2,47 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import image_train
 import pytest
+import torch
+from studying import trainer
+from studying.judge import KeptBytes, spread
 from studying.measure import measure
-from studying.plan import AGAIN, CONTROLS, PLAIN, TREAD_FINALE, WEAKER, Run, arms_of, as_arguments, network_of, runs_of
+from studying.plan import (
+    AGAIN,
+    CONTROLS,
+    PLAIN,
+    TREAD_FINALE,
+    WEAKER,
+    Run,
+    arms_of,
+    as_arguments,
+    network_of,
+    runs_of,
+    training_flags,
+)
+from studying.progress import Progress, share_done
+from studying.report import words_of
 from studying.settings import Study
-from studying.verdicts import judge, lack_of_power, pooled_deviation, t_quantile, undecided
+from studying.verdicts import Verdict, judge, lack_of_power, pooled_deviation, t_quantile, undecided
 from support import call
 
 from masked_diffusion.choices import POLICIES
 from masked_diffusion.models.cost import cost
+from masked_diffusion.processes.preemption import STOPPED
 
 STUDY = "scripts/study.py"
 TINY = ["--budget", "4", "--arms", "tread", "--model", "DiT_Ti_2", "--batch_size", "4", "--held_out_images", "8"]
-TINY += ["--device", "cpu"]
+TINY += ["--device", "cpu", "--samples", "8"]
+NO_SAMPLES = ["--samples", "0"]
 ARMS = [PLAIN, "tread", WEAKER, AGAIN]
 
 
@@ -35,6 +58,8 @@ def quick(module_folder):
 
     def killed(argv):
         nonlocal count
+        if "--dry_run" in argv:
+            return whole(argv)
         count += 1
         if count == 2:
             # Stopped where the log has no row.
@@ -70,7 +95,7 @@ def test_a_run_whose_log_lacks_its_end_is_not_measured(quick, tmp_path):
     rows = (run / "progress.csv").read_text().splitlines(keepends=True)
     (run / "progress.csv").write_text("".join(rows[:-1]))
     with pytest.raises(ValueError, match="its log has no row of step"):
-        measure(run, SimpleNamespace(errors=lambda trained: [0.0]), "cpu")
+        measure(run, SimpleNamespace(errors=lambda trained: [0.0]), None, "cpu")
 
 
 def test_every_arm_spends_the_same_compute_and_no_more(quick):
@@ -95,6 +120,121 @@ def test_the_report_is_one_file_with_curves_samples_and_configurations(quick):
     error = float(read_rows(quick[0])[0]["error"])
     bins = [float(read_rows(quick[0])[0][f"error_bin{i}"]) for i in range(8)]
     assert f"{error:.4f}" in page and error == pytest.approx(sum(bins) / 8)
+
+
+def test_samples_are_judged_and_the_memory_of_a_step_is_counted(quick):
+    rows = {row["arm"]: row for row in read_rows(quick[0])}
+    assert all(0 <= float(row["read_right"]) <= 1 and float(row["fd"]) > 0 for row in rows.values())
+    assert len({row["fd_floor"] for row in rows.values()}) == 1 < len({row["fd"] for row in rows.values()})
+    memory = {arm: float(row["memory_mb"]) for arm, row in rows.items()}
+    assert memory["tread"] < memory[PLAIN] == memory[AGAIN]
+    page = (quick[0] / "report.html").read_text()
+    assert f"<td>{memory['tread']:.1f}</td>" in page and "training images have an FD of" in page
+    assert not (quick[0] / "runs" / "dry_run").exists()
+
+
+def test_what_a_backward_pass_needs_is_counted_once_and_given_back():
+    x, w = torch.ones(10, 30, requires_grad=True), torch.ones(30, 20, requires_grad=True)
+    with KeptBytes() as kept:
+        for _ in range(2):  # the second pass finds nothing left of the first
+            y = (x @ w).relu()
+            (y.sum() + y.exp().sum() * 0).backward()
+            del y
+    assert kept.most == 4 * (10 * 30 + 30 * 20 + 2 * 10 * 20)  # both factors, and the results of relu and exp
+    assert x.grad is not None and spread(9, 3).tolist() == [0, 4, 8] and spread(2, 5).tolist() == [0, 1]
+
+
+def test_a_verdict_says_where_the_samples_contradict_it():
+    results = {Run(PLAIN, 0): {"fd": 2.0}, Run("tread", 0): {"fd": 3.0}, Run("mdt", 0): {}}
+    better, worse = (Verdict("tread", (1.0,), difference, 0.1) for difference in (-1.0, 1.0))
+    assert words_of(better, results) == "better, but FD says otherwise" and words_of(worse, results) == "worse"
+    assert words_of(Verdict("mdt", (1.0,), -1.0, 0.1), results) == "better"
+
+
+def test_the_share_that_is_done_of_each_run_counts_in_the_bar(quick, tmp_path):
+    run = shutil.copytree(quick[0] / "runs" / f"{PLAIN}-seed0", tmp_path / "run")
+    rows = (run / "progress.csv").read_text().splitlines(keepends=True)
+    budget = float(read_rows(quick[0])[0]["tflops"])
+    assert share_done(run, budget) == pytest.approx(1) and share_done(tmp_path / "none", budget) == 0
+    (run / "progress.csv").write_text("".join(rows[:2]))
+    assert share_done(run, budget) == pytest.approx(0.25)
+    with Progress({run: budget, tmp_path / "none": budget}, 4) as progress:
+        assert progress.bar.initial == 2.25
+        (run / "progress.csv").write_text("".join(rows[:3]))
+        progress.show("a run")
+        assert progress.bar.n == 2.5 and "a run" in str(progress.bar)
+
+
+@pytest.mark.parametrize("budget", [4, 30, 300, 1500])
+def test_every_checkpoint_of_a_run_has_a_row_in_its_log(budget):
+    plan = Study("DiT_Mini_2", "builtin:digits", "builtin:digits-test", "none", 8, budget, 64, 360)
+    flags = training_flags(plan, Run("sprint", 0), (1, 8, 8))
+    assert flags["save_interval"] % flags["log_interval"] == 0 and flags["adam_beta2"] == 0.99
+
+
+# A training as the trainer knows it: it begins, saves when it is asked to stop, and ends with the status of that.
+STOPPABLE = """
+import os, signal, sys, time
+folder = os.environ["OPENAI_LOGDIR"]
+os.makedirs(folder)
+def stop(number, frame):
+    open(folder + "/saved", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+if "quick" in sys.argv:
+    sys.exit(0)
+if "fails" in sys.argv:
+    time.sleep(0.3)
+    sys.exit(1)
+open(folder + "/begun", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def stoppable(monkeypatch, tmp_path):
+    """A trainer of two jobs, and the folder of its runs."""
+    (tmp_path / "training.py").write_text(STOPPABLE)
+    monkeypatch.setattr(trainer, "TRAINING", tmp_path / "training.py")
+    return trainer.Trainer(tmp_path / "runs", "", 2, []), tmp_path / "runs"
+
+
+def wait_for(*paths):
+    end = time.monotonic() + 240
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_signal_reaches_the_trainings_which_save_before_the_study_ends(stoppable):
+    trains, runs = stoppable
+
+    def ask_when_begun():
+        wait_for(runs / "a-seed0" / "begun", runs / "b-seed0" / "begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_when_begun).start()
+    assert list(trains.train({Run(arm, 0): [] for arm in "abc"})) == []
+    assert trains.status == STOPPED and all((runs / f"{arm}-seed0" / "saved").exists() for arm in "ab")
+    assert not (runs / "c-seed0").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_reaches_the_trainings_while_a_run_is_measured_and_what_is_finished_counts(stoppable):
+    trains, runs = stoppable
+    for run in trains.train({Run("a", 0): ["quick"], Run("b", 0): []}):
+        assert run.arm == "a"
+        wait_for(runs / "b-seed0" / "begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(runs / "b-seed0" / "saved")  # at once, not when this is done
+    assert trains.status == STOPPED
+
+
+def test_a_training_that_fails_stops_the_others_when_they_have_saved(stoppable):
+    trains, runs = stoppable
+    with pytest.raises(RuntimeError, match="a-seed0: its training ended with status 1"):
+        for _ in trains.train({Run("a", 0): ["fails"], Run("b", 0): []}):
+            pass
+    assert (runs / "b-seed0" / "saved").exists()
 
 
 def test_each_run_is_an_ordinary_run_folder(quick):
@@ -160,7 +300,7 @@ def test_a_launcher_starts_each_training(quick, monkeypatch, tmp_path):
     out = with_errors(quick, tmp_path / "out", {})
     (out / "runs" / "tread-seed0.json").unlink()
     shutil.rmtree(out / "runs" / "tread-seed0")
-    assert study(monkeypatch, out, "--quick", "--launcher", "env A=1") == 0
+    assert study(monkeypatch, out, "--quick", "--launcher", "env A=1", *NO_SAMPLES) == 0
     rows = [{name: row[name] for name in ("arm", "steps", "error")} for row in read_rows(out)]
     assert rows == [{name: row[name] for name in ("arm", "steps", "error")} for row in read_rows(quick[0])]
 
@@ -169,7 +309,7 @@ def test_a_training_that_fails_names_its_output(quick, monkeypatch, tmp_path):
     out = with_errors(quick, tmp_path / "out", {})
     (out / "runs" / "tread-seed0.json").unlink()
     with pytest.raises(RuntimeError, match=r"tread-seed0: its training ended with status 1; see .*tread-seed0\.txt"):
-        study(monkeypatch, out, "--quick", "--launcher", "false")
+        study(monkeypatch, out, "--quick", "--launcher", "false", *NO_SAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +320,7 @@ def test_a_training_that_fails_names_its_output(quick, monkeypatch, tmp_path):
         (["--budget", "0"], "--budget 0.0: must be positive"),
         (["--budget", "5"], "holds a study with budget 4.0, this one has 5.0"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--samples", "1"], "--samples 1: must be 0 (none), or at least 2"),
         (["--data_dir", "images"], "--data_dir images: give the data to measure on with --held_out_dir"),
         (["--held_out_dir", "builtin:shapes-test"], "its classes are not those of --data_dir builtin:digits"),
     ],
@@ -217,7 +358,10 @@ def test_all_arms_are_planned_a_seed_of_each_after_the_other():
     assert len({run.name for run in runs}) == len(runs) and runs_of(arms, 3)[: len(runs)] == runs
     assert {run.finale for run in runs if run.arm in ("sprint", "deferred", "maskdit", TREAD_FINALE)} == {0.1}
     patches_of_one_value = Study("DiT_Micro_1", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360)
-    assert set(arms) - set(arms_of(patches_of_one_value, "all", (1, 8, 8))) == {"maskdit"}
+    said = []
+    assert set(arms) - set(arms_of(patches_of_one_value, "all", (1, 8, 8), said.append)) == {"maskdit"}
+    [text] = said
+    assert text.startswith("left out: maskdit: --policy maskdit: its term on dropped tokens standardises patches")
     with pytest.raises(ValueError, match="patches, which have one value each"):
         arms_of(patches_of_one_value, "maskdit", (1, 8, 8))
     assert Run(WEAKER, 0).name == "none-60-seed0" and plan.model_of("mdtv2") == "MDTv2_Mini_2"
