@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masked_diffusion.choices import check_std
-from masked_diffusion.files import atomic_write, sha256_of
+from masked_diffusion.files import sha256_of
 from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
 from masked_diffusion.script_util import finite_float, from_args, run_script
 
@@ -130,15 +130,9 @@ def prepare_sweep(
 
 def write(state: "dict[str, Tensor]", out: Path, std: float, step: int) -> None:
     """Write an average to a file whose name says the format."""
-    with atomic_write(out) as file:
-        if out.suffix == ".safetensors":
-            from safetensors.torch import save
+    from masked_diffusion.runs.checkpoint import write_part
 
-            file.write(save({name: value.contiguous() for name, value in state.items()}))
-        else:
-            import torch
-
-            torch.save(state, file)
+    write_part(out, state)
     sys.stdout.write(f"{out.absolute()}: the average of length {std} at step {step}\n")
 
 

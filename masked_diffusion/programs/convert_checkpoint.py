@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from masked_diffusion.choices import DEFAULT_DOWNSAMPLE, DEFAULT_SCALE, DEFAULT_VAE, family_of
-from masked_diffusion.files import atomic_write, write_json
+from masked_diffusion.files import write_json
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import CONFIG_NAME, RunConfig, read_config
@@ -68,11 +66,7 @@ def config_of(request: Request, source: Path, out: Path, state: dict[str, Tensor
 def write_weights(state: dict[str, Tensor], config: RunConfig, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.parent / CONFIG_NAME, config.as_json())
-    with atomic_write(out) as file:
-        if out.suffix == ".safetensors":
-            file.write(save({name: value.contiguous() for name, value in state.items()}))
-        else:
-            torch.save(state, file)
+    checkpoint.write_part(out, state)
     say(f"{out.absolute()}")
 
 

@@ -72,12 +72,11 @@ def save_checkpoint(folder: Path, step: int, parts: Mapping[str, Any], config: d
     """Write ``parts`` (file name -> state) and then their manifest, which carries ``config``. Each file is atomic.
 
     Weights of this step in another format are of a former run through it, and go before the manifest is written.
-    A part named ``.safetensors`` is a mapping of names to contiguous tensors, any other what ``torch.save`` takes.
     """
     files: dict[str, dict[str, Any]] = {}
     try:
         for name, part in parts.items():
-            _write_part(folder / name, part)
+            write_part(folder / name, part)
             files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for other in (folder / name for part in parts for name in _in_all_formats(part) if name not in parts):
             other.unlink(missing_ok=True)
@@ -94,12 +93,13 @@ def _in_all_formats(name: str) -> list[str]:
     return [str(Path(name).with_suffix(f".{form}")) for form in WEIGHTS_FORMATS] if weights else []
 
 
-def _write_part(path: Path, part: Any) -> None:
+def write_part(path: Path, part: Any) -> None:
+    """Write a file: of ``.safetensors`` a mapping of names to tensors, else what ``torch.save`` takes."""
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
             from safetensors.torch import save
 
-            file.write(save(part))
+            file.write(save({name: tensor.contiguous() for name, tensor in part.items()}))
             return
         try:
             torch.save(part, file)
