@@ -96,7 +96,7 @@ class ImageSampler:
             return samplers.Prediction(x_t, x_t, x_t, x_t)
 
         # Some samplers look at a level twice, or not, so they are asked.
-        samplers.last(samplers.loop(self._new_step(), predict, torch.zeros(1, 1, 1, 1), self._grid))
+        samplers.last(samplers.loop(self._new_step(), predict, torch.zeros(1, 1, 1, 1), self._grid, torch.zeros_like))
         return sum(costs)
 
     def states(
