@@ -25,6 +25,7 @@ _BLOCK = 1 << 16
 _BYTES_PER_ELEMENT = 256
 _ANCHOR = 64  # bytes of a value by which it is looked for
 _DATA_PAGE_V2 = 3
+_LONGEST_HEADER = 1 << 16  # of a page: statistics in it are cut off after some thousand bytes
 
 
 class ChangedFileError(Exception):
@@ -77,12 +78,15 @@ def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None
     offset = min(pages_at)
     if chunk.compression not in ("UNCOMPRESSED", "SNAPPY"):
         return None
-    raw = read(offset, chunk.total_compressed_size)
-    text, blocks = raw, _Blocks([], [], [])
+    # Groups may be large: beside the values, no more than the text is in memory.
+    text: bytes | bytearray
+    blocks = _Blocks([], [], [])
     try:
         if chunk.compression == "SNAPPY":
-            text = _decompress(raw, offset, chunk.total_uncompressed_size, blocks)
-    except _OtherPagesError:
+            text = _decompress(read, offset, chunk.total_compressed_size, chunk.total_uncompressed_size, blocks)
+        else:
+            text = read(offset, chunk.total_compressed_size)
+    except (_OtherPagesError, ChangedFileError):  # the latter since pyarrow read it
         return None
     starts = _starts_of(values, text)
     if starts is None:
@@ -90,11 +94,7 @@ def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None
     lengths = np.array([0 if value is None else len(value) for value in values], dtype=np.uint32)
     numbers = (np.array(column, dtype) for column, dtype in zip(blocks, (np.int64, np.uint32, np.uint32), strict=True))
     places = RowPlaces(starts, lengths, offset, *numbers)
-
-    def from_memory(at: int, length: int) -> bytes:
-        return raw[at - offset : at - offset + length]
-
-    return places if _give(places, from_memory, values) else None
+    return places if _give(places, read, values) else None
 
 
 def _give(places: RowPlaces, read: Read, values: Sequence[Any]) -> bool:
@@ -105,7 +105,7 @@ def _give(places: RowPlaces, read: Read, values: Sequence[Any]) -> bool:
         return False
 
 
-def _starts_of(values: Sequence[Any], text: bytes) -> np.ndarray | None:
+def _starts_of(values: Sequence[Any], text: bytes | bytearray) -> np.ndarray | None:
     """Where each value begins in a text, (N,) int64, 0 for empty ones; None where one is not in it.
 
     A value mostly lies behind the one before. Equal ones may be there once (dictionary encoding). Values are compared
@@ -127,7 +127,7 @@ def _starts_of(values: Sequence[Any], text: bytes) -> np.ndarray | None:
     return starts
 
 
-def _occurrences(text: bytes, anchor: bytes, begin: int) -> Iterator[int]:
+def _occurrences(text: bytes | bytearray, anchor: bytes, begin: int) -> Iterator[int]:
     at = text.find(anchor, begin)
     while at >= 0:
         yield at
@@ -149,31 +149,32 @@ class _Blocks(NamedTuple):
     unpacked: list[int]
 
 
-def _decompress(raw: bytes, offset: int, size: int, blocks: _Blocks) -> bytes:
-    """The pages of a chunk decompressed, each from a multiple of 64 KiB on. offset: of the chunk in its file. size: of
-    all pages, decompressed. Adds the blocks. Raises _OtherPagesError."""
-    view = memoryview(raw)
-    pages, at = [], 0
-    while at < len(raw):
-        header = _PageHeader(raw, at)
-        at = header.end + header.packed
+def _decompress(read: Read, offset: int, packed_size: int, size: int, blocks: _Blocks) -> bytearray:
+    """The pages of a chunk decompressed, each from a multiple of 64 KiB on. offset, packed_size: of the chunk in its
+    file. size: of all pages, decompressed. Adds the blocks. Raises _OtherPagesError."""
+    text, at, end = bytearray(), offset, offset + packed_size
+    while at < end:
+        header = _PageHeader(read(at, min(_LONGEST_HEADER, end - at)))
+        begin = at + header.length
+        at = begin + header.packed
         size -= header.unpacked
-        if size < 0 or at > len(raw):
+        if size < 0 or at > end:
             raise _OtherPagesError
         if header.kind == _DATA_PAGE_V2:  # compressed in part; with a dictionary, all values are in the page before
             continue
-        packed = view[header.end : at]
+        packed = read(begin, header.packed)
         bounds = _block_bounds(packed, header.unpacked)
-        blocks.offsets.extend(offset + header.end + bound for bound in bounds[:-1])
+        blocks.offsets.extend(begin + bound for bound in bounds[:-1])
         blocks.packed.extend(after - before for before, after in zip(bounds[:-1], bounds[1:], strict=True))
         sizes = [_BLOCK] * (len(bounds) - 1)
         sizes[-1] = header.unpacked - _BLOCK * (len(sizes) - 1)
         blocks.unpacked.extend(sizes)
-        pages += [_unpack(packed, header.unpacked), bytes(-header.unpacked % _BLOCK)]
-    return b"".join(pages)
+        text += _unpack(packed, header.unpacked)
+        text += bytes(-header.unpacked % _BLOCK)
+    return text
 
 
-def _block_bounds(packed: memoryview, size: int) -> list[int]:
+def _block_bounds(packed: bytes, size: int) -> list[int]:
     """Where each 64 KiB of a page begin in its compressed bytes, and the end. Raises _OtherPagesError."""
     at = len(_varint(size))
     bounds, done, elements = [at], 0, 0
@@ -200,7 +201,7 @@ def _block_bounds(packed: memoryview, size: int) -> list[int]:
     return [*bounds, len(packed)]
 
 
-def _unpack(packed: bytes | memoryview, size: int) -> bytes:
+def _unpack(packed: bytes, size: int) -> bytes:
     """Raises ChangedFileError for bytes that are not those of blocks."""
     import pyarrow
 
@@ -221,13 +222,13 @@ def _varint(number: int) -> bytes:
 
 
 class _PageHeader:
-    """A page's header in Thrift's compact protocol: its kind, its bytes before and after decompression, where it ends.
+    """A page's header in Thrift's compact protocol: its kind, its bytes before and after decompression, its length.
 
     Raises _OtherPagesError for what is none.
     """
 
-    def __init__(self, raw: bytes, at: int) -> None:
-        self._raw, self.end = raw, at
+    def __init__(self, raw: bytes) -> None:
+        self._raw, self.length = raw, 0
         try:
             fields = self._struct()
             self.kind, self.unpacked, self.packed = (int(fields[number]) for number in (1, 2, 3))
@@ -237,8 +238,8 @@ class _PageHeader:
             raise _OtherPagesError
 
     def _byte(self) -> int:
-        self.end += 1
-        return self._raw[self.end - 1]
+        self.length += 1
+        return self._raw[self.length - 1]
 
     def _number(self) -> int:
         number = shift = 0
@@ -267,7 +268,7 @@ class _PageHeader:
             return self._signed()
         if kind == 8:  # bytes
             length = self._number()
-            self.end += length
+            self.length += length
         elif kind == 12:
             self._struct()
         else:  # no header of a page has lists, maps or floating point

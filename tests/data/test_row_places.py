@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -142,6 +143,42 @@ def test_a_file_that_was_damaged_since_is_decoded_to_say_so(pictures, tmp_path, 
         file.write(content)
     with pytest.raises(UnreadableImageError, match="its row group is damaged"):
         source.read(20)
+
+
+def chunk_in(folder, contents, **how):
+    """The column of images of one group of rows: what reads its file, its metadata, its values."""
+    path = folder / "a.parquet"
+    parquet.write_table(pyarrow.table({"image": contents}), path, **how)
+    content = path.read_bytes()
+    values = [pyarrow.py_buffer(value) for value in contents]
+    return lambda at, size: content[at : at + size], parquet.ParquetFile(path).metadata.row_group(0).column(0), values
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_finding_the_rows_of_a_large_group_takes_its_own_size_in_memory_once(tmp_path, compression):
+    contents = [np.random.default_rng(seed).bytes(2**20) for seed in range(16)]
+    read, chunk, values = chunk_in(tmp_path, contents, compression=compression, write_batch_size=1)  # rows in a page
+    row_places.find_rows(*chunk_in(tmp_path, contents[:1]))  # imports
+    tracemalloc.start()
+    try:
+        assert find_rows(read, chunk, values) is not None
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_page_that_was_damaged_since_pyarrow_read_it_has_no_places(pictures, tmp_path):
+    read, chunk, values = chunk_in(tmp_path, pictures[:GROUP])
+    header = row_places._PageHeader(read(chunk.dictionary_page_offset, 1000))
+    preamble = chunk.dictionary_page_offset + header.length  # the size that snappy says of the page
+
+    def damaged(at, size):
+        content = bytearray(read(at, size))
+        if at <= preamble < at + size:
+            content[preamble - at] ^= 1
+        return bytes(content)
+
+    assert find_rows(read, chunk, values) is not None and find_rows(damaged, chunk, values) is None
 
 
 def test_places_that_do_not_give_what_pyarrow_read_are_not_used(pictures, tmp_path, monkeypatch):
