@@ -166,15 +166,15 @@ def row_of(
 
 
 def cost_of(rows: Sequence[Row]) -> str:
-    """What an image of each row costs, for the user."""
-    costs = {row.name: f"{row.make.passes():g}" for row in rows}
+    """What an image of each row costs, for the user. A hole that is filled by halves takes two passes for one."""
+    costs = {}
+    for row in rows:
+        side = None if row.inpainting is None else row.inpainting.side
+        costs[row.name] = f"{row.make.passes() * (2 if side is not None and side.halves else 1):g}"
     if len(set(costs.values())) == 1:
-        text = f"cost: {costs[rows[0].name]} passes of the model per image"
-    else:
-        each = ", ".join(f"{passes} of {name}" for name, passes in costs.items())
-        text = f"cost in passes of the model per image: {each}"
-    by_halves = any(row.inpainting and row.inpainting.side and row.inpainting.side.halves for row in rows)
-    return text + "; each is made twice, for the halves of the hole" * by_halves
+        return f"cost: {costs[rows[0].name]} passes of the model per image"
+    each = ", ".join(f"{passes} of {name}" for name, passes in costs.items())
+    return f"cost in passes of the model per image: {each}"
 
 
 def sampler_of(settings: Mapping[str, Any], config: RunConfig) -> SamplerConfig:
