@@ -1,6 +1,7 @@
 """A picture of how far a training is: a grid of samples from its weight average."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,23 +46,12 @@ class Preview:
         new_away: NewAway | None,
     ) -> None:
         self._count = count
-        self._sampler = sampler
         self._run_config = run_config
-        self._first_stage = first_stage
-        self._device = device
-        self._new_away = new_away
-
-    def sampler_of(self, model: Denoiser) -> ImageSampler:
-        """What draws the images of a model, in eval mode. Raises ValueError for guidance outside of the process."""
-        return ImageSampler(
-            model,
-            self._run_config,
-            self._sampler,
-            self._first_stage,
-            self._device,
-            stream=self._run_config.stream,
-            new_away=self._new_away,
-        )
+        # What draws the images of a model, in eval mode.
+        self.sampler_of = partial(
+            ImageSampler, config=run_config, sampler=sampler, first_stage=first_stage, device=device,
+            stream=run_config.stream, new_away=new_away,
+        )  # fmt: skip
 
     def draw(self, step: int, averaged: Denoiser, folder: Path, report: Callable[[str], None]) -> None:
         """Draw the preview of a step. averaged: the model with its averaged weights, in eval mode. report: told of a

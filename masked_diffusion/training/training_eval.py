@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,16 @@ class Evaluation:
         self.config = config
         self._program = program
         self._run_config = run_config
-        self._first_stage = first_stage
         self._ranks = ranks
         self._folder = folder
         self._sampler = sampler
-        self._new_away = new_away
         self._guide_record = guide_record
-        self._labels = labels_for(run_config, "random", config.eval_num_samples, self._sampler.seed)
+        self._labels = labels_for(run_config, "random", config.eval_num_samples, sampler.seed)
+        # What draws the images of a model, in eval mode.
+        self.sampler_of = partial(
+            ImageSampler, config=run_config, sampler=sampler, first_stage=first_stage, device=ranks.device,
+            stream=run_config.stream, new_away=new_away,
+        )  # fmt: skip
 
     @property
     def no_scores(self) -> Scores:
@@ -170,18 +174,6 @@ class Evaluation:
             **stream_entry(self._run_config.stream),
             **({"guide": self._guide_record} if self._guide_record else {}),
         }
-
-    def sampler_of(self, model: Denoiser) -> ImageSampler:
-        """What draws the images of a model, in eval mode. Raises ValueError for guidance outside of the process."""
-        return ImageSampler(
-            model,
-            self._run_config,
-            self._sampler,
-            self._first_stage,
-            self._ranks.device,
-            stream=self._run_config.stream,
-            new_away=self._new_away,
-        )
 
     def _sample(self, samples: SampleSet, make: ImageSampler, asked_to_stop: Callable[[], bool]) -> None:
         """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
