@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -122,7 +123,11 @@ def run_command(arguments, env, cwd=None, timeout=TIMEOUT):
 @cache
 def warm_python():
     """The folder of a ``python`` that has imported torch, see ``warm_python.py``; None where the system has no such."""
-    if not hasattr(os, "pidfd_open"):
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # another system than Linux, or a container that forbids it
+        return None
+    if len(tempfile.gettempdir()) > 70:  # the name of a socket may not be longer than 107
         return None
     server = WarmPython(environment(""))
     atexit.register(server.close)

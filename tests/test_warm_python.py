@@ -8,7 +8,13 @@ import time
 import pytest
 from support import begin, environment, run_command, warm_python
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open, which Linux has")
+
+@pytest.fixture(autouse=True)
+def _needs_one():
+    if warm_python() is None:
+        pytest.skip("needs pidfd_open, which Linux has")
+
+
 SHOW = """
 import json, os, sys
 print(json.dumps([sys.argv, sys.path[0], os.getcwd(), os.environ["COLOUR"], __name__]))

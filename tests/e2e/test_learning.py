@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden_arrays import GOLDENS
 from PIL import Image
-from support import REPO, TINY_DIGITS, call, environment, rows, run_command
+from support import REPO, TINY_DIGITS, call, environment, few_steps, rows, run_command
 
 from masked_diffusion.programs import read_digits
 from masked_diffusion.runs.request import Request
@@ -64,7 +64,7 @@ def overfitted(module_folder, eight_digits):
         folder = module_folder(model)
         flags = [
             "--data_dir", data, "--vae_path", "none", "--image_size", "8", "--model", model, "--mask_ratio", "0.3",
-            "--decode_layer", "2", "--batch_size", "32", "--lr", "2e-3", "--lr_anneal_steps", "400",
+            "--decode_layer", "2", "--batch_size", "16", "--lr", "2e-3", "--lr_anneal_steps", "400",
             "--ema_rate", "0.98", "--random_flip", "False", "--log_interval", "100", "--preview_samples", "0",
             "--predict_xstart", "True", "--learn_sigma", "False", "--sigma_small", "True", "--num_workers", "0",
             # Version 2's own weighting leaves the noisiest timesteps, where the class decides, for a longer training.
@@ -91,7 +91,7 @@ def test_an_mdt_overfits_eight_digits_and_row_i_of_the_labels_is_row_i_of_the_pi
     path = overfitted("MDT_Ti_2")
     first, final = rows(path.parent)[0], rows(path.parent)[-1]
     assert final["loss"] < 0.05 and final["m_loss"] < 0.1, (first, final)
-    sample = ["--model_path", path, "--num_samples", "19", "--batch_size", "4", "--num_sampling_steps", "30"]
+    sample = ["--model_path", path, "--num_samples", "19", "--batch_size", "4", *few_steps(30)]
     assert call(monkeypatch, SAMPLE, tmp_path, *sample, "--cfg_cond", "True", "--cfg_scale", "1.5") == 0
     with np.load(tmp_path / "samples_19x8x8x3.npz") as file:
         samples, labels = file["arr_0"], file["arr_1"]
@@ -163,7 +163,7 @@ def test_a_model_of_eight_digits_learns_the_other_two_in_a_fraction_of_the_steps
     def share_read(name, step):
         path, folder = tmp_path / name / f"ema_0.9_{step:06d}.pt", tmp_path / f"{name}_{step}"
         sample = ["--model_path", path, "--num_samples", "60", "--labels", "8,9", "--batch_size", "60"]
-        flags = ["--num_sampling_steps", "20", "--cfg_cond", "True", "--cfg_scale", "2"]
+        flags = [*few_steps(20), "--cfg_cond", "True", "--cfg_scale", "2"]
         assert call(monkeypatch, SAMPLE, folder, *sample, *flags) == 0
         with np.load(folder / "samples_60x8x8x3.npz") as file:
             samples, labels = file["arr_0"][..., 0].reshape(60, -1), file["arr_1"]
