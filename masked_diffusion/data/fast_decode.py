@@ -21,7 +21,7 @@ def read_resized(source: ImageSource, index: int, length: int) -> np.ndarray:
     to 1.1 grey levels on average. Raises as ``read_image`` does.
     """
     read, decode = partial(source.read, index), partial(_decode, length=length)
-    pixels = read_with(source.name_of(index), read, decode)  # (3, H, W)
+    pixels = read_with(source.name_of(index), read, decode, source.largest)  # (3, H, W)
     height, width = pixels.shape[1:]
     scale = length / min(height, width)
     size = (round(height * scale), round(width * scale))

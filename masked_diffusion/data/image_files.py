@@ -291,11 +291,17 @@ def read_image(path: str) -> Image.Image:
     return read_with(path, partial(read_bytes, path), lambda content, image: as_shown(image))
 
 
-def read_with(path: str, read: Callable[[], bytes], decode: Callable[[bytes, Image.Image], Picture]) -> Picture:
+def read_with(
+    path: str,
+    read: Callable[[], bytes],
+    decode: Callable[[bytes, Image.Image], Picture],
+    largest: int | None = None,
+) -> Picture:
     """Open a file's content with Pillow, check its size, and return what ``decode`` makes of both.
 
-    ``decode`` is called before any pixel is decoded. read: returns the content. Raises as :func:`read_image` does,
-    naming ``path``; whatever ``decode`` raises becomes such an error.
+    ``decode`` is called before any pixel is decoded. read: returns the content. largest: bytes of the RGB pixels
+    that its header may declare. Raises as :func:`read_image` does, naming ``path``; whatever ``decode`` raises becomes
+    such an error.
     """
     try:
         content = read()
@@ -303,7 +309,7 @@ def read_with(path: str, read: Callable[[], bytes], decode: Callable[[bytes, Ima
         raise UnreadableImageError(path, error.strerror or str(error)) from error
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-        _check_size(*image.size)  # before anything of this size is allocated
+        _check_size(*image.size, largest)  # before anything of this size is allocated
         return decode(content, image)
     except MemoryError:  # of this machine, not of the file: its size is bounded
         raise
@@ -318,17 +324,20 @@ def as_shown(image: Image.Image) -> Image.Image:
     return _to_rgb(_upright(image))
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, largest: int | None) -> None:
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height} pixels are none")
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}, perhaps a decompression bomb")
+    if largest is not None and 3 * width * height > largest:
+        raise ValueError(f"{width} x {height} pixels are {3 * width * height} bytes of RGB, more than {largest}")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
-def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
-    """Read a local or remote file. Where the storage fails for a moment, ask again after each of ``waits`` (seconds).
+def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS, most: int = -1) -> bytes:
+    """Read a local or remote file, or its first ``most`` bytes. Where the storage fails for a moment, ask again after
+    each of ``waits`` (seconds).
 
     Raises OSError: FileNotFoundError, IsADirectoryError and PermissionError at once, others after the last try.
     """
@@ -336,7 +345,7 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS) -> bytes:
 
     def read() -> bytes:
         with open_file(path, "rb") as file:
-            return file.read()
+            return file.read(most)
 
     return patiently(path, read, waits)
 

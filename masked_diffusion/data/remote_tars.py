@@ -125,8 +125,8 @@ class RemoteTar(Tar):
 
     def read(self, index: int) -> bytes:
         size = int(self._sizes[index])
-        if size > self._largest:
-            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self._largest}")
+        if size > self.largest:
+            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self.largest}")
         block = int(self._blocks.of[index])
         at = int(self._offsets[index] - self._starts[block])
         content = self._read_block(block, at, size)

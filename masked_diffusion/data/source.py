@@ -25,7 +25,7 @@ class SourceOptions:
     image_column: str = setting("", "column of the images in parquet and arrow files; empty finds it", "data")
     label_column: str = setting("", "column of the labels in parquet and arrow files; empty looks for label", "data")
     # 1 GiB is more than an image of MAX_PIXELS has in any of the formats that are read: what claims more is a bomb.
-    max_image_bytes: int = setting(2**30, "images of more bytes in archives and tables count as bad", "data")
+    max_image_bytes: int = setting(2**30, "images of more bytes, as files or as RGB pixels, count as bad", "data")
     shuffle_window: int = setting(10_000, "images among which those of remote tar archives are shuffled", "data")
 
     def __post_init__(self) -> None:
@@ -103,7 +103,9 @@ class Source:
 
 
 class ImageSource(Source):
-    """A source of image files."""
+    """A source of image files. largest: bytes that an image may have, as a file and as RGB pixels."""
+
+    largest: int = USUAL.max_image_bytes
 
     def read(self, index: int) -> bytes:
         """Read the content of an image file.
@@ -115,7 +117,8 @@ class ImageSource(Source):
 
     def picture(self, index: int) -> Image.Image:
         """Read an image as a viewer shows it, upright RGB. Raises what ``image_files.read_with`` does."""
-        return read_with(self.name_of(index), partial(self.read, index), lambda content, image: as_shown(image))
+        read = partial(self.read, index)
+        return read_with(self.name_of(index), read, lambda content, image: as_shown(image), self.largest)
 
 
 class Narrowed(ImageSource):
@@ -126,7 +129,7 @@ class Narrowed(ImageSource):
 
     def __init__(self, source: ImageSource, left_out: Collection[str]) -> None:
         kinds = [PurePosixPath(name).suffix.lower() for name in source.names]
-        self._source = source
+        self._source, self.largest = source, source.largest
         self._kept = [index for index, kind in enumerate(kinds) if kind not in left_out]
         if not self._kept:
             raise ValueError(

@@ -17,6 +17,7 @@ from masked_diffusion.data.array_images import Arrays
 from masked_diffusion.data.arrow_images import Arrow
 from masked_diffusion.data.image_files import (
     LABELS_NAME,
+    UnreadableImageError,
     file_sizes,
     is_file,
     is_remote,
@@ -168,7 +169,7 @@ class Folder(ImageSource):
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         listing = list_folder(data_dir)
-        self.data_dir = data_dir
+        self.data_dir, self.largest = data_dir, options.max_image_bytes
         self.names = listing.files
         self.notes = listing.notes
 
@@ -186,7 +187,10 @@ class Folder(ImageSource):
         return file_sizes(self.data_dir, self.names)
 
     def read(self, index: int) -> bytes:
-        return read_bytes(self.name_of(index))
+        content = read_bytes(self.name_of(index), most=self.largest + 1)
+        if len(content) > self.largest:
+            raise UnreadableImageError(self.name_of(index), f"its file has more than {self.largest} bytes")
+        return content
 
 
 SOURCES: tuple[type[Source], ...] = (

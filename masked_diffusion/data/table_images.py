@@ -39,7 +39,7 @@ class Table(ImageSource):
                 "'masked-diffusion[parquet]'"
             ) from error
         self.data_dir = data_dir
-        self._largest = options.max_image_bytes
+        self.largest = options.max_image_bytes
         self._paths, self.notes = self._files_of(Path(data_dir))
         self._start()
         paths, labels = _OwnNames(), LabelColumn()
@@ -123,8 +123,8 @@ class Table(ImageSource):
         content = self._content(number, group, int(self._row_of[index]), index)
         if not content:
             raise UnreadableImageError(self.name_of(index), "the row has no bytes; the image is in a file elsewhere")
-        if len(content) > self._largest:
-            raise UnreadableImageError(self.name_of(index), f"{len(content)} bytes are more than {self._largest}")
+        if len(content) > self.largest:
+            raise UnreadableImageError(self.name_of(index), f"{len(content)} bytes are more than {self.largest}")
         return bytes(content)
 
     def _content(self, number: int, group: int, row: int, index: int) -> bytes | None:

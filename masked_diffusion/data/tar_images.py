@@ -71,7 +71,7 @@ class Tar(ImageSource):
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
-        self._largest = options.max_image_bytes
+        self.largest = options.max_image_bytes
         self._paths = shards_of(data_dir)
         shards = self._read_shards()
         notes = others_in(data_dir, self._paths)
@@ -149,8 +149,8 @@ class Tar(ImageSource):
 
     def read(self, index: int) -> bytes:
         size = int(self._sizes[index])
-        if size > self._largest:
-            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self._largest}")
+        if size > self.largest:
+            raise UnreadableImageError(self.name_of(index), f"{size} bytes are more than {self.largest}")
         number, offset = int(self._shards[index]), int(self._offsets[index])
         content = self._files[number].read(offset, size)
         if len(content) < size:

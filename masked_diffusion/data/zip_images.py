@@ -56,7 +56,7 @@ class Zip(ImageSource):
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
         self.data_dir = data_dir
-        self._largest = options.max_image_bytes
+        self.largest = options.max_image_bytes
         self._file = ArchiveFile(data_dir)
         listing, columns, labels = Listing(), [array(kind) for kind in _COLUMNS], None
         outside: list[str] = []
@@ -115,9 +115,7 @@ class Zip(ImageSource):
     def read(self, index: int) -> bytes:
         fields = (self._offsets, self._packed, self._sizes, self._crcs, self._methods)
         offset, packed, size, crc, method = (int(field[index]) for field in fields)
-        return self._content(
-            _Member(self.names[index], offset, packed, size, crc, method, is_link=False), self._largest
-        )
+        return self._content(_Member(self.names[index], offset, packed, size, crc, method, is_link=False), self.largest)
 
     def _content(self, member: _Member, largest: int) -> bytes:
         """A member unpacked. Raises UnreadableImageError for one that cannot be, OSError when the storage fails."""

@@ -70,6 +70,20 @@ def tiny():
     )
 
 
+def wide():
+    """Codes as wide as the features of a vision transformer: 16 x 16 x 768 of 256 pixels."""
+    from diffusers import AutoencoderTiny
+
+    widths, ones = (8,) * 5, (1,) * 5
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=ones,
+        num_decoder_blocks=ones,
+        latent_channels=768,
+    )
+
+
 def vq():
     from diffusers import VQModel
 
@@ -90,6 +104,7 @@ KINDS = {
     "dc_ae": (dc_ae, 8, 32, False),
     "tiny": (tiny, 4, 6, False),
     "vq": (vq, 4, 3, False),
+    "wide": (wide, 16, 768, False),
 }
 
 
@@ -165,11 +180,12 @@ def test_a_latent_of_a_deterministic_encoder_is_its_code_shifted_and_scaled(fold
         torch.testing.assert_close(first_stage.decode(code * scale), first_stage.vae.decode(code)[0])
 
 
-def test_another_class_is_refused_with_those_that_work(folders, tmp_path):
+@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderRAE"])
+def test_another_class_is_refused_by_its_name_with_those_that_work(folders, tmp_path, name):
     shutil.copytree(folders / "vq", tmp_path / "video")
     config = json.loads((tmp_path / "video" / "config.json").read_text())
-    (tmp_path / "video" / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKLWan"}))
-    expected = "it is a AutoencoderKLWan, not one of AutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel"
+    (tmp_path / "video" / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+    expected = f"it is a {name}, not one of AutoencoderKL, AutoencoderDC, AutoencoderTiny, VQModel"
     with pytest.raises(FileNotFoundError, match=expected):
         load_first_stage(str(tmp_path / "video"), "cpu")
 
@@ -197,11 +213,14 @@ def test_a_patch_is_asked_for_where_the_hubs_autoencoder_has_not_been_seen():
         complete("MDT_S", "somebody/dc-ae")
 
 
-def test_a_training_of_32_channels_of_2_by_2_has_a_token_for_each(folders, colour_folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name, channels", [("va_vae", 32), ("wide", 768)])
+def test_a_training_of_many_channels_of_2_by_2_has_a_token_for_each(
+    folders, colour_folder, monkeypatch, tmp_path, name, channels
+):
     flags = ["--model", "MDT_Ti", "--max_steps", 1]
-    assert train(monkeypatch, tmp_path, colour_folder, folders / "va_vae", *flags) == 0
+    assert train(monkeypatch, tmp_path, colour_folder, folders / name, *flags) == 0
     model = json.loads((tmp_path / "config.json").read_text())["model"]
-    assert (model["model"], model["downsample"], model["in_channels"]) == ("MDT_Ti_1", 16, 32)
+    assert (model["model"], model["downsample"], model["in_channels"]) == ("MDT_Ti_1", 16, channels)
 
 
 # Normalised channels

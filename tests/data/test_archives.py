@@ -856,6 +856,31 @@ def test_columns_are_flags_and_said_where_they_mean_nothing(two_of_each, paths, 
         SourceOptions(max_image_bytes=0)
 
 
+@pytest.mark.parametrize("form", ["folder", "zip", "parquet"])
+@pytest.mark.parametrize("fast_decode", [False, True])
+def test_an_image_of_too_many_bytes_in_its_file_or_of_pixels_is_bad_in_every_form(tmp_path, form, fast_decode):
+    flat = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(flat, "PNG")
+    images = {"0/00000000.png": png(0), "0/00000001.png": png(1, 40), "1/00000002.png": flat.getvalue()}
+    path, limit = str(FIVE[form](tmp_path, images=images)), 64 * 64
+    assert len(flat.getvalue()) < limit < len(png(1, 40))
+    dataset = open_dataset(path, image_size=16, max_image_bytes=limit, fast_decode=fast_decode)
+    dataset.load(0)
+    with pytest.raises(UnreadableImageError, match=rf"(\d bytes are|its file has) more than {limit}"):
+        dataset.load(1)
+    with pytest.raises(UnreadableImageError, match=f"64 x 64 pixels are {3 * limit} bytes of RGB, more than {limit}"):
+        dataset.load(2)
+    assert open_dataset(path, image_size=16, fast_decode=fast_decode).load(2).max() == -1
+
+
+def test_a_huge_file_of_a_folder_is_not_read_to_its_end(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path, images={"0/0.png": png(0), "1/1.png": png(1)})
+    with (folder / "1/1.png").open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(UnreadableImageError, match="its file has more than 5000 bytes"):
+        open_source(str(folder), SourceOptions(max_image_bytes=5000)).read(1)
+
+
 def test_latents_of_a_named_column_are_checked_against_it(two_of_each, tiny_vae, tmp_path):
     encode = script("scripts/encode_latents.py").main
     flags = [
