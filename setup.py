@@ -49,6 +49,7 @@ TEST = [
     *NOTEBOOK,
     "mpich>=4.2; sys_platform == 'linux'",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "mypy>=1.11",

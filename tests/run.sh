@@ -5,7 +5,8 @@
 #   bash tests/run.sh --slow     everything
 #   bash tests/run.sh --gpu      what only a GPU can show, and a table of speeds in the folder $OUT (default: gpu_report)
 # --no-install after that uses the environment that is active, and runs the tests alone.
-# VENV=folder keeps the environment there (default: .venv-test, made anew each time). Further arguments go to pytest.
+# VENV=folder keeps the environment there (default: .venv-test, made anew each time). Further arguments go to pytest:
+# -n 0 runs the files one after another, as --pdb needs it, instead of side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +22,11 @@ if [ "${1:-}" = --no-install ]; then
   shift
   install=no
 fi
+# One thread per process: tests start several processes, which crawl when they share cores.
+export OMP_NUM_THREADS=1
+# Files run side by side, one for each core up to four; the tests of a file share what they made.
+cores=$(getconf _NPROCESSORS_ONLN)
+side_by_side=(--numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile)
 on_gpu() { # the tests, then the table
   local there
   there=$(python -c 'import torch; print(torch.cuda.is_available())')
@@ -32,12 +38,11 @@ on_gpu() { # the tests, then the table
   python scripts/gpu_report.py --out "${OUT:-gpu_report}"
 }
 if [ "$install" = no ]; then
-  export OMP_NUM_THREADS=1
   if [ "$select" = gpu ]; then
     on_gpu "$@"
     exit
   fi
-  exec python -m pytest -m "$select" "$@"
+  exec python -m pytest -m "$select" "${side_by_side[@]}" "$@"
 fi
 
 venv="${VENV:-.venv-test}"
@@ -47,7 +52,7 @@ rm -rf "$venv"
 source "$venv/bin/activate"
 python -m pip install --quiet --editable '.[test]'
 if [ "$select" = gpu ]; then
-  OMP_NUM_THREADS=1 on_gpu "$@"
+  on_gpu "$@"
   exit
 fi
 
@@ -59,6 +64,4 @@ if command -v shellcheck > /dev/null; then
 else
   echo "shellcheck is not installed: shell scripts are not checked"
 fi
-# One thread per process: tests start several processes, which crawl when they share cores.
-export OMP_NUM_THREADS=1
-exec python -m pytest -m "$select" "$@"
+exec python -m pytest -m "$select" "${side_by_side[@]}" "$@"
