@@ -104,5 +104,5 @@ def test_a_narrowed_source_has_the_images_of_the_kinds_that_were_read_once(colou
     assert np.array_equal(former.classes().labels, whole.classes().labels[kept])
     assert former.notes[-1] == "left out: 2 files (.tiff 2): kinds that were not read yet when this began"
     assert open_images(str(images), extensions=EXTENSIONS).notes == whole.notes
-    with pytest.raises(ValueError, match=r"all its images are of kinds \(.*\.png.*\) that were not read"):
+    with pytest.raises(ValueError, match=r"do not read its kinds of images \(.*\.png.*\); give the former images"):
         open_images(str(colour_folder), extensions=[".jpg"])
