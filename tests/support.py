@@ -213,6 +213,14 @@ def rows(folder):
         return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def has_logged(folder, step):
+    """Whether a run has logged a step. A run that starts over moves the former log aside."""
+    try:
+        return any(row["step"] >= step for row in rows(folder))
+    except FileNotFoundError:
+        return False
+
+
 def weights(folder, step, kind="model"):
     return torch.load(Path(folder) / f"{kind}{step:06d}.pt", weights_only=True)
 

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_refused_before_any_sample(runs, name, flags, sente
         (["--objective", "flow", "--level_std", "0"], "--level_std 0.0: must be positive"),
         (["--objective", "flow", "--time_shift", "-1"], "--time_shift -1.0: must be positive"),
         (["--objective", "edm", "--p_std", "-1"], "--p_std -1.0: must be positive"),
-        (["--objective", "edm", "--schedule_sampler", "loss-second-moment"], "it takes uniform"),
+        (["--objective", "edm", "--schedule_sampler", "loss-second-moment"], "edm has no numbered timesteps"),
         (
             ["--objective", "flow", "--eval_sampler", "ddpm", "--eval_interval", "1", "--eval_ref", __file__],
             "--eval_sampler",

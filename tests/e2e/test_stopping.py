@@ -20,6 +20,7 @@ from support import (
     command,
     environment,
     free_port,
+    has_logged,
     kill_run,
     pid_of_rank,
     rows,
@@ -49,9 +50,7 @@ def start(folder, *flags, processes=None, launcher_flags=()):
 def wait_for_step(process, folder, step):
     """Until the run has logged a step, or is over."""
     deadline = time.monotonic() + TIMEOUT
-    while process.poll() is None and not (
-        (folder / "progress.csv").exists() and any(r["step"] >= step for r in rows(folder))
-    ):
+    while process.poll() is None and not has_logged(folder, step):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -22,6 +22,7 @@ from support import (
     command,
     environment,
     few_steps,
+    has_logged,
     kill_run,
     pid_of_rank,
     rows,
@@ -264,9 +265,7 @@ def test_fifty_kills_at_any_moment_change_nothing(processes, tmp_path):
             before = rows(folder)[-1]["step"] if (folder / "progress.csv").exists() and rows(folder) else 0
             deadline = time.monotonic() + TIMEOUT
             goal = before + chance.randint(1, 8)
-            while process.poll() is None and not (
-                (folder / "progress.csv").exists() and any(row["step"] >= goal for row in rows(folder))
-            ):
+            while process.poll() is None and not has_logged(folder, goal):
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
         assert process.poll() is None, "it ended before all kills"
