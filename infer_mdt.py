@@ -9,7 +9,7 @@ python infer_mdt.py --image photo.png --mask mask.png --labels 207    # fill wha
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,9 @@ from masked_diffusion.sampling.sampler_config import PICTURE_FLAGS, SamplerConfi
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     checkpoint_flags,
-    explicit_flags,
     finite_float,
+    main_of,
     make_parser,
-    run_script,
     say,
 )
 from masked_diffusion.settings import Flag, flags_of
@@ -116,13 +115,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Draw a few pictures from a trained model.", FLAGS, MOST_USED)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit))
-
-
 def prepare(args: argparse.Namespace, explicit: set[str], open_model: Callable[..., Any] | None = None) -> "Drawing":
     """Check the flags, then all else that input can get wrong. Returns what draws.
 
@@ -162,6 +154,8 @@ def find_model(folder: Path) -> Path:
         )
     return max(averages, key=lambda path: path.stat().st_mtime)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import io
 import math
 import os
@@ -288,6 +289,31 @@ def choose_num_workers(asked: int) -> int:
         return asked
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // local_world_size(os.environ) - 1))
+
+
+def main_of(
+    new_parser: Callable[[], argparse.ArgumentParser], prepare: Callable[..., Callable[[], int | None]]
+) -> Callable[..., int]:
+    """The ``main(argv=None)`` of a script: parses a command line, then does :func:`run_script`.
+
+    prepare: is given those of these that it names. ``args``, ``explicit``: as parsed, and :func:`explicit_flags`.
+    ``stack``. ``argv``: the command line. ``of_sampler``: flags that the parser does not know, which else are refused.
+    """
+    names = inspect.signature(prepare).parameters
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = new_parser()
+        offered: dict[str, Any] = {"argv": sys.argv[1:] if argv is None else argv}
+        if "of_sampler" in names:
+            offered["args"], offered["of_sampler"] = parser.parse_known_args(argv)
+        else:
+            offered["args"] = parser.parse_args(argv)
+        if "explicit" in names:
+            offered["explicit"] = explicit_flags(parser, argv)
+        given = {name: value for name, value in offered.items() if name in names}
+        return run_script(lambda stack: prepare(**given, **({"stack": stack} if "stack" in names else {})))
+
+    return main
 
 
 def run_script(prepare: Callable[[contextlib.ExitStack], Callable[[], int | None]]) -> int:

@@ -28,8 +28,8 @@ from masked_diffusion.script_util import (
     add_dict_to_argparser,
     args_to_dict,
     finite_float,
+    main_of,
     optional,
-    run_script,
     str2bool,
 )
 
@@ -68,12 +68,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, argv, stack))
-
-
 def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
     cases = [name.strip() for name in args.case.split(",")]
@@ -90,6 +84,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
 
     return measuring.prepare(args, argv, cases, settings, stack)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,10 +7,10 @@ Exit status: 0 when all can be read, 1 when some cannot, 2 for a folder or flag 
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from masked_diffusion.data.data_config import READING, DataConfig
-from masked_diffusion.script_util import MACHINE_FLAGS, make_parser, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, main_of, make_parser
 from masked_diffusion.settings import Flag, flags_of
 
 FLAGS = {
@@ -27,17 +27,14 @@ def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Check that every image of a data folder can be read.", FLAGS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
-
-
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Returns the work, and imports torch, which takes seconds. Raises ValueError or FileNotFoundError."""
     from masked_diffusion.programs import check_data
 
     return check_data.prepare(args)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,13 +8,13 @@ Each training is that of ``bash run.sh`` under another objective and seed, short
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from studying.settings import Comparison
 
 from masked_diffusion.choices import OBJECTIVES
-from masked_diffusion.script_util import finite_float, run_script
+from masked_diffusion.script_util import finite_float, main_of
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -35,11 +35,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
-
-
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Check the flags. Returns the work. Raises ValueError or OSError."""
     names = list(dict.fromkeys(name.strip() for name in args.objectives.split(",") if name.strip()))
@@ -56,6 +51,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
 
     return begin(comparison, args.out, names, args.seeds, args.device)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,16 +8,15 @@ Takes our files and the published ones of MDT, MDTv2, DiT and SiT. The suffix of
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.runs.request import Request
 from masked_diffusion.script_util import (
-    explicit_flags,
+    main_of,
     make_parser,
-    run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
 
@@ -56,13 +55,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Write a checkpoint in another format.", FLAGS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit))
-
-
 def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     for name in ("model_path", "out"):
@@ -82,6 +74,8 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
 
     return convert_checkpoint.prepare(args, explicit, source, out)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import infer_mdt
-from masked_diffusion.script_util import MACHINE_FLAGS, explicit_flags, make_parser, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, explicit_flags, main_of, make_parser
 from masked_diffusion.settings import Flag
 
 if TYPE_CHECKING:
@@ -39,13 +39,6 @@ MOST_USED = ("model_path", "port", "host", "device")
 
 def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Open a page on this machine that draws pictures with a trained model.", FLAGS, MOST_USED)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit, stack))
 
 
 def plan(argv: list[str], open_model: "OpenModel") -> tuple["Drawing", argparse.Namespace]:
@@ -81,6 +74,8 @@ def check_port(host: str, port: int) -> None:
             f"--host {host} --port {port}: {os.strerror(error.errno or 0)}; give another, such as --port {port + 1}"
         ) from error
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

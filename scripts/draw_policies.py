@@ -7,12 +7,12 @@ Blocks, routes, kept tokens and decoders are those of the model; a picture is a 
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masked_diffusion.choices import POLICIES
-from masked_diffusion.script_util import make_parser, run_script
+from masked_diffusion.script_util import main_of, make_parser
 from masked_diffusion.settings import Flag
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ GRID = 4
 
 def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Draw what each policy does with an image's tokens.", FLAGS)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
@@ -174,6 +169,8 @@ def box(x: float, y: float, width: float, height: float, colour: str) -> str:
 def text(x: float, y: float, words: object, anchor: str = "middle") -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{LINE}">{words}</text>'
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ Runs alone or under any launcher; the same command goes on where it was interrup
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from masked_diffusion.choices import AUTOENCODERS, DEFAULT_VAE, LATENT_DTYPES
@@ -18,8 +18,8 @@ from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.runs.config import ModelConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
+    main_of,
     make_parser,
-    run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
 
@@ -63,11 +63,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Encode images once, so that trainings read their latents.", FLAGS, launched=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, stack))
-
-
 def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     for name in ("shard_size", "batch_size"):
@@ -102,6 +97,8 @@ def check_features(path: str, trusted: bool) -> None:
             "trust who made it"
         )
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,14 +5,14 @@ python scripts/fid_curve.py output_mdt_s2 output_mdt_b2 --out fid_curve.svg
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from masked_diffusion.files import atomic_write
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 from masked_diffusion.training.run_log import RunLog, read_run_log
 
 PANELS = {"eval_fid": "FID", "eval_is": "Inception Score", "loss": "loss, all tokens", "m_loss": "loss, masked"}
@@ -27,11 +27,6 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders of trainings")
     parser.add_argument("--out", type=Path, default=Path("fid_curve.png"), help="picture, .png or .svg (%(default)s)")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
@@ -85,6 +80,8 @@ def draw(new_figure: Callable[..., Any], runs: list[RunLog], axes: list[dict[str
     panels[0][0].legend()
     return figure
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,11 +9,11 @@ Appends a JSON line per measurement to ``report.jsonl`` and writes a table ``rep
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from benchmarking.settings import Settings, check_plain
 
-from masked_diffusion.script_util import add_dict_to_argparser, run_script
+from masked_diffusion.script_util import add_dict_to_argparser, main_of
 
 MODELS = "MDT_S_2,MDT_B_2,MDT_XL_2"
 HELPS = {
@@ -42,11 +42,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, stack))
-
-
 def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check everything that input can get wrong. Returns the work. Raises ValueError or OSError."""
     if not 1 <= args.first_batch <= args.largest_batch:
@@ -62,6 +57,8 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
 
     return report.prepare(args, all_settings, stack)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

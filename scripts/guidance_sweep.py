@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
-from masked_diffusion.script_util import finite_float, from_args, run_script
+from masked_diffusion.script_util import finite_float, from_args, main_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEPT = ("--cfg_scale", "--cfg_cond")
@@ -37,11 +37,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args, of_sampler = create_argparser().parse_known_args(argv)
-    return run_script(lambda stack: prepare(args, of_sampler))
-
-
 def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[], int]:
     """Raises ValueError or OSError for what cannot be swept over."""
     for flag in SWEPT:
@@ -52,6 +47,8 @@ def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[],
     points = [Point(weight, ["--cfg_cond", "True", "--cfg_scale", str(weight)]) for weight in args.weights]
     return lambda: sweep.work(points, figure)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from masked_diffusion.choices import GUIDANCE_FLAGS, foreign_settings
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
@@ -24,11 +24,10 @@ from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     OUT_FLAG,
     RECORDED,
-    explicit_flags,
     from_args,
     ignored_folder,
+    main_of,
     make_parser,
-    run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
 
@@ -76,13 +75,6 @@ MOST_USED = (
 
 def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Sample images from a trained model into an .npz.", FLAGS, MOST_USED, launched=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit, stack))
 
 
 def check_settings(args: argparse.Namespace, explicit: set[str]) -> None:
@@ -133,6 +125,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     idle = [*warnings_of(args, explicit), *ignored_folder(args.out, os.environ)]
     return image_sample.prepare(args, explicit, idle, stack)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

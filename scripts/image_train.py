@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from masked_diffusion.choices import (
@@ -44,11 +44,10 @@ from masked_diffusion.script_util import (
     OUT_FLAG,
     apply_family_defaults,
     args_to_dict,
-    explicit_flags,
     from_args,
     ignored_folder,
+    main_of,
     make_parser,
-    run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
 from masked_diffusion.training.eval_config import EvalConfig
@@ -105,13 +104,6 @@ EVALUATOR = Path(__file__).resolve().parent.parent / "evaluations" / "evaluator.
 
 def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Train a Masked Diffusion Transformer.", FLAGS, MOST_USED, launched=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit, stack))
 
 
 def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.ExitStack) -> Callable[[], int]:
@@ -254,6 +246,8 @@ def idle_guidance(args: argparse.Namespace) -> dict[str, str | bool]:
         **(dict.fromkeys(GuideConfig.__dataclass_fields__, of_both) if of_both else {}),
     }
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

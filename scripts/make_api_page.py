@@ -8,10 +8,10 @@ It needs the extra ``docs``: pip install -e '.[docs]'.
 import argparse
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 
 PACKAGE = "masked_diffusion"
 
@@ -22,11 +22,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args.out.expanduser()))
-
-
 def modules() -> list[str]:
     """The package and what stands in it: it names only a part of that itself. Rooms bring their modules along."""
     import masked_diffusion
@@ -34,8 +29,9 @@ def modules() -> list[str]:
     return [PACKAGE, *(f"{PACKAGE}.{found.name}" for found in pkgutil.iter_modules(masked_diffusion.__path__))]
 
 
-def prepare(out: Path) -> Callable[[], None]:
+def prepare(args: argparse.Namespace) -> Callable[[], None]:
     """Returns the work. Raises ValueError where pdoc is not installed, or the folder is in use."""
+    out = args.out.expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists; give another name, or empty it")
     try:
@@ -53,6 +49,8 @@ def prepare(out: Path) -> Callable[[], None]:
 
     return work
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,11 +5,11 @@ python scripts/make_card.py output_seed0 output_seed1 output_seed2 --recipe "my 
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from masked_diffusion.files import write_json
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 from masked_diffusion.training.run_log import RunLog, make_columns, read_run_log, recipe_settings
 
 
@@ -21,11 +21,6 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--every", type=int, default=250, help="steps between its numbers (default: 250)")
     parser.add_argument("--hardware", default="", help="what the seconds were measured on")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], None]:
@@ -76,6 +71,8 @@ def cost(runs: list[RunLog], hardware: str) -> dict[str, object]:
         "hardware": hardware,
     }
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,11 +9,11 @@ read; 2 for what cannot work.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from masked_diffusion.data.data_config import READING, DataConfig
-from masked_diffusion.script_util import MACHINE_FLAGS, make_parser, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, main_of, make_parser
 from masked_diffusion.settings import Flag, flags_of
 
 DATA_FLAGS = flags_of(DataConfig)
@@ -39,17 +39,14 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, stack))
-
-
 def prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
     """Returns the work, and imports torch, which takes seconds. Raises ValueError or OSError."""
     from masked_diffusion.programs import make_dataset
 
     return make_dataset.prepare(args, stack)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

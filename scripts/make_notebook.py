@@ -9,12 +9,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from masked_diffusion.files import write_json
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 
 FENCE = re.compile(r"^```bash\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"(?:.*\\\n)*.*\n")  # one line, and those that it is continued on
@@ -35,13 +35,9 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args.page, args.notebook))
-
-
-def prepare(page: Path, path: Path) -> Callable[[], None]:
+def prepare(args: argparse.Namespace) -> Callable[[], None]:
     """Returns the work. Raises ValueError or OSError for a page without commands, and for a file of another origin."""
+    page, path = args.page, args.notebook
     text = page.read_text(encoding="utf-8")
     if not FENCE.search(text):
         raise ValueError(f"{page}: no block of ```bash in it, so there is nothing to run in a notebook")
@@ -95,6 +91,8 @@ def runnable(command: str) -> str:
 def code(source: str) -> dict[str, Any]:
     return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,10 +7,10 @@ Exit status 0: inside the card's band so far; 1: outside somewhere; 2: there is 
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 from masked_diffusion.training.run_log import compare, read_card, read_run_log, recipe_settings
 
 OUTSIDE = 1
@@ -21,11 +21,6 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a training, finished or not")
     parser.add_argument("card", type=Path, metavar="CARD", help="a card of docs/recipes/, or one of make_card.py")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
@@ -51,6 +46,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
 
     return work
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from masked_diffusion.choices import check_std
 from masked_diffusion.files import sha256_of
 from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
-from masked_diffusion.script_util import finite_float, from_args, run_script
+from masked_diffusion.script_util import finite_float, from_args, main_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +58,6 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="file to write, .pt or .safetensors; folder of a sweep")
     add_scoring_flags(parser)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args, of_sampler = create_argparser().parse_known_args(argv)
-    return run_script(lambda stack: prepare(args, of_sampler))
 
 
 def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[], int | None]:
@@ -135,6 +130,8 @@ def write(state: "dict[str, Tensor]", out: Path, std: float, step: int) -> None:
     write_part(out, state)
     sys.stdout.write(f"{out.absolute()}: the average of length {std} at step {step}\n")
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

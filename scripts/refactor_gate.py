@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from masked_diffusion.script_util import run_script
+from masked_diffusion.script_util import main_of
 
 HERE = Path(__file__).resolve().parent.parent
 MODELS = ("MDT_Ti_2", "MDTv2_Ti_2", "DiT_Ti_2")
@@ -63,11 +63,6 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compare the time of a training step of MDT_S_2 instead, in so many rounds, one thread each",
     )  # fmt: skip
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
 
 
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
@@ -227,6 +222,8 @@ def columns(folder: Path) -> dict[str, str]:
         rows = list(csv.DictReader(file))
     return {name: ",".join(row[name] for row in rows) for name in rows[0]}
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

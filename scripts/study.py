@@ -8,12 +8,12 @@ and results.csv are brought up to date.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from studying.settings import QUICK_BUDGET, QUICK_SAMPLES, SAMPLES, SETTINGS, Study, held_out_of
 
-from masked_diffusion.script_util import finite_float, run_script
+from masked_diffusion.script_util import finite_float, main_of
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -64,11 +64,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args))
-
-
 def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     setting = SETTINGS[args.setting]
@@ -94,6 +89,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         study, Asked(seeds=seeds, samples=samples, name=args.setting, **{name: getattr(args, name) for name in own})
     )
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

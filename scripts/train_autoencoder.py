@@ -9,11 +9,11 @@ Runs in one process. The folder is a diffusers AutoencoderKL whose latents have 
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.runs.config import ModelConfig
-from masked_diffusion.script_util import MACHINE_FLAGS, from_args, make_parser, run_script
+from masked_diffusion.script_util import MACHINE_FLAGS, from_args, main_of, make_parser
 from masked_diffusion.settings import Flag, flags_of
 from masked_diffusion.training.autoencoder_config import AutoencoderConfig
 
@@ -34,11 +34,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return make_parser("Train a small autoencoder on your own images.", FLAGS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = create_argparser().parse_args(argv)
-    return run_script(lambda stack: prepare(args, stack))
-
-
 def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[], None]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     config = from_args(AutoencoderConfig, args)
@@ -51,6 +46,8 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
 
     return train_autoencoder.prepare(args, config, stack)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

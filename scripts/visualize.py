@@ -9,16 +9,15 @@ Pictures of samples (sweeps, how they come out of the noise, filled photos) are 
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from masked_diffusion.sampling.sampler_config import SamplerConfig
 from masked_diffusion.script_util import (
     MACHINE_FLAGS,
     checkpoint_flags,
-    explicit_flags,
     finite_float,
+    main_of,
     make_parser,
-    run_script,
 )
 from masked_diffusion.settings import Flag, flags_of
 
@@ -46,13 +45,6 @@ def create_argparser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = create_argparser()
-    args = parser.parse_args(argv)
-    explicit = explicit_flags(parser, argv)
-    return run_script(lambda stack: prepare(args, explicit))
-
-
 def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     if not args.model_path:
@@ -62,6 +54,8 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> Callable[[], None]:
 
     return visualize.prepare(args, explicit)
 
+
+main = main_of(create_argparser, prepare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,6 +16,7 @@ from masked_diffusion.script_util import (
     args_to_dict,
     explicit_flags,
     finite_float,
+    main_of,
     optional,
     place_from_args,
     run_script,
@@ -236,6 +237,32 @@ def test_what_was_opened_is_closed_at_the_end_whatever_happens(failing):
         status = run_script(prepare)
         assert status == (2 if failing == "prepare" else 0)
     assert events == (["closed"] if failing == "prepare" else ["work", "closed"])
+
+
+def new_parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", default="none")
+    return parser
+
+
+def test_a_scripts_main_gives_prepare_what_it_names():
+    seen = []
+
+    def with_all(args, explicit, argv, stack):
+        stack.callback(seen.append, "closed")
+        return lambda: seen.append((args.name, explicit, argv))
+
+    def with_the_unknown(args, of_sampler, other="usual"):
+        return lambda: seen.append((args.name, of_sampler, other))
+
+    assert main_of(new_parser, with_all)(["--name", "a"]) == 0
+    assert main_of(new_parser, with_the_unknown)(["--seed", "1"]) == 0
+    assert seen == [("a", {"name"}, ["--name", "a"]), "closed", ("none", ["--seed", "1"], "usual")]
+
+
+def test_a_scripts_main_refuses_flags_that_nobody_asks_for():
+    with pytest.raises(SystemExit):
+        main_of(new_parser, lambda args: None)(["--seed", "1"])
 
 
 def test_the_status_of_usage_errors_is_that_of_argparse():
