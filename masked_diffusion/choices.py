@@ -244,6 +244,8 @@ def check_std(std: float) -> None:
         raise ValueError(f"--std {std}: must be in (0, {LONGEST_STD}], a share of the training, such as 0.05")
 
 
+PIXEL_SPACE = "none"  # what --vae_path says where there is no autoencoder
+
 # Classes of diffusers that are first stages, and the setting that lists the widths of the encoder's maps.
 AUTOENCODERS = {
     "AutoencoderKL": "block_out_channels",

@@ -295,14 +295,14 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         return self.transformer(x.to(self.transformer.dtype), t, y, return_dict=False, **view)[0].float()
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
+        statistics = ChannelStatistics.recorded(self.config)
+        if statistics is not None:
+            mean, std = (latents.new_tensor(numbers).view(-1, 1, 1) for numbers in statistics)
+            latents = latents * std + mean
         if self.vae is not None:
-            statistics = ChannelStatistics.recorded(self.config)
             if statistics is None:
                 shift = getattr(self.vae.config, "shift_factor", None) or 0.0
                 latents = latents / self.vae.config.scaling_factor + shift
-            else:
-                mean, std = (latents.new_tensor(numbers).view(-1, 1, 1) for numbers in statistics)
-                latents = latents * std + mean
             latents = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from masked_diffusion.choices import class_of, downsample_of
-
-PIXEL_SPACE = "none"
+from masked_diffusion.choices import PIXEL_SPACE, class_of, downsample_of
 
 
 class ChannelStatistics(NamedTuple):
@@ -28,6 +26,16 @@ class ChannelStatistics(NamedTuple):
 
     def record(self) -> dict[str, list[float]]:
         return {"channel_mean": list(self.mean), "channel_std": list(self.std)}
+
+    def columns(self, channels: int, device: torch.device | str, vae_path: str) -> tuple[Tensor, Tensor]:
+        """Mean and deviation as (C, 1, 1) float32. Raises ValueError where latents have another number of channels."""
+        if len(self.mean) != channels:
+            raise ValueError(
+                f"--vae_path {vae_path}: it has {channels} channels, the recorded channel_mean has {len(self.mean)}; "
+                "give the autoencoder that they were measured with"
+            )
+        mean, std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1) for numbers in self)
+        return mean, std
 
 
 class FirstStage(Protocol):
@@ -48,7 +56,7 @@ class FirstStage(Protocol):
 
 
 class PixelSpace:
-    """No first stage: latents are the images themselves, of ``channels`` channels."""
+    """No first stage: latents are the images themselves, of ``channels`` channels, as they are or normalised."""
 
     downsample = 1
     stochastic = False
@@ -56,12 +64,24 @@ class PixelSpace:
     def __init__(self, channels: int) -> None:
         self.latent_channels = channels
         self.description: dict[str, Any] = {"vae_path": PIXEL_SPACE, "scaling_factor": 1.0, "shift_factor": 0.0}
+        self._normal: tuple[Tensor, Tensor] | None = None
+
+    def normalise(self, statistics: ChannelStatistics) -> None:
+        """From now on give each channel mean 0 and deviation 1. Raises ValueError for another number of channels."""
+        self._normal = statistics.columns(self.latent_channels, "cpu", PIXEL_SPACE)
+        self.description |= statistics.record()
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        return images
+        if self._normal is None:
+            return images
+        mean, std = (numbers.to(images.device) for numbers in self._normal)
+        return (images - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
-        return latents
+        if self._normal is None:
+            return latents
+        mean, std = (numbers.to(latents.device) for numbers in self._normal)
+        return latents * std + mean
 
     def identity(self) -> dict[str, Any]:
         """All that determines what it decodes."""
@@ -114,13 +134,8 @@ class Autoencoder:
 
         Raises ValueError for statistics of another number of channels.
         """
-        if len(statistics.mean) != self.latent_channels:
-            raise ValueError(
-                f"--vae_path {self.description['vae_path']}: it has {self.latent_channels} channels, the recorded "
-                f"channel_mean has {len(statistics.mean)}; give the autoencoder that they were measured with"
-            )
         device = next(self.vae.parameters()).device
-        mean, std = (torch.tensor(numbers, dtype=torch.float32, device=device).view(-1, 1, 1) for numbers in statistics)
+        mean, std = statistics.columns(self.latent_channels, device, self.description["vae_path"])
         self._shift, self._scale = mean, 1 / std
         self.description |= statistics.record()
 
@@ -215,7 +230,7 @@ class CachedPosterior:
         return self._autoencoder.identity()
 
 
-def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> FirstStage:
+def load_first_stage(vae_path: str, device: torch.device | str, image_channels: int = 3) -> PixelSpace | Autoencoder:
     """Load the first stage.
 
     vae_path: a hub name or a local folder of an autoencoder of :data:`KINDS`, or ``none`` for pixel space.

@@ -62,6 +62,9 @@ FLAGS = {
         f"hub name or folder of an autoencoder of diffusers ({', '.join(AUTOENCODERS)}), or none for pixel space",
         "model",
     ),
+    "normalize": Flag(
+        "none", "channel: give each channel of the pixels mean 0 and deviation 1; none: they stay in [-1, 1]", "model"
+    ),
     "finale": flags_of(TrainConfig)["finale"]._replace(default=None),
     "init_from": Flag(None, "weights to start from at step 0; label rows follow the class names", "model", str),
     **{
@@ -113,6 +116,8 @@ def prepare(args: argparse.Namespace, explicit: set[str], stack: contextlib.Exit
     apply_family_defaults(TRAINING, args.model, args, explicit)
     idle = [*warnings_of(args, explicit), *ignored_folder(args.out, os.environ)]
     resolve(args, explicit)
+    if args.normalize not in ("none", "channel"):
+        raise ValueError(f"--normalize {args.normalize}: choose none or channel")
     config, eval_config = from_args(TrainConfig, args), from_args(EvalConfig, args)
     guides = from_args(GuideConfig, args)
     guides.check({config.preview_guide_from, eval_config.eval_guide_from})

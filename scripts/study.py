@@ -13,6 +13,7 @@ from pathlib import Path
 
 from studying.settings import QUICK_BUDGET, QUICK_SAMPLES, SAMPLES, SETTINGS, Study, held_out_of
 
+from masked_diffusion.choices import PIXEL_SPACE
 from masked_diffusion.script_util import finite_float, main_of
 
 
@@ -80,6 +81,7 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
         model=args.model or setting.model,
         held_out_dir=args.held_out_dir or held_out_of(args.data_dir),
         budget=budget,
+        normalize="channel" if args.vae_path.lower() == PIXEL_SPACE else "none",
         **{name: getattr(args, name) for name in names},
     )
     from studying.course import Asked, begin  # with torch, which takes seconds to import

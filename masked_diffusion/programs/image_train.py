@@ -18,19 +18,18 @@ from masked_diffusion import dist_util, dry_run
 from masked_diffusion.choices import CONSTANT
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
+from masked_diffusion.data.data_statistics import deviation_of_latents, pixel_statistics
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
 from masked_diffusion.dist_util import Ranks
-from masked_diffusion.first_stage import CachedPosterior, FirstStage, PixelSpace, load_first_stage
+from masked_diffusion.first_stage import CachedPosterior, ChannelStatistics, FirstStage, PixelSpace, load_first_stage
 from masked_diffusion.image_datasets import load_data, open_dataset
 from masked_diffusion.logger import HumanSink, Logger, chosen_sinks, named_folder, output_folder
 from masked_diffusion.models.backbone import LatentTransformer
 from masked_diffusion.processes import launchers
 from masked_diffusion.processes.preemption import StopSignals
-from masked_diffusion.processes.reading_thread import read_watched
-from masked_diffusion.randomness import DrawSpec, global_generator, numpy_generator, recorded_stream
+from masked_diffusion.randomness import DrawSpec, global_generator, recorded_stream
 from masked_diffusion.runs import checkpoint
 from masked_diffusion.runs.config import (
     CONFIG_NAME,
@@ -60,7 +59,6 @@ from masked_diffusion.training.train_config import TrainConfig, training_record
 from masked_diffusion.training.training_eval import Evaluation
 
 SHIFT_ONE = 4096  # numbers of a latent, 4 x 32 x 32, at which --time_shift auto is 1
-SIGMA_DATA_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     dist_util.allow_tf32(args.tf32)
     sinks = chosen_sinks()
     # Data and first stage
-    extensions = former_extensions(asked.beginning, asked.command)
-    dataset, first_stage = open_data(asked.data, args.image_size, args.vae_path, device, extensions)
+    former = former_config(asked.beginning, asked.command)
+    dataset, first_stage = open_data(asked.data, args.image_size, args.vae_path, args.normalize, device, former)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     data_hash = check_alike(asked.flags, args.data_dir, dataset, ranks)
@@ -221,27 +219,49 @@ def costs_of(preview: Preview | None, evaluation: Evaluation | None, model: Late
     return [f"cost of {name}: {cost:g} passes of the model per image" for name, cost in passes.items()]
 
 
-def former_extensions(asked: Beginning, command: str) -> Sequence[str] | None:
-    """Those of the kinds of image files that the run to go on with reads; None for a new run, which reads all."""
+def former_config(asked: Beginning, command: str) -> RunConfig | None:
+    """The configuration of the run to go on with; None for a new run."""
     folder = output_folder(out=asked.out)
     if is_restart(folder, launchers.job_of(os.environ, command), leave_no_trace=True):
         asked = asked.again()
     run = checkpoint.run_to_resume(folder, asked.resume_checkpoint, asked.overwrite)
-    former = read_config(run) if run is not None else None
-    return None if former is None else extensions_of(former)
+    return read_config(run) if run is not None else None
 
 
 def open_data(
-    data: DataConfig, image_size: int, vae_path: str, device: torch.device, extensions: Sequence[str] | None
+    data: DataConfig,
+    image_size: int,
+    vae_path: str,
+    normalize: str,
+    device: torch.device,
+    former: RunConfig | None,
 ) -> tuple[ImageDataset, FirstStage]:
-    """The data and what encodes them. extensions: see :func:`former_extensions`. Raises ValueError or OSError."""
+    """The data and what encodes them. former: see :func:`former_config`; its run reads the kinds of image files that it
+    began with. Raises ValueError or OSError."""
+    extensions = None if former is None else extensions_of(former)
     dataset = open_dataset(**dataclasses.asdict(data), image_size=image_size, extensions=extensions)
-    first_stage = load_first_stage(vae_path, device, dataset.channels)
+    first_stage: FirstStage = load_first_stage(vae_path, device, dataset.channels)
     if data.grey and not isinstance(first_stage, PixelSpace):
         raise ValueError(f"--grey True: the autoencoder of --vae_path {vae_path} reads colour; give --vae_path none")
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
+    if normalize == "channel":
+        normalise_pixels(first_stage, dataset, former)
     return dataset, first_stage
+
+
+def normalise_pixels(first_stage: FirstStage, dataset: ImageDataset, former: RunConfig | None) -> None:
+    """Give each channel of the pixels mean 0 and deviation 1, by the numbers of the run to go on with, if it has any.
+
+    Raises ValueError for an autoencoder, whose latents ``encode_latents.py`` normalises.
+    """
+    if not isinstance(first_stage, PixelSpace):
+        raise ValueError(
+            "--normalize channel: it is for pixels (--vae_path none); for an autoencoder, encode the images by "
+            "scripts/encode_latents.py --normalize channel, and train on what it writes"
+        )
+    recorded = None if former is None else ChannelStatistics.recorded(former.first_stage)
+    first_stage.normalise(recorded or pixel_statistics(dataset))
 
 
 def check_alike(flags: str, data_dir: str, dataset: ImageDataset, ranks: Ranks) -> str:
@@ -506,25 +526,6 @@ def complete_objective(
     if objective.objective == "edm" and objective.sigma_data is None:
         return dataclasses.replace(objective, sigma_data=deviation_of_latents(dataset, first_stage, device))
     return objective
-
-
-def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device: torch.device) -> float:
-    """Standard deviation of the latents of the first 1,000 images, to three digits; the same each time."""
-    count = total = squares = 0.0
-    side = dataset.image_size // first_stage.downsample
-    for index in range(min(len(dataset), SIGMA_DATA_IMAGES)):
-        try:
-            pixels = read_watched(partial(dataset.load, index), dataset.name_of(index))
-        except UnreadableImageError:  # the training replaces it, and says so
-            continue
-        image = torch.from_numpy(pixels)[None].to(device)
-        drawn = numpy_generator("sigma_data", index).standard_normal((1, first_stage.latent_channels, side, side))
-        z = first_stage.encode(image, torch.from_numpy(drawn).float().to(device)).double()
-        count, total, squares = count + z.numel(), total + z.sum().item(), squares + (z**2).sum().item()
-    deviation = math.sqrt(max(0.0, squares / count - (total / count) ** 2)) if count else 0.0
-    if not deviation > 0:
-        raise ValueError("--objective edm: all latents are alike, so their deviation is 0; give it with --sigma_data")
-    return float(f"{deviation:.3g}")
 
 
 def describe(

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from masked_diffusion import dist_util
+from masked_diffusion.data.data_statistics import spread_images
 from masked_diffusion.image_datasets import Batch, SourceDataset, load_data, open_dataset
 from masked_diffusion.runs.config import library_versions
 from masked_diffusion.script_util import choose_num_workers
@@ -24,7 +25,6 @@ from masked_diffusion.training.autoencoder_training import (
     reconstruction_picture,
     save_autoencoder,
     settings_of,
-    spread_images,
     standardise,
     train_autoencoder,
     training_of,

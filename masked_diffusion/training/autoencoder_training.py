@@ -4,7 +4,6 @@ The network is diffusers' ``AutoencoderKL`` (latent diffusion, 2112.10752) witho
 and the squared error of a reconstruction, and a little of the posterior's divergence from a standard normal.
 """
 
-import contextlib
 import json
 import math
 import secrets
@@ -19,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from masked_diffusion.data.data_statistics import spread_images
 from masked_diffusion.data.dataset import ImageDataset
-from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.files import write_json
 from masked_diffusion.image_datasets import Batch
 from masked_diffusion.randomness import key_bytes, numpy_generator
@@ -83,13 +82,6 @@ def train_autoencoder(
         optimizer.step()
         tell(step + 1, {name: value.item() for name, value in losses.items()})
     vae.eval()
-
-
-def spread_images(dataset: ImageDataset, most: int) -> Iterator[Tensor]:
-    """At most so many images of a data set, spread over it, that can be read: (1, C, H, W) each."""
-    for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().astype(int).tolist():
-        with contextlib.suppress(UnreadableImageError):  # the training has replaced it, too
-            yield torch.from_numpy(dataset.load(index))[None]
 
 
 @torch.no_grad()

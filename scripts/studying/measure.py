@@ -12,8 +12,9 @@ from studying.judge import Judge, sampler_of
 from studying.settings import Comparison, Study
 from torch import Tensor
 
+from masked_diffusion.data.data_statistics import pixel_statistics
 from masked_diffusion.diffusion.objectives import DDPM, EDM, Objective
-from masked_diffusion.first_stage import CachedPosterior, load_first_stage
+from masked_diffusion.first_stage import CachedPosterior, FirstStage, PixelSpace, load_first_stage
 from masked_diffusion.gaussian_diffusion import GaussianDiffusion
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.randomness import numpy_generator
@@ -35,13 +36,15 @@ class HeldOut:
 
     def __init__(self, study: Study | Comparison, device: torch.device) -> None:
         dataset = open_dataset(study.held_out_dir, image_size=study.image_size)
-        names = open_dataset(study.data_dir, image_size=study.image_size).class_names
-        if dataset.class_names != names:
+        training = open_dataset(study.data_dir, image_size=study.image_size)
+        if dataset.class_names != training.class_names:
             raise ValueError(
                 f"--held_out_dir {study.held_out_dir}: its classes are not those of --data_dir {study.data_dir}; give "
                 "data of the same classes"
             )
-        first_stage = load_first_stage(study.vae_path, device, dataset.channels)
+        first_stage: FirstStage = load_first_stage(study.vae_path, device, dataset.channels)
+        if isinstance(first_stage, PixelSpace) and study.normalize == "channel":
+            first_stage.normalise(pixel_statistics(training))
         if dataset.encoded_by is not None:
             first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
         count = min(study.held_out_images, len(dataset))

@@ -137,6 +137,7 @@ def training_flags(study: Study, run: Run, latent_shape: Sequence[int]) -> dict[
         "data_dir": study.data_dir,
         "image_size": study.image_size,
         "vae_path": study.vae_path,
+        "normalize": study.normalize,
         "model": study.model_of(run.policy),
         "policy": run.policy,
         "mask_ratio": network.mask_ratio,

@@ -28,7 +28,8 @@ SAMPLES, QUICK_SAMPLES = 360, 60
 class Study:
     """What all runs of a study have in common, as its folder records it.
 
-    budget: in steps of the plain arm. held_out_images: as many of the held-out data are measured at most.
+    budget: in steps of the plain arm. held_out_images: as many of the held-out data are measured at most. normalize:
+    ``channel`` where pixels are standardised by the training images; latents are as they were encoded, ``none``.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Study:
     budget: float
     batch_size: int
     held_out_images: int
+    normalize: str
     adam_beta2: float = 0.99  # recorded, because studies of before had 0.999
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ class Comparison:
     vae_path: str = "none"
     image_size: int = 8
 
+    normalize: ClassVar[str] = "none"
     MOST_SAMPLING_STEPS: ClassVar[int] = 1000
 
     def __post_init__(self) -> None:

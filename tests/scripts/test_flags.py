@@ -24,7 +24,7 @@ CONTRACT = {
         "class_from": "auto", "labels_file": "", **COLUMNS, "shuffle_window": 10_000,
         "random_flip": True, "random_crop": False, "init_from": None,
         "num_workers": -1,
-        "fast_decode": False, "grey": False,
+        "fast_decode": False, "grey": False, "normalize": "none",
         "device": "auto", "preview_samples": 16, "preview_steps": 25, "overwrite": False, "out": "", "tf32": False,
         "preview_guide_from": "null_label", "eval_guide_from": "null_label", "preview_cfg_scale": None,
         "guide_path": "", "guide_labels": "same", "guide_ratio": None, "guide_strong_ratio": 0.0,

@@ -100,7 +100,7 @@ def test_a_run_whose_log_lacks_its_end_is_not_measured(quick, tmp_path):
 
 def test_every_arm_spends_the_same_compute_and_no_more(quick):
     out, _, _ = quick
-    plain = Study("DiT_Ti_2", "builtin:digits", "builtin:digits-test", "none", 8, 4, 4, 8)
+    plain = Study("DiT_Ti_2", "builtin:digits", "builtin:digits-test", "none", 8, 4, 4, 8, "channel")
     budget = 4 * 4 * cost(network_of(plain, PLAIN, (1, 8, 8))) / 1e12
     for row in read_rows(out):
         share = 0.6 if row["arm"] == WEAKER else 1
@@ -167,7 +167,7 @@ def test_the_share_that_is_done_of_each_run_counts_in_the_bar(quick, tmp_path):
 
 @pytest.mark.parametrize("budget", [4, 30, 300, 1500])
 def test_every_checkpoint_of_a_run_has_a_row_in_its_log(budget):
-    plan = Study("DiT_Mini_2", "builtin:digits", "builtin:digits-test", "none", 8, budget, 64, 360)
+    plan = Study("DiT_Mini_2", "builtin:digits", "builtin:digits-test", "none", 8, budget, 64, 360, "channel")
     flags = training_flags(plan, Run("sprint", 0), (1, 8, 8))
     assert flags["save_interval"] % flags["log_interval"] == 0 and flags["adam_beta2"] == 0.99
 
@@ -245,14 +245,14 @@ def test_each_run_is_an_ordinary_run_folder(quick):
 
 
 def with_errors(quick, out, errors):
-    """A finished study with these held-out errors of its seeds by arm."""
+    """A finished study with these held-out errors of its seeds by arm, which the samples do not contradict."""
     shutil.copytree(quick[0], out)
     for arm, values in errors.items():
         first = next((quick[0] / "runs").glob(f"{arm}-seed*.json"))
         for number, value in enumerate(values):
             run = Run(arm, number + (1000 if arm == AGAIN else 0))
             path = out / "runs" / f"{run.name}.json"
-            path.write_text(json.dumps(json.loads(first.read_text()) | {"error": value}))
+            path.write_text(json.dumps(json.loads(first.read_text()) | {"error": value, "fd": value}))
             if not (out / "runs" / run.name).exists():
                 shutil.copytree(first.with_suffix(""), out / "runs" / run.name)
     return out
@@ -349,7 +349,7 @@ def test_the_least_difference_is_that_of_all_comparisons_together():
 
 
 def test_all_arms_are_planned_a_seed_of_each_after_the_other():
-    plan = Study("DiT_Mini_2", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360)
+    plan = Study("DiT_Mini_2", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360, "channel")
     arms = arms_of(plan, "all", (1, 8, 8))
     assert arms[0] == PLAIN
     assert set(arms) == {*POLICIES, TREAD_FINALE}
@@ -357,7 +357,9 @@ def test_all_arms_are_planned_a_seed_of_each_after_the_other():
     assert [run.arm for run in runs] == 2 * [*arms, *CONTROLS]
     assert len({run.name for run in runs}) == len(runs) and runs_of(arms, 3)[: len(runs)] == runs
     assert {run.finale for run in runs if run.arm in ("sprint", "deferred", "maskdit", TREAD_FINALE)} == {0.1}
-    patches_of_one_value = Study("DiT_Micro_1", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360)
+    patches_of_one_value = Study(
+        "DiT_Micro_1", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360, "channel"
+    )
     said = []
     assert set(arms) - set(arms_of(patches_of_one_value, "all", (1, 8, 8), said.append)) == {"maskdit"}
     [text] = said

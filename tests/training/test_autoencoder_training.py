@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from support import script
 
+from masked_diffusion.data.data_statistics import spread_images
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.image_datasets import SourceDataset, load_data
 from masked_diffusion.training.autoencoder_training import (
@@ -17,7 +18,6 @@ from masked_diffusion.training.autoencoder_training import (
     learning_rate,
     psnr,
     random_squares,
-    spread_images,
     standardise,
     train_autoencoder,
 )
