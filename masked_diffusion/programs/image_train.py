@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from masked_diffusion import dist_util, dry_run
-from masked_diffusion.choices import CONSTANT
+from masked_diffusion.choices import CONSTANT, POLICIES
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_statistics import deviation_of_latents, pixel_statistics
@@ -166,6 +166,11 @@ def warnings_of_run(asked: Asked, config: TrainConfig, run_config: RunConfig, ra
         idle.append("--finale_lr is ignored without --finale")
     if ranks.world_size == 1 and asked.explicit & {"shard", "use_zero"} and config.shard != "none":
         idle.append(f"--shard {config.shard} is ignored in a single process")
+    if run_config.model.mask_ratio is None and POLICIES[run_config.model.policy_name].drops:
+        idle.append(
+            f"{run_config.model.model} trains on all tokens, because --mask_ratio is not given; give --mask_ratio 0.30 "
+            "as the paper does, or --policy none"
+        )
     few = []
     if config.preview_samples:
         sampler = preview_sampler(config, asked.guides, run_config)

@@ -227,7 +227,7 @@ TABLE = [
     Row(r"image_train\.py .*--preview_guide_from", elsewhere="test_train_util.py draws a preview of each kind"),
     Row(r"--ema_power 0\.05,0\.10$", elsewhere="runs/test_posthoc_ema.py trains with the flag"),
     Row(
-        r"posthoc_ema\.py .*--std|--model_path output_mdt_s2/posthoc_0\.07\.pt",
+        r"posthoc_ema\.py .*--std|--model_path output_mdt_s2_ema/posthoc_0\.07\.pt",
         elsewhere="runs/test_posthoc_ema.py makes the file, and samples it",
     ),
     Row(r"--sweep guide_from=null_label", elsewhere="sampling/test_gallery.py sweeps over the kinds"),

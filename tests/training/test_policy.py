@@ -52,6 +52,23 @@ def test_without_a_config_the_weights_of_a_dit_show_that_it_was_trained_under_md
     assert (with_config / name).read_bytes() == (folder / "without" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "flags, warned",
+    [
+        (["--model", "MDT_Ti_2"], True),
+        (["--model", "MDTv2_Ti_2"], True),
+        (["--model", "MDT_Ti_2", "--policy", "none"], False),
+        (["--model", "DiT_Ti_2"], False),
+        (["--model", "DiT_Ti_2", "--policy", "mdt"], False),
+        (["--model", "MDT_Ti_2", "--mask_ratio", "0.3"], False),
+    ],
+)
+def test_a_model_that_masks_only_when_asked_says_that_it_trains_on_all_tokens(train, capsys, flags, warned):
+    train("run", "--dry_run", "True", "--mask_ratio", "None", *flags)
+    said = capsys.readouterr().out
+    assert ("trains on all tokens, because --mask_ratio is not given; give --mask_ratio 0.30" in said) == warned
+
+
 def test_an_mdt_under_none_trains_one_view(train, capsys):
     folder = train("mdt", "--policy", "none")
     assert "loss" in rows(folder)[0] and "m_loss" not in rows(folder)[0]
