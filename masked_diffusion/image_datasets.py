@@ -204,9 +204,8 @@ class SourceDataset(ImageDataset):
         if not class_cond:
             return no_classes(len(self.source))
         if labels_file:
-            table = read_label_file(labels_file)
-            known = table.of(self.source.names)
-            self.source.notes = [*self.source.notes, *table.notes(self.source.names)]
+            known, notes = read_label_file(labels_file).classes_and_notes(self.source.names)
+            self.source.notes = [*self.source.notes, *notes]
             if known is None:
                 raise ValueError(f"--labels_file {labels_file}: has no labels; leave it out, or fill it")
             return known

@@ -3,7 +3,7 @@
 import io
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -15,6 +15,7 @@ from PIL import Image
 
 from masked_diffusion.data.listing_cache import Listing, keep_listing, kept_listing
 from masked_diffusion.data.path_table import PathList, PathTable
+from masked_diffusion.data.text_blocks import BLOCK_BYTES
 from masked_diffusion.files import atomic_write
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
@@ -348,6 +349,20 @@ def read_bytes(path: str, waits: Sequence[float] = RETRY_WAITS, most: int = -1) 
             return file.read(most)
 
     return patiently(path, read, waits)
+
+
+def read_blocks(path: str) -> Iterator[bytes]:
+    """Read a local file, a block at a time. Raises as :func:`read_bytes`."""
+
+    def read(start: int) -> bytes:
+        with Path(path).open("rb") as file:
+            file.seek(start)
+            return file.read(BLOCK_BYTES)
+
+    start = 0
+    while block := patiently(path, partial(read, start)):
+        yield block
+        start += len(block)
 
 
 def patiently(path: str, read: Callable[[], Content], waits: Sequence[float] = RETRY_WAITS) -> Content:

@@ -1,7 +1,8 @@
 """Lists of paths in a few arrays: ten million Python strings would have a gigabyte, and be copied into each process."""
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,15 @@ class PathList:
         encoded = path.encode("utf-8", "surrogateescape")
         self._text += encoded
         self._lengths.append(len(encoded))
+
+    def extend(self, paths: Sequence[str]) -> None:
+        text = "".join(paths)
+        if not text.isascii():
+            for path in paths:
+                self.append(path)
+            return
+        self._text += text.encode()
+        self._lengths.extend(map(len, paths))
 
     def table(self) -> "PathTable":
         """The paths so far, in their order. The list must not grow any more."""
@@ -126,6 +136,27 @@ class PathTable:
                 part[ends - 1] = 0
             yield first, part
 
+    # Finding
+
+    def hashes(self, salt: bytes) -> np.ndarray:
+        """Hashes of the paths, (N,) int64. They are others in each process."""
+        made = np.empty(len(self), dtype=np.int64)
+        start = 0
+        for first in range(0, len(self), _AT_ONCE):
+            ends = self._ends[first : first + _AT_ONCE]
+            text = self._text[start : ends[-1]].tobytes()
+            places = [0, *(ends - start).tolist()]
+            made[first : first + _AT_ONCE] = [hash(salt + text[a:b]) for a, b in pairwise(places)]
+            start = ends[-1]
+        return made
+
+    def are(self, indices: np.ndarray, other: "PathTable", other_indices: np.ndarray) -> bool:
+        """Whether the paths with these indices are those of another table, one by one."""
+        if not np.array_equal(self._lengths[indices], other._lengths[other_indices]):
+            return False
+        pairs = zip(self._parts(indices), other._parts(other_indices), strict=True)
+        return all(np.array_equal(part, other_part) for (_, part), (_, other_part) in pairs)
+
     # Sorting
 
     def order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -184,3 +215,33 @@ def last_of_each(names: PathTable) -> np.ndarray:
     """Indices of the names in their order, of equal ones the last, (n,) integers."""
     order, is_last = names.order()
     return order[is_last]
+
+
+def places_in(rows: PathTable, files: PathTable) -> tuple[np.ndarray, int]:
+    """The row in which each file stands, the last of several, -1 for none: (N,) int64; and how many rows are
+    different.
+    """
+    salt = b""
+    while (found := _places_by_hash(rows, files, salt)) is None:
+        salt += b"+"
+    return found
+
+
+def _places_by_hash(rows: PathTable, files: PathTable, salt: bytes) -> tuple[np.ndarray, int] | None:
+    """What :func:`places_in` returns; None where two different names have the same hash."""
+    hashes = rows.hashes(salt)
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    is_last = np.append(hashes[1:] != hashes[:-1], True)[: len(rows)]
+    again = np.flatnonzero(~is_last)
+    if not rows.are(order[again], rows, order[again + 1]):
+        return None
+    order, hashes = order[is_last], hashes[is_last]
+    wanted = files.hashes(salt)
+    at = np.searchsorted(hashes, wanted)
+    at[at == len(hashes)] = 0
+    is_found = hashes[at] == wanted if len(hashes) else np.zeros(len(files), dtype=bool)
+    found = np.flatnonzero(is_found)
+    places = np.full(len(files), -1, dtype=np.int64)
+    places[found] = order[at[found]]
+    return (places, len(order)) if files.are(found, rows, places[found]) else None

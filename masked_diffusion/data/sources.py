@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from masked_diffusion.data.image_files import (
     is_remote,
     join,
     list_folder,
+    read_blocks,
     read_bytes,
 )
 from masked_diffusion.data.label_files import found_labels
@@ -177,7 +179,7 @@ class Folder(ImageSource):
         path = join(self.data_dir, LABELS_NAME)
         if is_remote(path) or not is_file(path):
             return None
-        return found_labels(read_bytes(path), path, self)
+        return found_labels(partial(read_blocks, path), path, self)
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:

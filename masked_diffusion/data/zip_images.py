@@ -8,7 +8,8 @@ import stat
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from masked_diffusion.data.label_files import found_labels
 from masked_diffusion.data.listing_cache import Listing
 from masked_diffusion.data.path_table import last_of_each
 from masked_diffusion.data.source import USUAL, Classes, ImageSource, SourceOptions
+from masked_diffusion.data.text_blocks import BLOCK_BYTES
 
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _MEMBER, LOCAL_MARK = b"PK\x01\x02", b"PK\x03\x04"
@@ -31,6 +33,8 @@ _ENCRYPTED = 1  # of the flags
 _LARGEST_LABELS = 2**30  # bytes of a dataset.json: ten million labels have about half of it
 _LONGEST_ENTRY = _MEMBER_HEAD.size + 3 * 0xFFFF  # of the directory
 _READ_AT_ONCE = 1 << 24  # bytes of it
+_MISSING, _CUT_OFF = "there is no member where the archive's directory says", "the archive is cut off"
+_DAMAGED = "damaged in the archive: size or checksum are not those of its directory"
 _USUAL_EXTRA = 64  # bytes between a member's name and its content that are read along with it
 
 
@@ -95,7 +99,10 @@ class Zip(ImageSource):
             self.notes.append(f"left out: {links} members that are links")
         if len(order) < len(found):
             self.notes.append(f"left out: {len(found) - len(order)} members of which later ones have the name")
-        self._labels = None if labels is None else self._content(labels, _LARGEST_LABELS)
+        self._labels = labels
+        if labels is not None:
+            for _ in self._blocks(labels):  # what is damaged is refused before a word of it is believed
+                pass
 
     @classmethod
     def claims(cls, data_dir: str) -> bool:
@@ -110,34 +117,27 @@ class Zip(ImageSource):
     def classes(self) -> Classes | None:
         if self._labels is None:
             return None
-        return found_labels(self._labels, f"{LABELS_NAME} of --data_dir {self.data_dir}", self)
+        return found_labels(partial(self._blocks, self._labels), f"{LABELS_NAME} of --data_dir {self.data_dir}", self)
 
     def read(self, index: int) -> bytes:
         fields = (self._offsets, self._packed, self._sizes, self._crcs, self._methods)
         offset, packed, size, crc, method = (int(field[index]) for field in fields)
-        return self._content(_Member(self.names[index], offset, packed, size, crc, method, is_link=False), self.largest)
+        return self._content(_Member(self.names[index], offset, packed, size, crc, method, is_link=False))
 
-    def _content(self, member: _Member, largest: int) -> bytes:
+    def _content(self, member: _Member) -> bytes:
         """A member unpacked. Raises UnreadableImageError for one that cannot be, OSError when the storage fails."""
-
-        def bad(reason: str) -> UnreadableImageError:
-            return UnreadableImageError(f"{self.data_dir}/{member.name}", reason)
-
-        if member.method not in (_STORED, _DEFLATED):
-            raise bad("encrypted" if member.method < 0 else f"compression method {member.method}, read are 0 and 8")
-        if max(member.size, member.packed) > largest:
-            raise bad(f"{member.size} bytes are more than {largest}, perhaps a decompression bomb")
+        bad = self._checked(member, self.largest)
         ahead = LOCAL_HEAD.size + len(member.name.encode("utf-8", "surrogateescape")) + _USUAL_EXTRA
         block = self._file.read(member.offset, ahead + member.packed)
         if len(block) < LOCAL_HEAD.size or not block.startswith(LOCAL_MARK):
-            raise bad("there is no member where the archive's directory says")
+            raise bad(_MISSING)
         *_, name_length, extra_length = LOCAL_HEAD.unpack_from(block)
         start = LOCAL_HEAD.size + name_length + extra_length
         if len(block) < start + member.packed:
             block += self._file.read(member.offset + len(block), start + member.packed - len(block))
         packed = block[start : start + member.packed]
         if len(packed) < member.packed:
-            raise bad("the archive is cut off")
+            raise bad(_CUT_OFF)
         content = packed
         if member.method == _DEFLATED:
             try:
@@ -146,8 +146,59 @@ class Zip(ImageSource):
             except zlib.error as error:
                 raise bad(str(error)) from error
         if len(content) != member.size or zlib.crc32(content) != member.crc:
-            raise bad("damaged in the archive: size or checksum are not those of its directory")
+            raise bad(_DAMAGED)
         return content
+
+    def _blocks(self, member: _Member) -> Iterator[bytes]:
+        """A list of labels unpacked, a block at a time. Raises as :meth:`_content`."""
+        bad = self._checked(member, _LARGEST_LABELS)
+        size, crc = 0, 0
+        blocks = self._packed_blocks(member)
+        try:
+            for block in _inflated(blocks) if member.method == _DEFLATED else blocks:
+                size, crc = size + len(block), zlib.crc32(block, crc)
+                if size > member.size:
+                    break
+                yield block
+        except zlib.error as error:
+            raise bad(str(error)) from error
+        if size != member.size or crc != member.crc:
+            raise bad(_DAMAGED)
+
+    def _packed_blocks(self, member: _Member) -> Iterator[bytes]:
+        head = self._file.read(member.offset, LOCAL_HEAD.size)
+        if len(head) < LOCAL_HEAD.size or not head.startswith(LOCAL_MARK):
+            raise self._bad(member, _MISSING)
+        *_, name_length, extra_length = LOCAL_HEAD.unpack(head)
+        start = member.offset + LOCAL_HEAD.size + name_length + extra_length
+        for at in range(0, member.packed, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, member.packed - at)
+            block = self._file.read(start + at, length)
+            if len(block) < length:
+                raise self._bad(member, _CUT_OFF)
+            yield block
+
+    def _checked(self, member: _Member, largest: int) -> Callable[[str], UnreadableImageError]:
+        """What to raise for a member, by the reason. Raises it where the directory has one."""
+        bad = partial(self._bad, member)
+        if member.method not in (_STORED, _DEFLATED):
+            raise bad("encrypted" if member.method < 0 else f"compression method {member.method}, read are 0 and 8")
+        if max(member.size, member.packed) > largest:
+            raise bad(f"{member.size} bytes are more than {largest}, perhaps a decompression bomb")
+        return bad
+
+    def _bad(self, member: _Member, reason: str) -> UnreadableImageError:
+        return UnreadableImageError(f"{self.data_dir}/{member.name}", reason)
+
+
+def _inflated(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Blocks unpacked, none of them longer than BLOCK_BYTES. Raises zlib.error."""
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    for block in blocks:
+        while block and not inflate.eof:
+            yield inflate.decompress(block, BLOCK_BYTES)
+            block = inflate.unconsumed_tail
+    yield inflate.flush()
 
 
 def _members(file: ArchiveFile) -> Iterator[_Member]:

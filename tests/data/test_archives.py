@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import struct
 import sys
 import tarfile
+import threading
 import zipfile
 from functools import partial
 from itertools import islice
@@ -20,7 +22,7 @@ from PIL import Image
 from pyarrow import parquet
 from support import script
 
-from masked_diffusion.data import archive_files, array_images, image_files, parquet_images, tar_images
+from masked_diffusion.data import archive_files, array_images, image_files, parquet_images, tar_images, zip_images
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.source import SourceOptions
 from masked_diffusion.data.sources import Arrays, Arrow, Folder, Parquet, Tar, Zip, open_source
@@ -366,6 +368,35 @@ def test_a_damaged_list_of_edm2_is_refused(tmp_path, content, sentence):
         open_dataset(str(tmp_path / "folder"), image_size=8)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_list_in_an_archive_is_unpacked_block_by_block(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(zip_images, "BLOCK_BYTES", 11)
+    members = {**IMAGES, "dataset.json": labels_json([2 - label for label in LABELS])}
+    source = Zip(str(write_zip(tmp_path / "a.zip", members, method)))
+    assert source.classes().labels.tolist() == [2 - label for label in LABELS]
+    blocks = list(source._blocks(source._labels))
+    assert b"".join(blocks).decode() == members["dataset.json"] and max(map(len, blocks)) <= 11
+
+
+@pytest.mark.parametrize(
+    "at, mark, value, reason",
+    [
+        (0, b'"labels"', b'"label5"', "damaged in the archive: size or checksum"),
+        (0, b"PK\x03\x04\x14\0\0\0\0\0", b"PK\x03\x07", "there is no member where"),
+        (24, b"PK\x01\x02", struct.pack("<L", 5), "damaged in the archive"),  # its size, smaller than it is
+        (24, b"PK\x01\x02", struct.pack("<L", 2**31), "2147483648 bytes are more than"),
+        (10, b"PK\x01\x02", struct.pack("<H", 12), "compression method 12"),
+    ],
+)
+def test_a_damaged_list_in_an_archive_is_refused_when_it_is_opened(tmp_path, at, mark, value, reason):
+    content = bytearray(write_zip(tmp_path / "a.zip", {"dataset.json": labels_json(), **IMAGES}).read_bytes())
+    start = content.index(mark) + at
+    content[start : start + len(value)] = value
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=f"a.zip/dataset.json: cannot be read .*{reason}"):
+        Zip(str(tmp_path / "a.zip"))
+
+
 CSV = "file,label\n" + "".join(f'{name},"kind, {name[0]}"\n' for name in IN_ORDER)
 LINES = "".join(json.dumps({"file": name, "label": f"kind, {name[0]}", "id": 3}) + "\n" for name in IN_ORDER)
 
@@ -399,6 +430,14 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, paths, content, sentence):
 def test_a_missing_file_of_labels_is_named(paths):
     with pytest.raises(FileNotFoundError, match="--labels_file nowhere.csv: No such file"):
         open_dataset(paths["zip"], image_size=8, labels_file="nowhere.csv")
+
+
+def test_labels_may_come_through_a_pipe(tmp_path, paths):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(CSV,))
+    writer.start()
+    assert open_dataset(paths["zip"], image_size=8, labels_file=str(tmp_path / "pipe")).labels.tolist() == LABELS
+    writer.join()
 
 
 def unlabelled_tars(root, texts):
