@@ -2,9 +2,11 @@
 
 import contextlib
 import io
+import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -30,15 +32,22 @@ class Arrays(ImageSource):
     """
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
-        self.data_dir = data_dir
+        self.data_dir, self.largest = data_dir, options.max_image_bytes
         if (size := _bytes_to_unpack(data_dir)) > MAX_UNPACKED_BYTES:
             raise ValueError(
                 f"--data_dir {data_dir}: an array in it is {size} bytes when unpacked, more than {MAX_UNPACKED_BYTES}; "
                 "save the arrays without compression (numpy.savez)"
             )
         labels = None
-        try:
-            if Path(data_dir).suffix == ".npy" or not zipfile.is_zipfile(data_dir):
+        with _named(data_dir):
+            shape = _declared_shape(data_dir)
+        if (rgb := 3 * math.prod(shape[1:3])) > self.largest:
+            raise ValueError(
+                f"--data_dir {data_dir}: {IMAGES} is {shape}, and {rgb} bytes of RGB an image are "
+                f"more than --max_image_bytes {self.largest}; raise it if the array is one of yours"
+            )
+        with _named(data_dir):
+            if _is_npy(data_dir):
                 self._images = np.load(data_dir, mmap_mode="r", allow_pickle=False)
             else:
                 with zipfile.ZipFile(data_dir) as archive:
@@ -48,11 +57,6 @@ class Arrays(ImageSource):
                     self._images = _member(data_dir, archive, members[f"{IMAGES}.npy"])
                     if f"{LABELS}.npy" in members:
                         labels = _member(data_dir, archive, members[f"{LABELS}.npy"])
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"--data_dir {data_dir}: its arrays cannot be read ({error}); copy the file again"
-            ) from error
-        shape = self._images.shape
         if (
             self._images.dtype != np.uint8
             or len(shape) not in (3, 4)
@@ -79,7 +83,10 @@ class Arrays(ImageSource):
         return head.startswith(_NPY) or (head.startswith(_ZIP) and head[30:].partition(b".npy")[1] != b"")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Arrays, (self.data_dir,)  # to a worker goes the place of the images, not the images
+        return Arrays, (
+            self.data_dir,
+            SourceOptions(max_image_bytes=self.largest),
+        )  # to a worker goes the place of the images, not the images
 
     def sizes(self) -> np.ndarray:
         return np.full(len(self), self._images[0].nbytes, dtype=np.int64)
@@ -102,6 +109,36 @@ class Arrays(ImageSource):
         return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
+@contextlib.contextmanager
+def _named(data_dir: str) -> Iterator[None]:
+    """Raises ValueError, naming the file, for what is wrong with it."""
+    try:
+        yield
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--data_dir {data_dir}: its arrays cannot be read ({error}); copy the file again") from error
+
+
+def _declared_shape(path: str) -> tuple[int, ...]:
+    """The shape of the images by the header of their array, of which nothing else is read."""
+    with contextlib.ExitStack() as stack:
+        if _is_npy(path):
+            stream: IO[bytes] = stack.enter_context(Path(path).open("rb"))
+        else:
+            stream = stack.enter_context(stack.enter_context(zipfile.ZipFile(path)).open(f"{IMAGES}.npy"))
+        return _read_header(stream)[0]
+
+
+def _is_npy(path: str) -> bool:
+    return Path(path).suffix == ".npy" or not zipfile.is_zipfile(path)
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether in Fortran's order, and type of the array that begins here."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(stream)
+
+
 def _bytes_to_unpack(path: str) -> int:
     """Bytes of the largest compressed array of a file. Its directory says it, and zipfile unpacks no more than that."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
@@ -115,9 +152,7 @@ def _member(path: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.
     with archive.open(member) as stream:
         if member.compress_type != zipfile.ZIP_STORED:
             return np.lib.format.read_array(stream, allow_pickle=False)
-        version = np.lib.format.read_magic(stream)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read_header(stream)
+        shape, is_fortran, dtype = _read_header(stream)
         header = stream.tell()
     if dtype.hasobject:
         raise zipfile.BadZipFile(f"{member.filename} holds objects")

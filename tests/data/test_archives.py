@@ -912,6 +912,23 @@ def test_an_image_of_too_many_bytes_in_its_file_or_of_pixels_is_bad_in_every_for
     assert open_dataset(path, image_size=16, fast_decode=fast_decode).load(2).max() == -1
 
 
+@pytest.mark.parametrize(
+    "save", [np.savez, np.savez_compressed, lambda path, arr_0: np.save(path.with_suffix(""), arr_0)]
+)
+@pytest.mark.parametrize("shape", [(2, 16, 20, 3), (2, 16, 20, 1), (2, 16, 20)])
+def test_an_array_of_images_of_too_many_bytes_is_refused_before_it_is_read(tmp_path, monkeypatch, save, shape):
+    path = tmp_path / "a.npy"
+    save(path, arr_0=np.zeros(shape, np.uint8))
+    path = str(next(tmp_path.iterdir()))
+    source = open_source(path, SourceOptions(max_image_bytes=960))
+    assert pickle.loads(pickle.dumps(source)).largest == 960
+    monkeypatch.setattr(array_images, "_member", None)
+    with pytest.raises(
+        ValueError, match=rf"--data_dir {path}: arr_0 is \(2, 16, 20.*960 bytes .* --max_image_bytes 959;"
+    ):
+        open_source(path, SourceOptions(max_image_bytes=959))
+
+
 def test_a_huge_file_of_a_folder_is_not_read_to_its_end(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, images={"0/0.png": png(0), "1/1.png": png(1)})
     with (folder / "1/1.png").open("r+b") as file:
