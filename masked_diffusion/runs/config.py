@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -225,20 +225,21 @@ def extensions_of(config: RunConfig) -> Sequence[str] | None:
     return None if "data_sha256" in config.training else EXTENSIONS_OF_0_1_0
 
 
+def settings_of_both(
+    former: RunConfig, now: RunConfig, part: str, names: Iterable[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Settings in a part of two configurations, such as ``diffusion``: the flag of each and its two values."""
+    return ((f"--{name}", *(getattr(getattr(config, part), name) for config in (former, now))) for name in names)
+
+
 def contradiction(former: RunConfig, now: RunConfig) -> str | None:
     """Name the first setting that makes two runs' weights or their meaning differ; None when there is none."""
     pairs = [
-        ("--objective", former.objective.objective, now.objective.objective),
-        ("--sigma_data", former.objective.sigma_data, now.objective.sigma_data),
-        ("--learned_uncertainty", former.objective.learned_uncertainty, now.objective.learned_uncertainty),
-        *((f"--{name}", getattr(former.model, name), getattr(now.model, name)) for name in FIXED_MODEL_SETTINGS),
-        *(
-            (f"--{name}", getattr(former.diffusion, name), getattr(now.diffusion, name))
-            for name in FIXED_PROCESS_SETTINGS
-        ),
+        *settings_of_both(former, now, "objective", ("objective", "sigma_data", "learned_uncertainty")),
+        *settings_of_both(former, now, "model", FIXED_MODEL_SETTINGS),
+        *settings_of_both(former, now, "diffusion", FIXED_PROCESS_SETTINGS),
         ("--policy", former.model.policy_name, now.model.policy_name),
-        ("--route", former.model.route, now.model.route),
-        ("--decoder", former.model.decoder, now.model.decoder),
+        *settings_of_both(former, now, "model", ("route", "decoder")),
         *((name, former.first_stage.get(name), now.first_stage.get(name)) for name in LATENT_SCALES),
         ("--class_cond", former.class_cond, now.class_cond),
     ]
