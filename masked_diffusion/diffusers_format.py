@@ -70,19 +70,9 @@ class MaskedDiffusionTransformer(ModelMixin, ConfigMixin):
         mask_ratio: float | None = None,
     ) -> None:
         super().__init__()
-        self.network = create_model(
-            model,
-            input_size=input_size,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            decode_layer=decode_layer,
-            policy=policy,
-            route=route,
-            choose=choose,
-            path_drop=path_drop,
-            mask_ratio=mask_ratio,
-        )
+        # What was given is registered by now, beside what diffusers notes itself.
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        self.network = create_model(settings.pop("model"), **settings)
 
     def forward(
         self,
@@ -366,20 +356,20 @@ def _scheduler_settings(process: DiffusionConfig, objective: str) -> dict[str, A
 
 def pipeline_of(model: LatentTransformer, config: RunConfig, vae: AutoencoderKL | None) -> MaskedDiffusionPipeline:
     """A trained model with everything around it, to be called or saved with ``save_pretrained``."""
-    settings = config.model
-    transformer = MaskedDiffusionTransformer(
-        model=settings.model,
-        input_size=settings.latent_shape[-1],
-        in_channels=settings.in_channels,
-        num_classes=settings.num_classes,
-        learn_sigma=settings.learn_sigma,
-        decode_layer=model.decode_layer or None,
-        policy=settings.policy,
-        route=settings.route,
-        choose=settings.choose,
-        path_drop=settings.path_drop,
-        mask_ratio=settings.mask_ratio,
+    alike = (
+        "model",
+        "in_channels",
+        "num_classes",
+        "learn_sigma",
+        "policy",
+        "route",
+        "choose",
+        "path_drop",
+        "mask_ratio",
     )
+    settings = {name: getattr(config.model, name) for name in alike}
+    settings |= {"input_size": config.model.latent_shape[-1], "decode_layer": model.decode_layer or None}
+    transformer = MaskedDiffusionTransformer(**settings)
     transformer.network.load_state_dict(model.state_dict())
     statistics = ChannelStatistics.recorded(config.first_stage)
     return MaskedDiffusionPipeline(

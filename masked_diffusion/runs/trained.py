@@ -163,17 +163,8 @@ def config_of_weights(
     if shown.twin is not None:
         check_twin(shown, request, path, warn)
     shown = shown.named(request.model)
-    model = ModelConfig(
-        model=shown.model,
-        image_size=shown.input_size * downsample,
-        downsample=downsample,
-        in_channels=shown.in_channels,
-        num_classes=shown.num_classes,
-        decode_layer=shown.decode_layer,
-        learn_sigma=shown.learn_sigma,
-        policy=shown.policy,
-        decoder=shown.decoder,
-    )
+    known = dataclasses.asdict(shown)
+    model = ModelConfig(image_size=known.pop("input_size") * downsample, downsample=downsample, **known)
     cannot_show = {"decode_layer"} if shown.decode_layer is None else set()
     if request.interpolate_pos:
         cannot_show.add("image_size")
