@@ -3,7 +3,8 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,69 +49,54 @@ Batch = dict[str, Tensor]
 UNIFORMS = ("t", "second_t")  # draws that become noise levels on the host
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainLoop:
     """Train a model until the configured end.
 
-    data: endless iterator of (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
+    data: endless (images, extras) from :func:`masked_diffusion.image_datasets.load_data`, already at the
     ``position``, the number of items consumed so far. bad_images: of the data set that they come from. start: where to
     begin, read here. evaluation, preview: None for none. signals: end the data's waits, too.
     """
 
-    def __init__(
-        self,
-        *,
-        config: TrainConfig,
-        run_config: RunConfig,
-        model: LatentTransformer,
-        objective: Objective,
-        schedule_sampler: Levels,
-        first_stage: FirstStage,
-        data: Iterator[tuple[Tensor, Batch]],
-        bad_images: BadImages,
-        ranks: Ranks,
-        logger: Logger,
-        folder: Path,
-        start: checkpoint.Start,
-        position: int,
-        evaluation: Evaluation | None = None,
-        signals: StopSignals | None = None,
-        preview: Preview | None = None,
-    ) -> None:
-        self.config = config
-        self.run_config = run_config
-        self.objective = objective
-        self.schedule_sampler = schedule_sampler
-        self.first_stage = first_stage
-        self.data = ReadAhead(data)
-        self.bad_images = bad_images
-        self.ranks = ranks
-        self.logger = logger
-        self.folder = folder
-        self.evaluation = evaluation
-        self.signals = signals or StopSignals()
-        self.model = model.train()
-        self.shared_model, self.skeleton = prepare_model(self.model, start, config, ranks, logger)
+    config: TrainConfig
+    run_config: RunConfig
+    model: LatentTransformer
+    objective: Objective
+    schedule_sampler: Levels
+    first_stage: FirstStage
+    data: ReadAhead[tuple[Tensor, Batch]]
+    bad_images: BadImages
+    ranks: Ranks
+    logger: Logger
+    folder: Path
+    start: checkpoint.Start
+    position: int
+    evaluation: Evaluation | None = None
+    signals: StopSignals = field(default_factory=StopSignals)
+    preview: Preview | None = None
+
+    def __post_init__(self) -> None:
+        config, model, start, ranks, logger = self.config, self.model.train(), self.start, self.ranks, self.logger
+        self.shared_model, self.skeleton = prepare_model(model, start, config, ranks, logger)
         self.optimizer = GuardedOptimizer(
             model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks, config.adam_beta2
         )
         self.scaler = gradient_scaler(config, ranks.device)
         self.step = self.start_step = start.step
-        self._goes_on_here = start.folder == folder
+        self._goes_on_here = start.folder == self.folder
         # Alike on all ranks. The next start evaluates this step, so no other one may follow.
         self._stopped_evaluating = False
         self.budget = Budget(config, self.skeleton, self.global_batch)
-        self.emas = averages_of(config, self.model)
-        self.position = position
-        state = TrainingState(self.model, self.emas, self.optimizer, self.scaler, schedule_sampler)
+        self.emas = averages_of(config, model)
+        state = TrainingState(model, self.emas, self.optimizer, self.scaler, self.schedule_sampler)
         if start.step:
             self._load(state, start)
-        self.saver = Saver(state, config, run_config, ranks, logger, folder, start.step)
+        self.saver = Saver(state, config, self.run_config, ranks, logger, self.folder, start.step)
         begins = start.step if self._goes_on_here else 0
-        self.snapshots = SnapshotSaver(self.emas, config.ema_snapshot_interval, ranks, logger, folder, begins)
-        self.preview = preview
-        self.bad_steps = BadSteps(bad_images.dataset.name_of, ranks, logger)
+        self.snapshots = SnapshotSaver(self.emas, config.ema_snapshot_interval, ranks, logger, self.folder, begins)
+        self.bad_steps = BadSteps(self.bad_images.dataset.name_of, ranks, logger)
         self.views = model.views
-        self.meter = Meter(names_of_losses(model, objective), ranks)
+        self.meter = Meter(names_of_losses(model, self.objective), ranks)
         # The row of an evaluated step was written after its checkpoint.
         if start.step and (not self._evaluation_is_due() or self._lacks_evaluation()):
             load_meter(self.meter, start)

@@ -19,6 +19,7 @@ from masked_diffusion.choices import CONSTANT, POLICIES
 from masked_diffusion.data.bad_images import LIST_NAME, BadImages
 from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_statistics import deviation_of_latents, pixel_statistics
+from masked_diffusion.data.data_stream import ReadAhead
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.diffusion.process import DiffusionConfig
@@ -150,8 +151,8 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     # The loop
     loop = TrainLoop(
         config=config, run_config=run_config, model=model, objective=objective, schedule_sampler=schedule_sampler,
-        first_stage=first_stage, data=data, bad_images=bad_images, ranks=ranks, logger=logger, folder=output.folder,
-        start=start, position=position, evaluation=evaluation, signals=signals, preview=preview,
+        first_stage=first_stage, data=ReadAhead(data), bad_images=bad_images, ranks=ranks, logger=logger,
+        folder=output.folder, start=start, position=position, evaluation=evaluation, signals=signals, preview=preview,
     )  # fmt: skip
     messages = [*warnings_of_run(asked, config, run_config, ranks), *messages]
     for message in [*describe(asked, run_config, dataset, model, ranks, output.folder), *messages]:

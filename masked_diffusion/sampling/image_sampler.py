@@ -1,6 +1,7 @@
 """A trained model with its sampler, guidance and first stage: sample numbers and labels -> images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -32,6 +33,7 @@ class Draws(Protocol):
 NewAway = Callable[[Draws], Away]
 
 
+@dataclass(eq=False)
 class ImageSampler:
     """A model with everything that makes images of it: guidance, sampler, first stage.
 
@@ -40,26 +42,19 @@ class ImageSampler:
     null label.
     """
 
-    def __init__(
-        self,
-        model: Denoiser,
-        config: RunConfig,
-        sampler: SamplerConfig,
-        first_stage: FirstStage,
-        device: torch.device | str,
-        progress: bool = False,
-        stream: int = STREAM,
-        new_away: NewAway | None = None,
-    ) -> None:
-        self._progress = progress
-        self._first_stage = first_stage
-        self._latent_shape = config.model.latent_shape
-        self._seed = sampler.seed
-        self._stream = stream
-        self._device = device
-        self._clip = sampler.clip_denoised
+    model: Denoiser
+    config: RunConfig
+    sampler: SamplerConfig
+    first_stage: FirstStage
+    device: torch.device | str
+    progress: bool = False
+    stream: int = STREAM
+    new_away: NewAway | None = None
+
+    def __post_init__(self) -> None:
+        config, sampler, new_away = self.config, self.sampler, self.new_away
         self._objective = sampler.build_objective(config)
-        if torch.device(device).type == "mps" and not config.objective.is_discrete:
+        if torch.device(self.device).type == "mps" and not config.objective.is_discrete:
             raise ValueError(
                 f"--device mps: samplers of --objective {config.objective.objective} compute in float64, which MPS "
                 "does not have; use --device cpu"
@@ -68,7 +63,6 @@ class ImageSampler:
         self._grid = self._objective.grid(entry.last_level)
         self._new_step = partial(entry.starts[config.objective.objective], self._objective.path(self._grid))
         self._level_dtype = torch.long if config.objective.is_discrete else torch.float64
-        self._model = model
         self._idle_levels = set(self._grid)
         self._new_guidance: Callable[[Draws], Guidance] | None = None
         if sampler.cfg_cond:
@@ -87,7 +81,7 @@ class ImageSampler:
         """Passes of the model that an image costs; a weak prediction may be less than one."""
         cost = alone = 1.0
         if self._new_guidance is not None:
-            away = self._new_guidance(SampleNoise(self._seed, [])).away
+            away = self._new_guidance(SampleNoise(self.sampler.seed, [])).away
             cost, alone = away.cost, away.alone
         costs: list[float] = []
 
@@ -103,29 +97,31 @@ class ImageSampler:
         self, indices: Sequence[int], labels: Sequence[int], inpainting: Inpainting | None = None
     ) -> Iterator[samplers.Step]:
         """The latents of the samples with these numbers and labels after every step of the sampler."""
-        noise = SampleNoise(self._seed, indices, stream=self._stream)
-        y = torch.tensor(list(labels), device=self._device)
-        x_T = noise.randn(self._latent_shape, self._device)
-        models = [self._model, self._model]
+        noise = SampleNoise(self.sampler.seed, indices, stream=self.stream)
+        y = torch.tensor(list(labels), device=self.device)
+        x_T = noise.randn(self.config.model.latent_shape, self.device)
+        models = [self.model, self.model]
         if self._new_guidance is not None:
-            draws = SampleNoise(self._seed, indices, "guide", self._stream)
+            draws = SampleNoise(self.sampler.seed, indices, "guide", self.stream)
             guidance = self._new_guidance(draws)
-            models = [guidance.unled(self._model), guidance.lead(self._model)]
+            models = [guidance.unled(self.model), guidance.lead(self.model)]
         predictor: Callable[..., samplers.Predict] = self._objective.predictor
         if inpainting is not None:
-            halves = SampleNoise(self._seed, indices, "halves", self._stream)
+            halves = SampleNoise(self.sampler.seed, indices, "halves", self.stream)
             models = [inpainting.denoiser(model, halves) for model in models]
             predictor = partial(inpainting.predictor, self._objective, noise=x_T)
-            noisiest = torch.tensor(self._grid[:1], dtype=self._level_dtype, device=self._device).expand(len(y))
+            noisiest = torch.tensor(self._grid[:1], dtype=self._level_dtype, device=self.device).expand(len(y))
             x_T = inpainting.hold(self._objective, self._objective.prior(x_T), noisiest, noise=x_T)
         else:
             x_T = self._objective.prior(x_T)
-        plain, guided = (predictor(model, clip_denoised=self._clip, model_kwargs={"y": y}) for model in models)
+        plain, guided = (
+            predictor(model, clip_denoised=self.sampler.clip_denoised, model_kwargs={"y": y}) for model in models
+        )
 
         def predict(x_t: Tensor, level: Tensor) -> samplers.Prediction:
             return (plain if level[0].item() in self._idle_levels else guided)(x_t, level)
 
-        levels = tqdm(self._grid, unit="step", disable=not self._progress)
+        levels = tqdm(self._grid, unit="step", disable=not self.progress)
         step = self._new_step()
         if inpainting is not None:
             step = inpainting.keeping(step, self._grid[-1])
@@ -134,7 +130,7 @@ class ImageSampler:
     @torch.no_grad()
     def pixels(self, latents: Tensor, indices: Sequence[int]) -> np.ndarray:
         """Latents (N, C, h, w) of these samples -> images (N, H, W, 3) uint8. Raises FloatingPointError for NaN."""
-        images = self._first_stage.decode(latents.float())
+        images = self.first_stage.decode(latents.float())
         if not images.isfinite().all():
             raise FloatingPointError(f"samples {list(indices)}: the images are not finite; sample in float32")
         return to_uint8(images)

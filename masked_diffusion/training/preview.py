@@ -1,6 +1,7 @@
 """A picture of how far a training is: a grid of samples from its weight average."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,35 +31,33 @@ def preview_sampler(config: TrainConfig, guides: GuideConfig, run_config: RunCon
     )
 
 
+@dataclass(eq=False)
 class Preview:
     """Draws ``preview_{step:06d}.png``, the same seeds and labels each time.
 
     count: images of the grid. sampler: of :func:`preview_sampler`. new_away: of its guidance, None for the null label.
     """
 
-    def __init__(
-        self,
-        count: int,
-        sampler: SamplerConfig,
-        run_config: RunConfig,
-        first_stage: FirstStage,
-        device: torch.device,
-        new_away: NewAway | None,
-    ) -> None:
-        self._count = count
-        self._run_config = run_config
+    count: int
+    sampler: SamplerConfig
+    run_config: RunConfig
+    first_stage: FirstStage
+    device: torch.device
+    new_away: NewAway | None
+
+    def __post_init__(self) -> None:
         # What draws the images of a model, in eval mode.
         self.sampler_of = partial(
-            ImageSampler, config=run_config, sampler=sampler, first_stage=first_stage, device=device,
-            stream=run_config.stream, new_away=new_away,
+            ImageSampler, config=self.run_config, sampler=self.sampler, first_stage=self.first_stage,
+            device=self.device, stream=self.run_config.stream, new_away=self.new_away,
         )  # fmt: skip
 
     def draw(self, step: int, averaged: Denoiser, folder: Path, report: Callable[[str], None]) -> None:
         """Draw the preview of a step. averaged: the model with its averaged weights, in eval mode. report: told of a
         preview that cannot be drawn, which is no reason to stop."""
-        labels = labels_for(self._run_config, "balanced", self._count).tolist()
+        labels = labels_for(self.run_config, "balanced", self.count).tolist()
         try:
-            images = self.sampler_of(averaged)(range(self._count), labels)
+            images = self.sampler_of(averaged)(range(self.count), labels)
             save_picture(grid(images), folder / f"preview_{step:06d}.png")
         except (OSError, torch.OutOfMemoryError, FloatingPointError) as error:
             report(f"no preview of step {step}: {error}")

@@ -70,6 +70,7 @@ class TrainingState:
         return former_lr
 
 
+@dataclass(eq=False)
 class Saver:
     """Writes the checkpoints of a run, beside its further steps, and says in the log how that ended.
 
@@ -77,24 +78,17 @@ class Saver:
     written again, and nor is step 0.
     """
 
-    def __init__(
-        self,
-        state: TrainingState,
-        config: TrainConfig,
-        run_config: RunConfig,
-        ranks: Ranks,
-        logger: Logger,
-        folder: Path,
-        start_step: int,
-    ) -> None:
-        self.begun_step = self._written_step = start_step
-        self._state = state
-        self._config = config
-        self._run_config = run_config
-        self._ranks = ranks
-        self._logger = logger
-        self._folder = folder
-        self._writer = checkpoint.CheckpointWriter(folder, config.keep_checkpoints, config.keep_every)
+    state: TrainingState
+    config: TrainConfig
+    run_config: RunConfig
+    ranks: Ranks
+    logger: Logger
+    folder: Path
+    begun_step: int
+
+    def __post_init__(self) -> None:
+        self._written_step = self.begun_step
+        self._writer = checkpoint.CheckpointWriter(self.folder, self.config.keep_checkpoints, self.config.keep_every)
 
     def save(self, step: int, position: int, meter: dict[str, Any], spent: dict[str, Any]) -> None:
         """Begin to write a checkpoint on rank 0. All ranks have to call it, for their shards.
@@ -104,16 +98,16 @@ class Saver:
         self.finish()  # one at a time: a snapshot takes as much memory as the training's state
         numbers = {
             "position": position,
-            "batch_size": self._run_config.training["batch_size"],
-            "global_batch": self._config.batch_size * self._ranks.world_size,
-            "stream": self._run_config.stream,
+            "batch_size": self.run_config.training["batch_size"],
+            "global_batch": self.config.batch_size * self.ranks.world_size,
+            "stream": self.run_config.stream,
             "meter": meter,
             **spent,
         }
-        files = self._state.files(step, self._config.weights_format, numbers)
-        files = checkpoint.snapshot(files, whole, keep=self._ranks.is_main)
-        if self._ranks.is_main:
-            self._writer.start(step, files, self._run_config.as_json())
+        files = self.state.files(step, self.config.weights_format, numbers)
+        files = checkpoint.snapshot(files, whole, keep=self.ranks.is_main)
+        if self.ranks.is_main:
+            self._writer.start(step, files, self.run_config.as_json())
         self.begun_step = step
 
     def has_written(self, step: int) -> bool:
@@ -123,11 +117,11 @@ class Saver:
 
     def on_disk(self, step: int) -> bool:
         """:meth:`has_written` of rank 0, on all ranks. Collective; nobody gives up waiting for a slow disk."""
-        return self._ranks.from_main_patiently(lambda: self.has_written(step), WRITING)
+        return self.ranks.from_main_patiently(lambda: self.has_written(step), WRITING)
 
     def finish(self) -> OSError | None:
         """:meth:`report` of what is being written, of rank 0, on all ranks; else as :meth:`on_disk`."""
-        return self._ranks.from_main_patiently(lambda: self.report(wait=True), WRITING)
+        return self.ranks.from_main_patiently(lambda: self.report(wait=True), WRITING)
 
     def report(self, wait: bool = False) -> OSError | None:
         """Say how the writing of a checkpoint ended, if it did, and return what kept it from being written. A disk that
@@ -138,7 +132,7 @@ class Saver:
         step, error = outcome
         if error is None:
             self._written_step = step
-            self._logger.text(f"saved the checkpoint of step {step} in {self._folder}")
+            self.logger.text(f"saved the checkpoint of step {step} in {self.folder}")
         else:
-            self._logger.text(f"could not save the checkpoint of step {step} ({error})")
+            self.logger.text(f"could not save the checkpoint of step {step} ({error})")
         return error

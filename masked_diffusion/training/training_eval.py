@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class EvaluationStoppedError(EvaluationError):
     """An evaluation ended because a rank was asked to stop. Raised on all ranks."""
 
 
+@dataclass(eq=False)
 class Evaluation:
     """Evaluates one training. program: the evaluator's script. folder: of the run; each evaluation has a folder in it.
     sampler: of :meth:`EvalConfig.sampler`. new_away, guide_record: of its guidance, see
@@ -60,35 +62,27 @@ class Evaluation:
     Its methods are called by all ranks together. Raises ValueError or FileNotFoundError where it cannot work.
     """
 
-    def __init__(
-        self,
-        config: EvalConfig,
-        program: Path,
-        run_config: RunConfig,
-        first_stage: FirstStage,
-        ranks: Ranks,
-        folder: Path,
-        sampler: SamplerConfig,
-        new_away: NewAway | None,
-        guide_record: dict[str, Any],
-    ) -> None:
-        if not program.is_file():
+    config: EvalConfig
+    program: Path
+    run_config: RunConfig
+    first_stage: FirstStage
+    ranks: Ranks
+    folder: Path
+    sampler: SamplerConfig
+    new_away: NewAway | None
+    guide_record: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.program.is_file():
             raise FileNotFoundError(
-                f"--eval_interval {config.eval_interval}: the evaluator is not part of the installed package, and "
-                f"{program} does not exist; train with the script of a clone of the repository"
+                f"--eval_interval {self.config.eval_interval}: the evaluator is not part of the installed package, and "
+                f"{self.program} does not exist; train with the script of a clone of the repository"
             )
-        self.config = config
-        self._program = program
-        self._run_config = run_config
-        self._ranks = ranks
-        self._folder = folder
-        self._sampler = sampler
-        self._guide_record = guide_record
-        self._labels = labels_for(run_config, "random", config.eval_num_samples, sampler.seed)
+        self._labels = labels_for(self.run_config, "random", self.config.eval_num_samples, self.sampler.seed)
         # What draws the images of a model, in eval mode.
         self.sampler_of = partial(
-            ImageSampler, config=run_config, sampler=sampler, first_stage=first_stage, device=ranks.device,
-            stream=run_config.stream, new_away=new_away,
+            ImageSampler, config=self.run_config, sampler=self.sampler, first_stage=self.first_stage,
+            device=self.ranks.device, stream=self.run_config.stream, new_away=self.new_away,
         )  # fmt: skip
 
     @property
@@ -101,7 +95,7 @@ class Evaluation:
 
     def is_done(self, step: int) -> bool:
         """True when this step has a score."""
-        return self._ranks.from_main(lambda: (self._step_folder(step) / REPORT_NAME).is_file())
+        return self.ranks.from_main(lambda: (self._step_folder(step) / REPORT_NAME).is_file())
 
     def try_out(self, leave_no_trace: bool = False) -> None:
         """Score a few images of noise, to find a wrong reference, network or library before the training starts.
@@ -110,9 +104,9 @@ class Evaluation:
         words."""
         with contextlib.ExitStack() as stack:
             noise = None
-            if self._ranks.is_main:
+            if self.ranks.is_main:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                side = self._run_config.model.image_size
+                side = self.run_config.model.image_size
                 pixels = np.random.default_rng(0).integers(0, 256, (TRIAL_IMAGES, side, side, 3), dtype=np.uint8)
                 noise = folder / "noise.npz"
                 np.savez(noise, arr_0=pixels)
@@ -130,13 +124,13 @@ class Evaluation:
         the next attempt goes on from them. Raises EvaluationError, on all ranks.
         """
         settings = self._settings(step)
-        size, count = self._run_config.model.image_size, self.config.eval_num_samples
+        size, count = self.run_config.model.image_size, self.config.eval_num_samples
         samples = SampleSet(self._step_folder(step), count, size, self.config.eval_batch_size, settings)
         make = self.sampler_of(model)
-        circumstances = {"processes": self._ranks.world_size, "versions": library_versions()}
+        circumstances = {"processes": self.ranks.world_size, "versions": library_versions()}
         self._on_main(lambda: samples.open({**circumstances, "passes_per_image": make.passes()}))
         self._sample(samples, make, asked_to_stop)
-        with_labels = self._run_config.class_cond
+        with_labels = self.run_config.class_cond
         self._on_main(lambda: samples.assemble(self._labels if with_labels else None))
         self._score(samples.path, asked_to_stop, ["--out", str(samples.folder / REPORT_NAME)])
         scores: Scores = self._on_main(lambda: self._read_report(samples))
@@ -145,40 +139,40 @@ class Evaluation:
 
     def note_best(self, step: int, scores: Scores) -> str:
         """Record the checkpoint of ``step`` if no other one has a lower FID, on rank 0. Returns what to say of it."""
-        former = checkpoint.read_best(self._folder)
+        former = checkpoint.read_best(self.folder)
         # A record of this step or a later one is of steps that ran again.
         if former is not None and former["step"] < step and former.get("eval_fid", math.inf) <= scores["eval_fid"]:
             return f"; the best is step {former['step']}"
         known = {name: value for name, value in scores.items() if not math.isnan(value)}
         try:
-            checkpoint.record_best(self._folder, {"step": step, **known})
+            checkpoint.record_best(self.folder, {"step": step, **known})
         except OSError as error:
             return f", the best so far, which cannot be recorded ({error})"
         return ", the best so far"
 
     def _step_folder(self, step: int) -> Path:
-        return self._folder / FOLDER_NAME / f"{step:06d}"
+        return self.folder / FOLDER_NAME / f"{step:06d}"
 
     def _settings(self, step: int) -> dict[str, Any]:
         """What determines the images, for their manifest."""
         of_training = ("ema_rate", "seed", "lr", "data_dir")
         return {
             "step": step,
-            "model": self._run_config.model.record(),
-            **self._run_config.objective.record(),
-            "training": {name: self._run_config.training.get(name) for name in of_training},
-            "sampler": self._sampler.record(),
-            "labels": "random" if self._run_config.class_cond else None,
+            "model": self.run_config.model.record(),
+            **self.run_config.objective.record(),
+            "training": {name: self.run_config.training.get(name) for name in of_training},
+            "sampler": self.sampler.record(),
+            "labels": "random" if self.run_config.class_cond else None,
             "num_samples": self.config.eval_num_samples,
             "batch_size": self.config.eval_batch_size,
-            **stream_entry(self._run_config.stream),
-            **({"guide": self._guide_record} if self._guide_record else {}),
+            **stream_entry(self.run_config.stream),
+            **({"guide": self.guide_record} if self.guide_record else {}),
         }
 
     def _sample(self, samples: SampleSet, make: ImageSampler, asked_to_stop: Callable[[], bool]) -> None:
         """Batch k on rank k mod W, in rounds that all ranks end together: none waits for another one for long, and what
         one of them meets is known to all."""
-        ranks = self._ranks
+        ranks = self.ranks
         for first in range(0, samples.num_batches, ranks.world_size):
             batch, failure = first + ranks.rank, None
             try:
@@ -196,8 +190,8 @@ class Evaluation:
         no reason for any of them to give up."""
         child: subprocess.Popen[bytes] | None = None
         failure: Exception | None = None
-        if samples is not None and self._ranks.is_main:
-            if self._ranks.device.type == "cuda":
+        if samples is not None and self.ranks.is_main:
+            if self.ranks.device.type == "cuda":
                 torch.cuda.empty_cache()  # the evaluator has the same GPU
             try:
                 with samples.with_name(LOG_NAME).open("w") as log:
@@ -226,7 +220,7 @@ class Evaluation:
         config = self.config
         graph = ["--graph", str(Path(config.eval_graph).expanduser())] if config.eval_graph else []
         reference = str(Path(config.eval_ref).expanduser())
-        program = [sys.executable, str(self._program), reference, str(samples)]
+        program = [sys.executable, str(self.program), reference, str(samples)]
         return [*program, "--backend", config.eval_backend, *graph, *flags]
 
     def _read_report(self, samples: SampleSet) -> Scores:
@@ -238,12 +232,12 @@ class Evaluation:
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """Run a function on rank 0 and give its result to all. Raises EvaluationError on all ranks when it fails."""
         try:
-            return self._ranks.from_main(work)
+            return self.ranks.from_main(work)
         except Exception as error:  # of whatever kind: a score is no reason to lose a training
             raise EvaluationError(str(error)) from error
 
     def _any(self, flag: bool) -> bool:
-        return self._ranks.sum_(torch.tensor(float(flag), device=self._ranks.device)).item() > 0
+        return self.ranks.sum_(torch.tensor(float(flag), device=self.ranks.device)).item() > 0
 
     def _agree(self, failure: Exception | None, stop: bool = False) -> None:
         """Raise EvaluationError on all ranks if one of them has failed or is asked to stop."""

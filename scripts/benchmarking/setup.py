@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from masked_diffusion import dist_util
 from masked_diffusion.data.bad_images import BadImages
+from masked_diffusion.data.data_stream import ReadAhead
 from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder, FirstStage, PixelSpace
@@ -109,7 +110,7 @@ def make_loop(settings: Settings, ranks: Ranks) -> TrainLoop:
         objective=objective,
         schedule_sampler=objective.levels("uniform"),
         first_stage=make_first_stage(settings, ranks.device),
-        data=iter(()),
+        data=ReadAhead(iter(())),
         bad_images=BadImages(no_data, seed=0, max_bad_share=0.0, ranks=ranks, path=Path()),
         ranks=ranks,
         logger=Logger([HumanSink(sys.stderr)]),
