@@ -95,13 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     say("metrics ...")
     inside = judge_manifolds(*features, job.half)
-    weight, sets = job.backend.softmax_weight, (job.reference, job.samples)
     warn_about_predictions(job, features[1])
-    metrics = score(*features, weight, inside, job.order)
+    metrics = score(*features, job.backend.softmax_weight, inside, job.order)
     told = show(metrics)
     report = make_report(job, metrics)
     write_report(options.out, report)  # what is there already survives whatever happens to the rest
-    found = compute_extras(job.extras, job.network, sets, features, metrics, weight, inside, job.batch_size, job.order)
+    found = compute_extras(job, features, metrics, inside)
     told = show(found.metrics) and told
     report |= {"metrics": metrics | found.metrics, **found.entries}
     write_report(options.out, report)

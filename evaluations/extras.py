@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from atomic_file import atomic_file
 from feature_extraction import Features
-from feature_networks import FeatureNetwork, add_network_options, check_network_options
+from feature_networks import add_network_options, check_network_options
 from fidelity_metrics import frechet_distance
 from html_report import grid, html_page, png_bytes
 from more_metrics import (
@@ -24,6 +24,9 @@ from more_metrics import (
 )
 from PIL import Image
 from sample_sets import ImageSource
+
+if TYPE_CHECKING:
+    from evaluator import Evaluation
 
 NEIGHBOURS_SHOWN, SAMPLES_SHOWN = 5, 8
 GRID = 8  # samples in a row and in a column of the page's first picture
@@ -110,33 +113,24 @@ def _some_of(labels: np.ndarray, most: int = 4) -> str:
 
 
 def compute_extras(
-    extras: Extras,
-    network: FeatureNetwork | None,
-    sets: tuple[ImageSource, ImageSource],
+    job: Evaluation,
     features: tuple[Features, Features],
     metrics: dict[str, float | None],
-    softmax_weight: np.ndarray,
     inside: tuple[np.ndarray, np.ndarray] | None,
-    batch_size: int,
-    order: np.ndarray | None,
 ) -> Findings:
-    """Compute what is asked for.
-
-    network: another one; sets, features: of the reference and of the samples; order: of the samples in the splits of
-    the Inception Score.
-    """
-    found = Findings()
+    """Compute what is asked for. features: of the reference and of the samples."""
+    extras, network, sets, found = job.extras, job.network, (job.reference, job.samples), Findings()
     reference, samples = features
     assert samples.pool is not None
     if extras.ci:
         found.entries["intervals"] = confidence_intervals(
-            metrics, reference, samples, softmax_weight, inside, extras.ci, order
+            metrics, reference, samples, job.backend.softmax_weight, inside, extras.ci, job.order
         )
     if reference.pool is not None and extras.kid:
         found.metrics["KID"], found.entries["KID_deviation"] = kernel_distance(reference.pool, samples.pool)
     if network is not None:
         name = network.path.stem
-        pair = [network.of_set(images, batch_size) for images in sets]
+        pair = [network.of_set(images, job.batch_size) for images in sets]
         found.metrics[f"FD ({name})"] = frechet_distance(*(statistics_of(part) for part in pair))
         found.metrics[f"KID ({name})"], found.entries[f"KID_deviation ({name})"] = kernel_distance(*pair)
     if extras.labels is not None and reference.pool is not None:

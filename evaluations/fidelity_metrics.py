@@ -229,22 +229,6 @@ def predicted_classes(pool: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return np.concatenate([(pool[rows] @ weight).argmax(axis=1) for rows in slices(len(pool), _TILE)])
 
 
-def precision_recall(
-    reference: np.ndarray,
-    samples: np.ndarray,
-    half: bool = True,
-    reference_radii: np.ndarray | None = None,
-    block: int = BLOCK,
-) -> tuple[float, float]:
-    """Improved precision and recall: the share of samples in the reference's manifold, and the other way round.
-
-    reference, samples: (N, D) and (M, D) float32 features; the rest as in `inside_manifolds`.
-    Returns (precision, recall), each in [0, 1]. Source: 1904.06991, Eq. 1 and 2; block rule: ADM suite.
-    """
-    sample_inside, reference_inside = inside_manifolds(reference, samples, half, reference_radii, block)
-    return float(sample_inside.mean()), float(reference_inside.mean())
-
-
 def inside_manifolds(
     reference: np.ndarray,
     samples: np.ndarray,
@@ -254,11 +238,13 @@ def inside_manifolds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which samples (M,) lie in the reference's manifold, and which of the reference (N,) in the samples'.
 
+    Their shares are the improved precision and recall. Source: 1904.06991, Eq. 1 and 2; block rule: ADM suite.
     A set's manifold is the union of balls around its vectors, each reaching to the vector's k-th nearest neighbour
     in the set (to the farthest one in a set of k or fewer).
 
-    half: distances in float16, as published numbers were computed; a block in which any of them overflows is computed
-    in float32. reference_radii: of an earlier call of `manifold_radii`. Memory is bounded by a few block² arrays.
+    reference, samples: (N, D) and (M, D) float32 features. half: distances in float16, as published numbers were
+    computed; a block in which any of them overflows is computed in float32. reference_radii: of an earlier call of
+    `manifold_radii`. Memory is bounded by a few block² arrays.
     """
     if reference_radii is None:
         reference_radii = manifold_radii(reference, half, block=block)

@@ -22,64 +22,40 @@ _STEM = {
     "conv_3": "Conv2d_3b_1x1",
     "conv_4": "Conv2d_4a_3x3",
 }
+
+
+def _tower(scope: str, branch: str, count: int) -> dict[str, str]:
+    """Convolutions one after another: conv, conv_1, ... in the graph, 1, 2, ... in the module."""
+    return {f"{scope}/conv_{i}".removesuffix("_0"): f"{branch}_{i + 1}" for i in range(count)}
+
+
+def _split(scope: str, branch: str) -> dict[str, str]:
+    """Two convolutions side by side at the end of a tower."""
+    return {f"{scope}/mixed/conv": f"{branch}a", f"{scope}/mixed/conv_1": f"{branch}b"}
+
+
 _BRANCHES_OF_ONE = {"conv": "branch1x1", "tower_2/conv": "branch_pool"}
-_BLOCK_35 = _BRANCHES_OF_ONE | {
-    "tower/conv": "branch5x5_1",
-    "tower/conv_1": "branch5x5_2",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/conv_2": "branch3x3dbl_3",
-}
-_BLOCK_35_TO_17 = {
-    "conv": "branch3x3",
-    "tower/conv": "branch3x3dbl_1",
-    "tower/conv_1": "branch3x3dbl_2",
-    "tower/conv_2": "branch3x3dbl_3",
-}
-_BLOCK_17 = _BRANCHES_OF_ONE | {
-    "tower/conv": "branch7x7_1",
-    "tower/conv_1": "branch7x7_2",
-    "tower/conv_2": "branch7x7_3",
-    "tower_1/conv": "branch7x7dbl_1",
-    "tower_1/conv_1": "branch7x7dbl_2",
-    "tower_1/conv_2": "branch7x7dbl_3",
-    "tower_1/conv_3": "branch7x7dbl_4",
-    "tower_1/conv_4": "branch7x7dbl_5",
-}
-_BLOCK_17_TO_8 = {
-    "tower/conv": "branch3x3_1",
-    "tower/conv_1": "branch3x3_2",
-    "tower_1/conv": "branch7x7x3_1",
-    "tower_1/conv_1": "branch7x7x3_2",
-    "tower_1/conv_2": "branch7x7x3_3",
-    "tower_1/conv_3": "branch7x7x3_4",
-}
-_BLOCK_8 = _BRANCHES_OF_ONE | {
-    "tower/conv": "branch3x3_1",
-    "tower/mixed/conv": "branch3x3_2a",
-    "tower/mixed/conv_1": "branch3x3_2b",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/mixed/conv": "branch3x3dbl_3a",
-    "tower_1/mixed/conv_1": "branch3x3dbl_3b",
-}
-_BLOCKS = {
-    "mixed": ("Mixed_5b", _BLOCK_35),
-    "mixed_1": ("Mixed_5c", _BLOCK_35),
-    "mixed_2": ("Mixed_5d", _BLOCK_35),
-    "mixed_3": ("Mixed_6a", _BLOCK_35_TO_17),
-    "mixed_4": ("Mixed_6b", _BLOCK_17),
-    "mixed_5": ("Mixed_6c", _BLOCK_17),
-    "mixed_6": ("Mixed_6d", _BLOCK_17),
-    "mixed_7": ("Mixed_6e", _BLOCK_17),
-    "mixed_8": ("Mixed_7a", _BLOCK_17_TO_8),
-    "mixed_9": ("Mixed_7b", _BLOCK_8),
-    "mixed_10": ("Mixed_7c", _BLOCK_8),
-}
+_BLOCK_35 = _BRANCHES_OF_ONE | _tower("tower", "branch5x5", 2) | _tower("tower_1", "branch3x3dbl", 3)
+_BLOCK_35_TO_17 = {"conv": "branch3x3"} | _tower("tower", "branch3x3dbl", 3)
+_BLOCK_17 = _BRANCHES_OF_ONE | _tower("tower", "branch7x7", 3) | _tower("tower_1", "branch7x7dbl", 5)
+_BLOCK_17_TO_8 = _tower("tower", "branch3x3", 2) | _tower("tower_1", "branch7x7x3", 4)
+_BLOCK_8 = (
+    _BRANCHES_OF_ONE
+    | (_tower("tower", "branch3x3", 1) | _split("tower", "branch3x3_2"))
+    | (_tower("tower_1", "branch3x3dbl", 2) | _split("tower_1", "branch3x3dbl_3"))
+)
+# Of the blocks mixed, mixed_1, ..., the name in the module and what is in it.
+_BLOCKS = [
+    *((f"Mixed_{name}", _BLOCK_35) for name in ("5b", "5c", "5d")),
+    ("Mixed_6a", _BLOCK_35_TO_17),
+    *((f"Mixed_{name}", _BLOCK_17) for name in ("6b", "6c", "6d", "6e")),
+    ("Mixed_7a", _BLOCK_17_TO_8),
+    *((f"Mixed_{name}", _BLOCK_8) for name in ("7b", "7c")),
+]
 # Scope of every convolution in the graph -> name in torch-fidelity's module, in the order of the network.
 SCOPES = _STEM | {
-    f"{scope}/{inner}": f"{block}.{branch}"
-    for scope, (block, branches) in _BLOCKS.items()
+    f"mixed_{number}".removesuffix("_0") + f"/{inner}": f"{block}.{branch}"
+    for number, (block, branches) in enumerate(_BLOCKS)
     for inner, branch in branches.items()
 }
 

@@ -26,16 +26,12 @@ class ImageFolder:
     size: int  # bytes of all files
     image_size: tuple[int, int]
     statistics: tuple[Statistics, Statistics] | None = None
+    is_sorted_by_name = True  # so that classes may follow one another
 
     @property
     def count(self) -> int:
         """Number of images N."""
         return len(self.files)
-
-    @property
-    def is_sorted_by_name(self) -> bool:
-        """Folders are: their classes may follow one another."""
-        return True
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield the images in order as uint8 (n, H, W, 3), batches first, first + step, …; grey images three times.

@@ -100,6 +100,7 @@ class ImageSet:
     size: int  # bytes
     images: ArrayHeader | None
     statistics: tuple[Statistics, Statistics] | None
+    is_sorted_by_name = False  # rows of an array are in the order in which they were written
 
     @property
     def count(self) -> int | None:
@@ -110,11 +111,6 @@ class ImageSet:
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) in pixels, None without images."""
         return None if self.images is None else (self.images.shape[1], self.images.shape[2])
-
-    @property
-    def is_sorted_by_name(self) -> bool:
-        """Rows of an array are in the order in which they were written."""
-        return False
 
     def batches(self, batch_size: int, first: int = 0, step: int = 1) -> Iterator[np.ndarray]:
         """Yield the images in order as uint8 (n, H, W, 3) in 0…255, n = batch_size but for the last batch.
@@ -163,15 +159,10 @@ def open_images(path: Path, needs_images: bool = True) -> ImageSource:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with _reading(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: IO[bytes]) -> str:
-    """hashlib.file_digest for Python 3.10."""
     digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
+    with _reading(path), open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

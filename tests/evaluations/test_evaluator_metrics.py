@@ -214,28 +214,33 @@ def test_radius_in_a_set_of_three_or_fewer_reaches_its_farthest_member(count):
     assert metrics.manifold_radii(line).tolist() == [[1.0, 1.0], [16.0, 9.0, 16.0]][count - 2]
 
 
+def precision_recall(*sets: np.ndarray, **settings) -> tuple[float, float]:
+    samples, reference = metrics.inside_manifolds(*sets, **settings)
+    return samples.mean(), reference.mean()
+
+
 def test_precision_counts_samples_and_recall_counts_the_reference():
     reference = np.array([[0], [1], [2], [3], [100], [101], [102], [103]], np.float32)
     samples = np.array([[0.0], [1.5], [2.5], [3.2], [50.0]], np.float32)
-    precision, recall = metrics.precision_recall(reference, samples, half=False)
+    precision, recall = precision_recall(reference, samples, half=False)
     assert precision == 4 / 5  # no ball of the reference reaches 50
     assert recall == 4 / 8  # the ball around 50 ends at 98.5
 
 
 def test_recall_misses_the_mode_that_no_sample_covers():
     near, far = features(20, 4), features(20, 4, seed=1) + 50
-    assert metrics.precision_recall(np.concatenate([near, far]), near) == (1.0, 0.5)
-    assert metrics.precision_recall(near, np.concatenate([near, far])) == (0.5, 1.0)
+    assert precision_recall(np.concatenate([near, far]), near) == (1.0, 0.5)
+    assert precision_recall(near, np.concatenate([near, far])) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 16])
 def test_blocks_and_tiles_do_not_change_precision_and_recall(half, block, monkeypatch):
     reference, samples = features(17, 5), features(16, 5, seed=1) * 1.2
-    whole = metrics.precision_recall(reference, samples, half)
+    whole = precision_recall(reference, samples, half=half)
     assert 0 < whole[0] < 1 and 0 < whole[1] < 1
     monkeypatch.setattr(distances, "_ROWS_IN_CACHE", 2)
-    assert metrics.precision_recall(reference, samples, half, block=block) == whole
+    assert precision_recall(reference, samples, half=half, block=block) == whole
 
 
 def test_float16_distances_are_rounded_and_float32_ones_are_not():
