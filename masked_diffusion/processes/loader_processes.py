@@ -13,29 +13,25 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Listener
 from multiprocessing.sharedctypes import RawArray
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from masked_diffusion.processes import waiting
 from masked_diffusion.processes.preemption import ignore_signals
-from masked_diffusion.processes.reading_thread import iterate_here
+from masked_diffusion.processes.reading_thread import Watched, iterate_here
 from masked_diffusion.processes.waiting import (
     LoaderError,
     Patience,
     StoppedWaitingError,
-    index_of,
     never,
-    progress,
 )
 
 SHARED_MEMORY = "/dev/shm"
 # Less than this is suspected when nothing comes: a few batches of images and noise.
 LITTLE_MEMORY = 64 << 20
 FEW_FILES = 256
-NAMED = 3  # files in a message
 PR_SET_PDEATHSIG = 1
 
 _OPEN: "weakref.WeakSet[Generator[Any, None, None]]" = weakref.WeakSet()
@@ -83,7 +79,7 @@ def _iterate(
         with _blaming():
             if cause := _blocked_transport():
                 raise _cannot_deliver(cause)
-            watched = _Watched(dataset, num_workers, name_of)
+            watched = Watched(dataset, name_of, RawArray("Q", num_workers), RawArray("q", num_workers))
             end_with_parent = threading.current_thread() is threading.main_thread()
             begin = _begin_with_parent if end_with_parent else ignore_signals
             loader = DataLoader(
@@ -105,7 +101,7 @@ def _iterate(
                 worker.kill()  # they ignore the signal that this sends them before
 
 
-def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool], silence_seconds: float | None) -> Any:
+def _next(iterator: Any, watched: Watched, asked_to_stop: Callable[[], bool], silence_seconds: float | None) -> Any:
     """The next batch, or ``_END``."""
     patience = Patience(lambda: watched.signs_of_life(iterator._workers), watched.items, silence_seconds)
     while True:
@@ -119,50 +115,6 @@ def _next(iterator: Any, watched: "_Watched", asked_to_stop: Callable[[], bool],
         if patience.is_over():
             silence = f"nothing came from them for {patience.without_item_for:.0f} s"
             raise _cannot_deliver(_suspected_cause(f"{silence}, while they waited for {watched.awaited()}"))
-
-
-class _Watched(Dataset[Any]):
-    """A data set that counts, for each process, the items that it began and those that it finished, and notes the index
-    of the last one. name_of: the file of an index."""
-
-    def __init__(self, dataset: Dataset[Any], num_workers: int, name_of: Callable[[int], str]) -> None:
-        self.dataset = dataset
-        self._name_of = name_of
-        self._counts = RawArray("Q", num_workers)
-        self._indices = RawArray("q", num_workers)
-
-    def __getitem__(self, item: Any) -> Any:
-        worker = get_worker_info()
-        assert worker is not None
-        number = worker.id
-        self._indices[number] = index_of(item)
-        self._counts[number] += 1
-        try:
-            return self.dataset[item]
-        finally:
-            self._counts[number] += 1
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def items(self) -> int:
-        """How many items were begun, and how many finished, in one number."""
-        return sum(self._counts)
-
-    def signs_of_life(self, workers: list[Any]) -> list[object]:
-        """What changes as long as processes begin, read on or finish items."""
-        return [self.items(), *(progress(Path(f"/proc/{worker.pid}")) for worker in self.reading(workers))]
-
-    def reading(self, workers: list[Any]) -> list[Any]:
-        """Those processes that have begun an item and not finished it."""
-        return [worker for worker, count in zip(workers, self._counts, strict=False) if count % 2]
-
-    def awaited(self) -> str:
-        """What the processes read at the moment."""
-        indices = dict.fromkeys(self._indices[number] for number, count in enumerate(self._counts) if count % 2)
-        names = [self._name_of(index) for index in indices]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        return ", ".join(names[:NAMED]) + more if names else "a batch"
 
 
 class _NotYetError(Exception):

@@ -8,11 +8,12 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from masked_diffusion.processes import waiting
 from masked_diffusion.processes.waiting import LoaderError, Patience, StoppedWaitingError, index_of, never, progress
 
+NAMED = 3  # files in a message
 Read = TypeVar("Read")
 _END = object()
 
@@ -89,36 +90,52 @@ def iterate_here(
     settings: dict[str, Any],
 ) -> Generator[Any, None, None]:
     """Batches of a data set, each read when it is asked for; see ``loader_processes.iterate``."""
-    noted = _Noted(dataset)
+    watched = Watched(dataset, name_of, [0], [0])
     device = torch.cuda.current_device() if settings.get("pin_memory") and torch.cuda.is_available() else None
     with contextlib.closing(ReadingThread(device)) as thread:
-        iterator = iter(DataLoader(noted, **settings))
-
-        def name() -> str:
-            return "a batch" if noted.current is None else name_of(index_of(noted.current))
-
-        while (
-            batch := thread.do(lambda: next(iterator, _END), name, lambda: noted.count, asked_to_stop, silence_seconds)
-        ) is not _END:
+        iterator = iter(DataLoader(watched, **settings))
+        how = watched.awaited, watched.items, asked_to_stop, silence_seconds
+        while (batch := thread.do(lambda: next(iterator, _END), *how)) is not _END:
             yield batch
 
 
-class _Noted(Dataset[Any]):
-    """A data set that notes which item is read at the moment. count: how many were begun and finished."""
+class Watched(Dataset[Any]):
+    """A data set that counts, for each reader, the items that it began and those that it finished, and notes the index
+    of the last one. name_of: the file of an index. counts, indices: a number for each loader process, which they share,
+    or for the thread that reads here."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-        self.current: Any = None
-        self.count = 0
+    def __init__(self, dataset: Dataset[Any], name_of: Callable[[int], str], counts: Any, indices: Any) -> None:
+        self.dataset, self._name_of = dataset, name_of
+        self._counts, self._indices = counts, indices
 
     def __getitem__(self, item: Any) -> Any:
-        self.current = item
-        self.count += 1
+        worker = get_worker_info()
+        number = 0 if worker is None else worker.id
+        self._indices[number] = index_of(item)
+        self._counts[number] += 1
         try:
             return self.dataset[item]
         finally:
-            self.current = None
-            self.count += 1
+            self._counts[number] += 1
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
+
+    def items(self) -> int:
+        """How many items were begun, and how many finished, in one number."""
+        return sum(self._counts)
+
+    def signs_of_life(self, workers: list[Any]) -> list[object]:
+        """What changes as long as processes begin, read on or finish items."""
+        return [self.items(), *(progress(Path(f"/proc/{worker.pid}")) for worker in self.reading(workers))]
+
+    def reading(self, workers: list[Any]) -> list[Any]:
+        """Those processes that have begun an item and not finished it."""
+        return [worker for worker, count in zip(workers, self._counts, strict=False) if count % 2]
+
+    def awaited(self) -> str:
+        """What is read at the moment."""
+        indices = dict.fromkeys(self._indices[number] for number, count in enumerate(self._counts) if count % 2)
+        names = [self._name_of(index) for index in indices]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        return ", ".join(names[:NAMED]) + more if names else "a batch"
