@@ -196,7 +196,7 @@ def make_parser(
     """A parser of these flags, under their groups' headings. most_used: those to show before all others. launched:
     with the flags that launchers pass."""
     parser = argparse.ArgumentParser(description=description)
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    groups = {"": parser, **{title: parser.add_argument_group(title) for title in GROUPS}}
     for name in dict.fromkeys([*most_used, *flags]):
         flag = flags[name]
         group = groups[MOST_USED if name in most_used else flag.group]

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 
 class Flag(NamedTuple):
-    """A flag of a command line. group: the heading that ``--help`` has it under. type: what its text becomes, such as
-    ``int | None``, or what converts it; None for the field's annotation or the type of the default."""
+    """A flag of a command line. group: the heading that ``--help`` has it under, if any. type: what its text becomes,
+    such as ``int | None``, or what converts it; None for the field's annotation or the type of the default."""
 
     default: Any
     help: str
-    group: str
+    group: str = ""
     type: Any = None
 
 
-def setting(default: Any, help: str, group: str, type: Any = None) -> Any:
+def setting(default: Any, help: str, group: str = "", type: Any = None) -> Any:
     """A field of a dataclass that is a flag."""
     return dataclasses.field(default=default, metadata=flag(default, help, group, type))
 

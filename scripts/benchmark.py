@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 
 from benchmarking.settings import (
     CASES,
-    DEFAULTS,
-    FULL_SAMPLING_STEPS,
     IN_CHILDREN,
     NEED_PLAIN,
     Settings,
@@ -24,48 +22,19 @@ from benchmarking.settings import (
     with_autoencoder,
 )
 
-from masked_diffusion.script_util import (
-    add_dict_to_argparser,
-    args_to_dict,
-    finite_float,
-    main_of,
-    optional,
-    str2bool,
-)
+from masked_diffusion.script_util import args_to_dict, main_of, make_parser
+from masked_diffusion.settings import Flag, flags_of
 
-HELPS = {
-    "case": "comma list of what to measure",
-    "downsample": "image side / latent side; 1 for pixel space",
-    "in_channels": "channels of the latents",
-    "mask_ratio": "share of the tokens masked in the second view; None measures training without masking",
-    "decode_layer": "decoder blocks; None means 2",
-    "policy": "which tokens leave in training; None is the model's own",
-    "objective": "what the network learns to predict",
-    "batch_size": "images per step",
-    "repeats": "measurements, of which median, minimum and maximum are printed",
-    "warmup": "rounds before the first measurement",
-    "num_sampling_steps": f"steps that are measured, and extrapolated to {FULL_SAMPLING_STEPS}",
-    "num_samples": "images of the assemble case",
-    "num_workers": "loader processes of the data case; 0 loads in the measured process",
-    "with_vae": "encode and decode with a Stable Diffusion autoencoder of random weights; False takes latents as given",
-    "compile": "compile the blocks in training",
-    "grad_checkpointing": "run the blocks again in backward",
-    "trace": "write torch's profile of a training step to this file, which chrome://tracing and Perfetto show",
-    "use_fp16": "autocast to float16",
-    "use_bf16": "autocast to bfloat16",
-    "tf32": "allow TF32 on CUDA; None does as the scripts do: not in training, but in sampling",
-    "device": "auto, cpu, cuda or cuda:N",
-    "out": "append the lines to this file, too",
+FLAGS = {
+    "case": Flag("train_step,sample,data,assemble", "comma list of what to measure"),
+    **flags_of(Settings),
+    "device": Flag("auto", "auto, cpu, cuda or cuda:N"),
+    "out": Flag("", "append the lines to this file, too"),
 }
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {"case": "train_step,sample,data,assemble", **DEFAULTS, "device": "auto", "out": ""}
-    types = {"mask_ratio": optional(finite_float), "decode_layer": optional(int), "tf32": optional(str2bool)}
-    types["policy"] = str  # "none" is one
-    parser = argparse.ArgumentParser(description="Measure speed and peak memory; prints a JSON object per case.")
-    add_dict_to_argparser(parser, defaults, types, HELPS)
-    return parser
+    return make_parser("Measure speed and peak memory; prints a JSON object per case.", FLAGS)
 
 
 def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.ExitStack) -> Callable[[], None]:
@@ -74,7 +43,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
     for name in cases:
         if name not in CASES and name not in IN_CHILDREN:
             raise ValueError(f"--case {name}: unknown; choose of {', '.join([*CASES, *IN_CHILDREN])}")
-    settings = Settings(**args_to_dict(args, DEFAULTS))
+    settings = Settings(**args_to_dict(args, flags_of(Settings)))
     if set(cases) & set(NEED_PLAIN):
         check_plain(settings)
     if "encode" in cases:

@@ -13,33 +13,22 @@ from collections.abc import Callable
 
 from benchmarking.settings import Settings, check_plain
 
-from masked_diffusion.script_util import add_dict_to_argparser, main_of
+from masked_diffusion.script_util import main_of, make_parser
+from masked_diffusion.settings import Flag
 
-MODELS = "MDT_S_2,MDT_B_2,MDT_XL_2"
-HELPS = {
-    "models": "comma list of models to measure",
-    "image_size": "side of the images whose latents are trained on",
-    "first_batch": "smallest batch tried; it is doubled until the memory is full",
-    "largest_batch": "largest batch tried",
-    "repeats": "steps measured, of which the median counts",
-    "device": "auto, cpu, cuda or cuda:N",
-    "out": "folder for the table; it is made where it is missing",
+FLAGS = {
+    "models": Flag("MDT_S_2,MDT_B_2,MDT_XL_2", "comma list of models to measure"),
+    "image_size": Flag(256, "side of the images whose latents are trained on"),
+    "first_batch": Flag(32, "smallest batch tried; it is doubled until the memory is full"),
+    "largest_batch": Flag(1024, "largest batch tried"),
+    "repeats": Flag(5, "steps measured, of which the median counts"),
+    "device": Flag("auto", "auto, cpu, cuda or cuda:N"),
+    "out": Flag("gpu_report", "folder for the table; it is made where it is missing"),
 }
 
 
 def create_argparser() -> argparse.ArgumentParser:
-    defaults = {
-        "models": MODELS,
-        "image_size": 256,
-        "first_batch": 32,
-        "largest_batch": 1024,
-        "repeats": 5,
-        "device": "auto",
-        "out": "gpu_report",
-    }
-    parser = argparse.ArgumentParser(description="Measure training steps at the largest batches; writes a table.")
-    add_dict_to_argparser(parser, defaults, helps=HELPS)
-    return parser
+    return make_parser("Measure training steps at the largest batches; writes a table.", FLAGS)
 
 
 def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[], None]:

@@ -1,7 +1,6 @@
 """Cases of ``scripts/benchmark.py`` that compare: with the plain path, with arithmetic alone, of several processes."""
 
 import dataclasses
-import statistics
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,7 +8,6 @@ import torch
 from benchmarking.plain_step import PlainMDT, PlainTraining
 from benchmarking.settings import Settings, with_autoencoder
 from benchmarking.setup import (
-    Timing,
     UndecodedLatents,
     choose_precision,
     common,
@@ -35,6 +33,17 @@ from masked_diffusion.models.cost import cost
 from masked_diffusion.models.policies import FULL, MASKED, POLICIES
 from masked_diffusion.sampling.image_sampler import ImageSampler
 
+# Ratios of the works of against_plain. A product is scaled to as many operations as a step has.
+COMPARISONS = {
+    "speedup": ("plain_step", "step"),
+    "masked_to_full": ("masked_view", "full_view"),
+    "guided_speedup": ("plain_guided", "guided"),
+    "share_of_floor": ("product", "step"),
+    "plain_share_of_floor": ("product", "plain_step"),
+    "compiled_speedup": ("plain_step", "compiled_step"),
+    "compiled_share_of_floor": ("product", "compiled_step"),
+    "cached_latents_speedup": ("plain_step_on_images", "step"),
+}
 # Measures a case in a process of its own, or several under torchrun, with further flags.
 Child = Callable[..., dict[str, Any]]
 
@@ -64,12 +73,10 @@ def encode(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         return lambda: way.moments(images)
 
     ours, plain = timed_in_turn([encoding(way) for way in ways], settings, ranks.device)
-    speedup = {f"encode_speedup{suffix}": value for suffix, value in ratios_of(plain, ours).items()}
     return {
-        **common(ours, ranks.device),
-        "images_per_second": settings.batch_size / ours.median,
+        **common(ours, ranks.device, settings.batch_size),
         **plain.fields("plain_"),
-        **speedup,
+        **plain.ratios(ours, "encode_speedup"),
         **precision,
         "dtype": "float32",
     }
@@ -81,7 +88,7 @@ def plain_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     training = plain_training(settings, ranks.device)
     images, extras = training_batch(settings)
     step = timed(lambda: training.step(images, extras), settings, ranks.device)
-    return {**common(step, ranks.device), "images_per_second": settings.batch_size / step.median, **precision}
+    return {**common(step, ranks.device, settings.batch_size), **precision}
 
 
 def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
@@ -118,27 +125,14 @@ def against_plain(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     timings = dict(zip(works, timed_in_turn([*works.values()], settings, device), strict=True))
     floor = train_step_flops(loop, batch) / product_flops  # products that take as many operations as a step
 
-    def ratios(one: str, other: str, scale: float = 1.0) -> dict[str, float]:
-        return ratios_of(timings[one], timings[other], scale)
-
-    fields: dict[str, Any] = {f"{name}_{key}": v for name, t in timings.items() for key, v in t.fields().items()}
-    comparisons = {
-        "speedup": ratios("plain_step", "step"),
-        "masked_to_full": ratios("masked_view", "full_view"),
-        "guided_speedup": ratios("plain_guided", "guided"),
-        "share_of_floor": ratios("product", "step", floor),
-        "plain_share_of_floor": ratios("product", "plain_step", floor),
-    }
-    if settings.compile:
-        comparisons["compiled_speedup"] = ratios("plain_step", "compiled_step")
-        comparisons["compiled_share_of_floor"] = ratios("product", "compiled_step", floor)
-    if settings.with_vae:
-        comparisons["cached_latents_speedup"] = ratios("plain_step_on_images", "step")
-    fields |= {name + suffix: value for name, both in comparisons.items() for suffix, value in both.items()}
+    fields = common(timings["step"], device, settings.batch_size)
+    for name, timing in timings.items():
+        fields |= timing.fields(f"{name}_")
+    for name, (one, other) in COMPARISONS.items():
+        if one in timings and other in timings:
+            fields |= timings[one].ratios(timings[other], name, floor if one == "product" else 1.0)
     gflops = floor * product_flops / 1e9
     return {
-        **common(timings["step"], device),
-        "images_per_second": settings.batch_size / timings["step"].median,
         **fields,
         "step_gflop": gflops,
         "matrix_gflop_per_second": product_flops / timings["product"].median / 1e9,
@@ -180,18 +174,9 @@ def policies(settings: Settings, ranks: Ranks) -> dict[str, Any]:
             continue
         step, step_cost = step_of(of_policy(name))
         plain, timing = timed_in_turn([plain_step, step], settings, device)
-        fields |= {f"{name}_to_none{suffix}": value for suffix, value in ratios_of(timing, plain).items()}
+        fields |= timing.ratios(plain, f"{name}_to_none")
         fields |= {f"{name}_cost": step_cost / plain_cost, f"{name}_seconds": timing.median}
-    return {**common(plain, device), "images_per_second": settings.batch_size / plain.median, **fields, **precision}
-
-
-def ratios_of(one: Timing, other: Timing, scale: float = 1.0) -> dict[str, float]:
-    """Medians of the rounds' ratios, by the clock and (``_cpu``) by the processor's time."""
-    pairs = {"": (one.seconds, other.seconds), "_cpu": (one.cpu_seconds, other.cpu_seconds)}
-    return {
-        suffix: scale * statistics.median(a / max(b, 1e-9) for a, b in zip(*both, strict=True))
-        for suffix, both in pairs.items()
-    }
+    return {**common(plain, device, settings.batch_size), **fields, **precision}
 
 
 def guided_steps(settings: Settings, device: torch.device) -> Callable[[], Any]:

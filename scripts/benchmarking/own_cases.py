@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,6 @@ from masked_diffusion.sampling.sampler_config import SamplerConfig
 
 # Guidance weights of 1 are as frequent among 10 steps as among 250: a tenth of them, or four tenths within a hundredth.
 SKIP_TOLERANCES, LEAST_STEPS_TO_SKIP = (0.0, 0.01), 10
-# Ratios are taken by the clock and by the processor's time.
-CLOCKS = (("", attrgetter("seconds")), ("_cpu", attrgetter("cpu_seconds")))
 
 # Each returns the fields of common() and what is its own.
 
@@ -65,8 +61,7 @@ def train_step(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         profiler.export_chrome_trace(settings.trace)
     flops = train_step_flops(loop, batch)
     return {
-        **common(step, ranks.device),
-        "images_per_second": settings.batch_size / step.median,
+        **common(step, ranks.device, settings.batch_size),
         **views,
         "step_gflop": flops / 1e9,
         **utilisation(flops, step.median, settings, ranks.device, precision["tf32"]),
@@ -88,12 +83,13 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     ]
     samplers = [settings.sampler_config, *skipping]
     steps, *skipped = timed_in_turn([sampling(sampler) for sampler in samplers], settings, ranks.device)
-    fields = {**common(steps, ranks.device), "num_sampling_steps": settings.num_sampling_steps}
+    fields = {
+        **common(steps, ranks.device, settings.batch_size),
+        "num_sampling_steps": settings.num_sampling_steps,
+    }
     for tolerance, timing in zip(tolerances, skipped, strict=True):
-        fields |= {
-            **timing.fields(f"cfg_skip_tol_{tolerance}_"),
-            f"cfg_skip_tol_{tolerance}_speedup": steps.over(timing),
-        }
+        name = f"cfg_skip_tol_{tolerance}_speedup"
+        fields |= {**timing.fields(f"cfg_skip_tol_{tolerance}_"), name: steps.ratios(timing, name)[name]}
     seconds = FULL_SAMPLING_STEPS * steps.median / settings.num_sampling_steps
     if settings.with_vae:
         first_stage = make_first_stage(settings, ranks.device)
@@ -104,7 +100,7 @@ def sample(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         fields |= {**decoding.fields("decode_"), "peak_memory_bytes": peak}
     return {
         **fields,
-        "images_per_second": settings.batch_size / seconds,
+        "images_per_second": settings.batch_size / seconds,  # of a whole run
         "seconds_per_step": steps.median / settings.num_sampling_steps,
         "seconds_per_image": seconds / settings.batch_size,
         "extrapolated_to_steps": FULL_SAMPLING_STEPS,  # holds for the two per image
@@ -150,15 +146,11 @@ def noise(settings: Settings, ranks: Ranks) -> dict[str, Any]:
     works = [*(sampling(settings.sampler_config, stream) for stream in streams), *map(drawing, streams)]
     new, former, new_draws, former_draws = timed_in_turn(works, settings, ranks.device)
     return {
-        **common(new, ranks.device),
-        "images_per_second": settings.batch_size / new.median,
+        **common(new, ranks.device, settings.batch_size),
         **former.fields("former_"),
         **new_draws.fields("draws_"),
         **former_draws.fields("former_draws_"),
-        **{
-            f"to_former{clock}": statistics.median(a / b for a, b in zip(of(new), of(former), strict=True))
-            for clock, of in CLOCKS
-        },
+        **new.ratios(former, "to_former"),
         "num_sampling_steps": settings.num_sampling_steps,
         **precision,
     }
@@ -195,8 +187,7 @@ def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         measured = timed_in_turn(works, settings, torch.device("cpu"))
     exact = measured[0].divided(in_a_round)
     return {
-        **common(exact, torch.device("cpu")),
-        "images_per_second": batch_size / exact.median,
+        **common(exact, torch.device("cpu"), batch_size),
         **(against_exact(exact, *measured[1:]) if measured[1:] else {}),
         "num_workers": settings.num_workers,  # their memory is not in the peak
         "mean_file_bytes": mean_file_bytes,
@@ -206,13 +197,12 @@ def data(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 
 def against_exact(exact: Timing, fast: Timing, draws: Timing) -> dict[str, float]:
     """How much faster --fast_decode True loads: in all, and without the random numbers, which are the same work."""
-    fields = {**fast.fields("fast_decode_"), **draws.fields("draws_")}
-    for clock, of in CLOCKS:
-        rounds = list(zip(of(exact), of(fast), of(draws), strict=True))
-        fields[f"fast_decode_speedup{clock}"] = statistics.median(slow / quick for slow, quick, _ in rounds)
-        alone = statistics.median((slow - drawing) / (quick - drawing) for slow, quick, drawing in rounds)
-        fields[f"fast_decode_speedup_without_draws{clock}"] = alone
-    return fields
+    return {
+        **fast.fields("fast_decode_"),
+        **draws.fields("draws_"),
+        **exact.ratios(fast, "fast_decode_speedup"),
+        **exact.without(draws).ratios(fast.without(draws), "fast_decode_speedup_without_draws"),
+    }
 
 
 def assemble(settings: Settings, ranks: Ranks) -> dict[str, Any]:
@@ -235,8 +225,7 @@ def assemble(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         npz_bytes = samples.path.stat().st_size
     timing = Timing([end - begin], peak_memory(cpu))
     return {
-        **common(timing, cpu),
-        "images_per_second": number / timing.median,
+        **common(timing, cpu, number),
         "num_samples": number,
         "assemble_seconds": end - written,
         "npz_bytes": npz_bytes,

@@ -100,8 +100,7 @@ def measure(path: str, settings: Settings, sizes: Sequence[int], ranks: Ranks, f
     free(ranks.device)
     return {
         **record,
-        **common(timing, ranks.device),
-        "images_per_second": batch / timing.median,
+        **common(timing, ranks.device, batch),
         **utilisation(flops * batch, timing.median, settings, ranks.device, tf32=False),
     }
 

@@ -8,6 +8,8 @@ from masked_diffusion.choices import family_of
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
 from masked_diffusion.runs.config import DiffusionConfig, ModelConfig, RunConfig
 from masked_diffusion.sampling.sampler_config import SamplerConfig
+from masked_diffusion.script_util import optional, str2bool
+from masked_diffusion.settings import setting
 from masked_diffusion.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,28 +34,38 @@ FULL_SAMPLING_STEPS = 250
 class Settings:
     """What is measured, named as the flags. Raises ValueError for what cannot be, before anything is."""
 
-    model: str = "MDT_S_2"
-    image_size: int = 256
-    downsample: int = SD_DOWNSAMPLE
-    in_channels: int = SD_CHANNELS
-    num_classes: int = 1000
-    mask_ratio: float | None = 0.30
-    decode_layer: int | None = None
-    policy: str | None = None
-    objective: str = "ddpm"
-    batch_size: int = 4
-    repeats: int = 5
-    warmup: int = 2
-    num_sampling_steps: int = 4
-    num_samples: int = 1000
-    num_workers: int = 0
-    with_vae: bool = False
-    use_fp16: bool = False
-    use_bf16: bool = False
-    compile: bool = False
-    grad_checkpointing: bool = False
-    tf32: bool | None = None
-    trace: str = ""
+    model: str = setting("MDT_S_2", "")
+    image_size: int = setting(256, "")
+    downsample: int = setting(SD_DOWNSAMPLE, "image side / latent side; 1 for pixel space")
+    in_channels: int = setting(SD_CHANNELS, "channels of the latents")
+    num_classes: int = setting(1000, "")
+    mask_ratio: float | None = setting(
+        0.30, "share of the tokens masked in the second view; None measures training without masking"
+    )
+    decode_layer: int | None = setting(None, "decoder blocks; None means 2")
+    policy: str | None = setting(None, "which tokens leave in training; None is the model's own", type=str)
+    objective: str = setting("ddpm", "what the network learns to predict")
+    batch_size: int = setting(4, "images per step")
+    repeats: int = setting(5, "measurements, of which median, minimum and maximum are printed")
+    warmup: int = setting(2, "rounds before the first measurement")
+    num_sampling_steps: int = setting(4, f"steps that are measured, and extrapolated to {FULL_SAMPLING_STEPS}")
+    num_samples: int = setting(1000, "images of the assemble case")
+    num_workers: int = setting(0, "loader processes of the data case; 0 loads in the measured process")
+    with_vae: bool = setting(
+        False, "encode and decode with a Stable Diffusion autoencoder of random weights; False takes latents as given"
+    )
+    use_fp16: bool = setting(False, "autocast to float16")
+    use_bf16: bool = setting(False, "autocast to bfloat16")
+    compile: bool = setting(False, "compile the blocks in training")
+    grad_checkpointing: bool = setting(False, "run the blocks again in backward")
+    tf32: bool | None = setting(
+        None,
+        "allow TF32 on CUDA; None does as the scripts do: not in training, but in sampling",
+        type=optional(str2bool),
+    )
+    trace: str = setting(
+        "", "write torch's profile of a training step to this file, which chrome://tracing and Perfetto show"
+    )
 
     def __post_init__(self) -> None:
         for name in ("downsample", "in_channels", "batch_size", "repeats", "num_sampling_steps", "num_samples"):
@@ -115,7 +127,6 @@ class Settings:
 
 
 MODEL_FIELDS = ModelConfig.__dataclass_fields__
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 
 
 def check_plain(settings: Settings) -> None:

@@ -176,9 +176,19 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def over(self, other: "Timing") -> float:
-        """The median over the rounds of this one's seconds divided by the other's."""
-        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+    def ratios(self, other: "Timing", name: str, scale: float = 1.0) -> dict[str, float]:
+        """Medians of the rounds' ratios of this one to another, by the clock and (``_cpu``) by the processor's time."""
+        pairs = {name: (self.seconds, other.seconds), f"{name}_cpu": (self.cpu_seconds, other.cpu_seconds)}
+        return {
+            key: scale * statistics.median(a / max(b, 1e-9) for a, b in zip(*both, strict=True))
+            for key, both in pairs.items()
+        }
+
+    def without(self, part: "Timing") -> "Timing":
+        """The same less what a part of the work took in the same round."""
+        pairs = (self.seconds, part.seconds), (self.cpu_seconds, part.cpu_seconds)
+        seconds, cpu_seconds = ([a - b for a, b in zip(*both, strict=True)] for both in pairs)
+        return Timing(seconds, self.peak_memory_bytes, cpu_seconds)
 
     def divided(self, parts: int) -> "Timing":
         """The same per one of equal parts."""
@@ -255,10 +265,15 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def common(timing: Timing, device: torch.device) -> dict[str, Any]:
-    """Fields of every case."""
-    place = {"device": device.type, "device_name": device_name(device)}
-    return {**place, **timing.fields(), "peak_memory_bytes": timing.peak_memory_bytes}
+def common(timing: Timing, device: torch.device, images: int) -> dict[str, Any]:
+    """Fields of every case. images: how many a repeat makes, or takes."""
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        **timing.fields(),
+        "peak_memory_bytes": timing.peak_memory_bytes,
+        "images_per_second": images / timing.median,
+    }
 
 
 def choose_precision(settings: Settings, device: torch.device, tf32: bool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,11 +60,9 @@ def sources(settings: Settings, ranks: Ranks) -> dict[str, Any]:
 
         works = [rounds(source) for source in forms.values()]
         folder, *others = timed_in_turn(works, settings, torch.device("cpu"))
-    fields = {**common(folder, torch.device("cpu")), "images_per_second": settings.batch_size / folder.median}
+    fields = common(folder, torch.device("cpu"), settings.batch_size)
     for form, timing in zip(list(forms)[1:], others, strict=True):
-        ratios = [a / b for a, b in zip(folder.cpu_seconds, timing.cpu_seconds, strict=True)]
-        fields |= timing.fields(f"{form}_")
-        fields |= {f"{form}_speed": folder.over(timing), f"{form}_speed_cpu": statistics.median(ratios)}
+        fields |= {**timing.fields(f"{form}_"), **folder.ratios(timing, f"{form}_speed")}
     return {**fields, "num_workers": 0, "dtype": "float32"}
 
 

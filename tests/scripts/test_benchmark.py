@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarking import measuring, own_cases, settings
-from benchmarking.cases import ratios_of
 from benchmarking.settings import Settings
 from benchmarking.setup import Timing, choose_precision, fresh_model
 from support import call
@@ -288,7 +287,7 @@ def test_a_compiled_step_is_measured_beside_one_that_is_not(measure, counter):
 
 def test_a_ratio_is_the_median_of_the_rounds():
     one, other = Timing([2.0, 90.0, 3.0], 0, [1.0, 1.0, 1.0]), Timing([1.0, 30.0, 1.0], 0, [2.0, 4.0, 5.0])
-    assert ratios_of(one, other, scale=10.0) == {"": 30.0, "_cpu": 2.5}
+    assert one.ratios(other, "floor", scale=10.0) == {"floor": 30.0, "floor_cpu": 2.5}
 
 
 def test_memory_and_scaling_compare_processes_of_their_own(monkeypatch, capsys, tmp_path):
