@@ -3,6 +3,7 @@
 They stand in for photographs where there are none. Image ``index`` of ``seed`` is always the same picture.
 """
 
+import colorsys
 from collections.abc import Callable
 
 import numpy as np
@@ -18,14 +19,8 @@ Point = tuple[float, float]
 
 def _hsv(hue: float, saturation: float, value: float) -> Colour:
     """hue, saturation, value in [0, 1] (hue wraps) -> RGB 0 ... 255."""
-    sector = (hue % 1) * 6
-    chroma = value * saturation
-    middle = chroma * (1 - abs(sector % 2 - 1))
-    channels = [
-        (chroma, middle, 0.0), (middle, chroma, 0.0), (0.0, chroma, middle),
-        (0.0, middle, chroma), (middle, 0.0, chroma), (chroma, 0.0, middle),
-    ][int(sector)]  # fmt: skip
-    return tuple(round(255 * (channel + value - chroma)) for channel in channels)  # type: ignore[return-value]
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 class Canvas:
