@@ -1,7 +1,6 @@
 """Images in an array: ``.npy``, or the ``.npz`` that samplers write, ``arr_0`` the images and ``arr_1`` the labels."""
 
 import contextlib
-import io
 import math
 import zipfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from masked_diffusion.data.image_files import is_remote
+from masked_diffusion.data.image_files import as_png, is_remote
 from masked_diffusion.data.label_files import classes_of
 from masked_diffusion.data.listing_cache import some
 from masked_diffusion.data.path_table import PathTable
@@ -97,9 +96,7 @@ class Arrays(ImageSource):
         return classes_of(self._labels.tolist(), f"{LABELS} of --data_dir {self.data_dir}")
 
     def read(self, index: int) -> bytes:
-        file = io.BytesIO()
-        self._picture(index).save(file, "PNG", compress_level=1)
-        return file.getvalue()
+        return as_png(self._picture(index), compress_level=1)
 
     def picture(self, index: int) -> Image.Image:
         return self._picture(index).convert("RGB")

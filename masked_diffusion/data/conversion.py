@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from masked_diffusion.data.image_files import FORMATS, UnreadableImageError, is_remote
+from masked_diffusion.data.image_files import FORMATS, UnreadableImageError, as_png, is_remote
 from masked_diffusion.data.image_writers import FolderTarget, Target, Written
 from masked_diffusion.data.path_table import PathTable
 from masked_diffusion.files import lock, write_json
@@ -149,9 +149,7 @@ class _Contents(Dataset[tuple[int, bytes, str, str]]):
             return self.dataset.source.read(index)
         picture = self.dataset.picture(index)
         pixels = center_crop_arr(picture, side) if self.plan.crop else resize_short_side(picture, side)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        return file.getvalue()
+        return as_png(Image.fromarray(pixels))
 
 
 def target_names(names: PathTable, target: Target, as_png: bool) -> tuple[PathTable, bool]:

@@ -319,6 +319,13 @@ def read_with(
         raise UnreadableImageError(path, str(error) or type(error).__name__) from error
 
 
+def as_png(image: Image.Image, **options: Any) -> bytes:
+    """The file of an image. options: Pillow's, of the format."""
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
 def as_shown(image: Image.Image) -> Image.Image:
     """Decode an opened image as a viewer shows it."""
     image.load()

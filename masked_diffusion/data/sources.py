@@ -5,11 +5,11 @@ A format is a subclass of ``Source`` and an entry of :data:`SOURCES`. Crops, fli
 """
 
 import dataclasses
-import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,7 @@ from masked_diffusion.data.arrow_images import Arrow
 from masked_diffusion.data.image_files import (
     LABELS_NAME,
     UnreadableImageError,
+    as_png,
     file_sizes,
     is_file,
     is_remote,
@@ -41,7 +42,23 @@ from masked_diffusion.data.zip_images import Zip
 BUILTIN = "builtin:"
 
 
-class Builtin(ImageSource):
+class _Pictures(ImageSource):
+    """What has no files: an image is made one when it is read. Raises ValueError for a name that is not in PARTS."""
+
+    PARTS: Mapping[str, Any]
+
+    def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
+        if data_dir not in self.PARTS:
+            raise ValueError(
+                f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
+            )
+        self.data_dir = data_dir
+
+    def sizes(self) -> np.ndarray:
+        return np.fromiter((len(self.read(index)) for index in range(len(self))), dtype=np.int64, count=len(self))
+
+
+class Builtin(_Pictures):
     """scikit-learn's 1797 handwritten digits, 8x8 grey, classes "0" … "9".
 
     ``builtin:digits-test`` holds every fifth image of each digit, ``builtin:digits`` the other four fifths. images: (N,
@@ -51,10 +68,7 @@ class Builtin(ImageSource):
     PARTS = {"builtin:digits": False, "builtin:digits-test": True}
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
-        if data_dir not in self.PARTS:
-            raise ValueError(
-                f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
-            )
+        super().__init__(data_dir)
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -65,7 +79,6 @@ class Builtin(ImageSource):
         for digit in range(10):
             rank_in_class[target == digit] = np.arange(np.sum(target == digit))
         part = (rank_in_class % 5 == 4) == self.PARTS[data_dir]
-        self.data_dir = data_dir
         self.images = np.rint(digits.images[part] * 255 / 16).astype(np.uint8)  # from 0 … 16
         self.names = PathTable(f"{index:04d}.png" for index in range(len(self.images)))
         self._labels = target[part]
@@ -74,17 +87,14 @@ class Builtin(ImageSource):
     def claims(cls, data_dir: str) -> bool:
         return data_dir.startswith(BUILTIN)
 
-    def sizes(self) -> np.ndarray:
-        return np.fromiter((len(self.read(index)) for index in range(len(self))), dtype=np.int64, count=len(self))
-
     def classes(self) -> Classes:
         return Classes([str(digit) for digit in range(10)], self._labels)
 
     def read(self, index: int) -> bytes:
-        return _as_png(Image.fromarray(self.images[index]))
+        return as_png(Image.fromarray(self.images[index]))
 
 
-class Shapes(ImageSource):
+class Shapes(_Pictures):
     """Pictures drawn by code, 32 x 32 RGB, of ten classes (``shapes.py``): boats, cats, houses, …
 
     ``builtin:shapes`` has 10,000 of them, ``builtin:shapes-test`` 2,000 others. Raises ValueError for another name.
@@ -93,11 +103,7 @@ class Shapes(ImageSource):
     PARTS = {"builtin:shapes": (0, 10_000), "builtin:shapes-test": (1, 2_000)}  # seed and number of pictures
 
     def __init__(self, data_dir: str, options: SourceOptions = USUAL) -> None:
-        if data_dir not in self.PARTS:
-            raise ValueError(
-                f"--data_dir {data_dir}: unknown; choose one of {', '.join(BUILTIN_NAMES)}, or give a folder"
-            )
-        self.data_dir = data_dir
+        super().__init__(data_dir)
         self.seed, count = self.PARTS[data_dir]
         self.names = PathTable(f"{index:06d}.png" for index in range(count))
 
@@ -105,20 +111,11 @@ class Shapes(ImageSource):
     def claims(cls, data_dir: str) -> bool:
         return data_dir.startswith("builtin:shapes")
 
-    def sizes(self) -> np.ndarray:
-        return np.fromiter((len(self.read(index)) for index in range(len(self))), dtype=np.int64, count=len(self))
-
     def classes(self) -> Classes:
         return Classes(list(SHAPE_CLASSES), np.array([label_of(index) for index in range(len(self))], dtype=np.int64))
 
     def read(self, index: int) -> bytes:
-        return _as_png(draw_shape(self.seed, index))
-
-
-def _as_png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
+        return as_png(draw_shape(self.seed, index))
 
 
 BUILTIN_NAMES = (*Builtin.PARTS, *Shapes.PARTS)
