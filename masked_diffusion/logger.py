@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from masked_diffusion.files import atomic_write, move_aside
 from masked_diffusion.processes.standard_streams import failed_streams
@@ -35,12 +35,17 @@ ON_THE_TERMINAL = (
 )
 
 
-class Sink(Protocol):
+class Sink:
     """A log target. Rows have the same names during a whole run. NaN stands where there was nothing to average."""
 
-    def row(self, values: Row) -> None: ...
-    def text(self, message: str) -> None: ...
-    def close(self) -> None: ...
+    def row(self, values: Row) -> None:
+        raise NotImplementedError
+
+    def text(self, message: str) -> None:
+        """Write a message, where a sink has more than rows."""
+
+    def close(self) -> None:
+        """End what is held open between rows."""
 
 
 def named_folder(out: str, environ: Mapping[str, str] | None = None) -> str:
@@ -63,7 +68,7 @@ def _plain(values: Row) -> dict[str, int | float | None]:
     }
 
 
-class HumanSink:
+class HumanSink(Sink):
     """Write a table per row, and messages, to a text stream. names: of the numbers to show; None for all."""
 
     def __init__(self, stream: TextIO, names: Sequence[str] | None = None) -> None:
@@ -91,7 +96,7 @@ class HumanSink:
             self._stream.close()
 
 
-class RowsFile:
+class RowsFile(Sink):
     """A file of rows that only grows.
 
     When a run resumes, opening takes out the rows of the steps that will run again, and lines that a full disk or a
@@ -129,12 +134,6 @@ class RowsFile:
                 os.truncate(self._path, size)
             raise
         self._names = self._names or list(plain)
-
-    def text(self, message: str) -> None:
-        """Rows only."""
-
-    def close(self) -> None:
-        """Nothing is held open between rows."""
 
     def _rewrite(self, rows: list[dict[str, Any]], extra_names: Sequence[str] = ()) -> None:
         self._names = list(dict.fromkeys([*(name for row in rows for name in row), *extra_names]))
@@ -212,7 +211,7 @@ class JSONSink(RowsFile):
         return rows, len(lines) - len(rows)
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """Event files in ``tb/``, one scalar per name.
 
     Written with TensorBoard's own record writer: torch's SummaryWriter imports TensorFlow wherever it is installed.
@@ -242,14 +241,11 @@ class TensorBoardSink:
         ]
         self._write(step=int(values["step"]), summary=self._summary(value=scalars))
 
-    def text(self, message: str) -> None:
-        """Rows only."""
-
     def close(self) -> None:
         self._file.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """A run of Weights & Biases, which keeps its files in the output folder and goes on when that is resumed.
 
     It shows no step twice: of those that run again after a resume, it keeps the first numbers. Raises ValueError where
@@ -282,9 +278,6 @@ class WandbSink:
     def row(self, values: Row) -> None:
         numbers = {name: value for name, value in values.items() if not math.isnan(value)}
         self._run.log(numbers, step=int(values["step"]))
-
-    def text(self, message: str) -> None:
-        """Rows only."""
 
     def close(self) -> None:
         self._run.finish()
