@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from masked_diffusion.files import atomic_write
+from masked_diffusion.sampling.scored_sets import figure_class, panels
 from masked_diffusion.script_util import main_of
 from masked_diffusion.training.run_log import RunLog, read_run_log
 
 PANELS = {"eval_fid": "FID", "eval_is": "Inception Score", "loss": "loss, all tokens", "m_loss": "loss, masked"}
 FORMATS = (".png", ".svg")
-PANEL_SIZE = (4.5, 3.0)  # inches
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -33,15 +33,12 @@ def prepare(args: argparse.Namespace) -> Callable[[], None]:
     """Raises ValueError or OSError for what cannot be plotted."""
     if args.out.suffix not in FORMATS:
         raise ValueError(f"--out {args.out}: expected a name that ends in {' or '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plotting needs matplotlib: pip install -e '.[plot]'") from error
+    figure_class()
     runs = [read_run_log(folder.expanduser()) for folder in args.runs]
     axes = [scales(run) for run in runs]
 
     def work() -> None:
-        figure = draw(Figure, runs, axes)
+        figure = draw(runs, axes)
         with atomic_write(args.out) as file:
             figure.savefig(file, format=args.out.suffix[1:])
         sys.stdout.write(f"{args.out.absolute()}\n")
@@ -63,13 +60,11 @@ def scales(run: RunLog) -> dict[str, np.ndarray]:
     }
 
 
-def draw(new_figure: Callable[..., Any], runs: list[RunLog], axes: list[dict[str, np.ndarray]]) -> Any:
+def draw(runs: list[RunLog], axes: list[dict[str, np.ndarray]]) -> Any:
     """A row of panels for each number that some run has, a column for each scale, a line for each run."""
     names = [name for name in PANELS if any(len(run.points(name)[0]) for run in runs)]
-    width, height = PANEL_SIZE
-    figure = new_figure(figsize=(width * len(axes[0]), height * len(names)), layout="constrained")
-    panels = figure.subplots(len(names), len(axes[0]), squeeze=False)
-    for name, row in zip(names, panels, strict=True):
+    figure, rows_of_panels = panels(len(names), len(axes[0]))
+    for name, row in zip(names, rows_of_panels, strict=True):
         for scale, panel in zip(axes[0], row, strict=True):
             for run, positions in zip(runs, axes, strict=True):
                 rows, values = run.points(name)
@@ -77,7 +72,7 @@ def draw(new_figure: Callable[..., Any], runs: list[RunLog], axes: list[dict[str
             panel.set_xlabel(scale)
             panel.set_ylabel(PANELS[name])
             panel.grid(alpha=0.3)
-    panels[0][0].legend()
+    rows_of_panels[0][0].legend()
     return figure
 
 

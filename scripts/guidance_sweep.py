@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
+from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, open_sweep
 from masked_diffusion.script_util import finite_float, from_args, main_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,10 +42,9 @@ def prepare(args: argparse.Namespace, of_sampler: Sequence[str]) -> Callable[[],
     for flag in SWEPT:
         if any(part.partition("=")[0] == flag for part in of_sampler):
             raise ValueError(f"{flag}: --weights decides it; leave it out")
-    figure = figure_class()
     sweep = open_sweep(from_args(Scoring, args), "weight", of_sampler, ROOT)
     points = [Point(weight, ["--cfg_cond", "True", "--cfg_scale", str(weight)]) for weight in args.weights]
-    return lambda: sweep.work(points, figure)
+    return lambda: sweep.work(points)
 
 
 main = main_of(create_argparser, prepare)

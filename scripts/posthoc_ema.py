@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from masked_diffusion.choices import check_std
 from masked_diffusion.files import sha256_of
-from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, figure_class, open_sweep
+from masked_diffusion.sampling.scored_sets import Point, Scoring, add_scoring_flags, open_sweep
 from masked_diffusion.script_util import finite_float, from_args, main_of
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ def prepare_sweep(
         raise ValueError("--model_path: the sweep samples its own averages; leave it out")
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"--run {run}: there is no config.json, which sampling needs")
-    figure = figure_class()
     _, step = snapshots.used_for(args.step)
     out = args.out.expanduser()
     source = {"run": str(run.resolve()), "step": step, "base_sha256": sha256_of(snapshots.folder / BASE_NAME)}
@@ -120,7 +119,7 @@ def prepare_sweep(
         return Point(std, ["--model_path", str(path)], make)
 
     points = [point(std) for std in args.sweep]
-    return lambda: sweep.work(points, figure)
+    return lambda: sweep.work(points)
 
 
 def write(state: "dict[str, Tensor]", out: Path, std: float, step: int) -> None:

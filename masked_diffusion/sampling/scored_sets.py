@@ -42,6 +42,13 @@ def figure_class() -> Callable[..., Any]:
     return Figure
 
 
+def panels(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure of so many panels, and the panels (rows, columns)."""
+    width, height = PANEL_SIZE
+    figure = figure_class()(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def of_images(flags: Sequence[str]) -> Iterator[str]:
     """Flags of image_sample.py without the one that lets a sampling begin and changes no image.
 
@@ -100,7 +107,7 @@ class Sweep:
         if former != settings:
             raise ValueError(f"--out {self.folder}: it holds a sweep of other settings; give another folder")
 
-    def work(self, points: Sequence[Point], new_figure: Callable[..., Any]) -> int:
+    def work(self, points: Sequence[Point]) -> int:
         """Make what is missing, in order; after each point the table and the figure have it.
 
         Returns the exit status: 0, or that of the program that failed, which has said why.
@@ -117,7 +124,7 @@ class Sweep:
             if status:
                 return status
             rows[point.value] = {self.axis: point.value, **row}
-            self._write([rows[value] for value in sorted(rows, key=lambda value: value or 0.0)], new_figure)
+            self._write([rows[value] for value in sorted(rows, key=lambda value: value or 0.0)])
         sys.stdout.write(f"{(self.folder / TABLE_NAME).absolute()}\n{(self.folder / FIGURE_NAME).absolute()}\n")
         return 0
 
@@ -146,7 +153,7 @@ class Sweep:
             for row in csv.DictReader(io.StringIO(text))
         ]
 
-    def _write(self, rows: Sequence[Row], new_figure: Callable[..., Any]) -> None:
+    def _write(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()
         table = csv.DictWriter(text, [self.axis, PASSES, *SCORES], lineterminator="\n")
         table.writeheader()
@@ -154,7 +161,7 @@ class Sweep:
         with atomic_write(self.folder / TABLE_NAME) as file:
             file.write(text.getvalue().encode())
         with atomic_write(self.folder / FIGURE_NAME) as file:
-            draw(new_figure, self.axis, rows).savefig(file, format="png")
+            draw(self.axis, rows).savefig(file, format="png")
 
 
 def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +193,7 @@ def open_sweep(
     of_sampler: further flags, of image_sample.py. root: of the repository, where the programs are. source: see
     :class:`Sweep`. Raises ValueError or OSError.
     """
+    figure_class()
     if asked.eval_ref is None:
         raise ValueError("--eval_ref: give the reference to compare with")
     if not asked.eval_ref.expanduser().exists():
@@ -211,13 +219,12 @@ def open_sweep(
     return sweep
 
 
-def draw(new_figure: Callable[..., Any], axis: str, rows: Sequence[Row]) -> Any:
+def draw(axis: str, rows: Sequence[Row]) -> Any:
     """A row of panels for each score that is there, against the setting and against compute."""
     names = [name for name in SCORES if any(row[name] is not None for row in rows)]
-    width, height = PANEL_SIZE
-    figure = new_figure(figsize=(2 * width, height * len(names)), layout="constrained")
-    for name, panels in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
-        for against, panel in zip((axis, PASSES), panels, strict=True):
+    figure, axes = panels(len(names), 2)
+    for name, row_of_panels in zip(names, axes, strict=True):
+        for against, panel in zip((axis, PASSES), row_of_panels, strict=True):
             points = [(row[against], row[name], row[axis]) for row in rows if row[name] is not None]
             x, y, values = zip(*sorted(points), strict=True)
             panel.plot(x, y, marker=".", linestyle="-" if against == axis else "")

@@ -131,9 +131,7 @@ def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp
         assert call(monkeypatch, CURVE, tmp_path, *runs, "--out", tmp_path / f"curve.{suffix}") == 0
     assert Image.open(tmp_path / "curve.png").size == (1800, 600)  # loss and masked loss, four scales
     axes = [script(CURVE).scales(read_run_log(run)) for run in runs]
-    from matplotlib.figure import Figure
-
-    figure = script(CURVE).draw(Figure, [read_run_log(run) for run in runs], axes)
+    figure = script(CURVE).draw([read_run_log(run) for run in runs], axes)
     scales = ["steps", "images", "training compute, TFLOPs", "seconds"]
     assert [panel.get_xlabel() for panel in figure.axes[:4]] == scales
     assert [panel.get_ylabel() for panel in figure.axes[::4]] == ["loss, all tokens", "loss, masked"]
@@ -143,12 +141,10 @@ def test_curves_have_a_panel_for_each_number_and_scale(trained, monkeypatch, tmp
 
 def test_curves_show_scores_where_there_are_some(trained, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
     scored, plain = trained(0), trained(1)
     write_log(scored, step=[1, 2, 3], eval_fid=[None, 9, 7], eval_is=[None, 2, 3], loss=[3, 2, 1])
     runs = [read_run_log(run) for run in (scored, plain)]
-    figure = script(CURVE).draw(Figure, runs, [script(CURVE).scales(run) for run in runs])
+    figure = script(CURVE).draw(runs, [script(CURVE).scales(run) for run in runs])
     names = [panel.get_ylabel() for panel in figure.axes[::4]]
     assert names == ["FID", "Inception Score", "loss, all tokens", "loss, masked"]
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[9, 7], []]
