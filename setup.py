@@ -78,6 +78,7 @@ setup(
         "tqdm>=4.66.3",
         "tensorboard>=2.18",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
     ],
     extras_require={
         "eval": EVAL,

@@ -35,6 +35,8 @@ class Verdict:
 def judge(errors: Mapping[str, Sequence[float]]) -> list[Verdict]:
     """Every arm beside the plain one, best first, controls last. errors: of each arm's seeds; the plain arm's must be
     among them."""
+    from scipy.stats import t  # takes a second to import
+
     deviation, df = pooled_deviation(errors)
     plain = errors[PLAIN]
     comparisons = max(1, len(errors) - 1)
@@ -42,7 +44,7 @@ def judge(errors: Mapping[str, Sequence[float]]) -> list[Verdict]:
     for arm, values in errors.items():
         least = math.nan
         if df:
-            least = t_quantile(1 - LEVEL / comparisons, df) * deviation * math.sqrt(1 / len(values) + 1 / len(plain))
+            least = float(t.ppf(1 - LEVEL / comparisons, df)) * deviation * math.sqrt(1 / len(values) + 1 / len(plain))
         verdicts.append(Verdict(arm, tuple(values), float(np.mean(values) - np.mean(plain)), least))
     return sorted(verdicts, key=lambda verdict: (verdict.arm in CONTROLS, verdict.mean))
 
@@ -52,15 +54,6 @@ def pooled_deviation(errors: Mapping[str, Sequence[float]]) -> tuple[float, int]
     df = sum(len(values) - 1 for values in errors.values())
     squares = sum(float(np.var(values) * len(values)) for values in errors.values())
     return (math.sqrt(squares / df), df) if df else (math.nan, 0)
-
-
-def t_quantile(probability: float, df: int) -> float:
-    """The quantile of Student's t. With t = sqrt(df) tan(a) its density over a is proportional to cos(a)^(df - 1)."""
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 400_001)
-    density = np.cos(angles) ** (df - 1)
-    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = np.interp(probability, cumulative / cumulative[-1], angles)
-    return math.sqrt(df) * math.tan(angle)
 
 
 def lack_of_power(verdicts: Sequence[Verdict]) -> list[str]:
