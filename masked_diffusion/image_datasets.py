@@ -166,39 +166,31 @@ def no_classes(num_images: int) -> tuple[list[str], np.ndarray]:
 
 # Data sets
 
+USUAL_DATA = DataConfig()
+
 
 class SourceDataset(ImageDataset):
     """Images of a source, cropped to squares. Raises ValueError where the images have no classes to be had.
 
-    source: an ``ImageSource``, or the data_dir of one. labels_file: of the classes, in place of the source's own; see
-    ``data/label_files.py``.
+    source: an ``ImageSource``, or the data_dir of one. data: what is done to its images, and where classes come from.
     """
 
     def __init__(
         self,
         source: ImageSource | str,
+        data: DataConfig = USUAL_DATA,
         *,
         image_size: int,
-        class_cond: bool = True,
-        class_from: str = "auto",
-        labels_file: str = "",
-        random_crop: bool = False,
-        random_flip: bool = True,
-        fast_decode: bool = False,
-        grey: bool = False,
         extensions: Sequence[str] | None = None,
     ) -> None:
-        self.channels = 1 if grey else 3
+        self.data, self.channels = data, 1 if data.grey else 3
         self.source = narrow(open_images(source) if isinstance(source, str) else source, extensions)
         self.extensions = EXTENSIONS if extensions is None else extensions
-        super().__init__(image_size, *self._classes(class_cond, class_from, labels_file))
+        super().__init__(image_size, *self._classes(data.class_cond, data.class_from, data.labels_file))
         self.notes = [*self.source.notes]
         counts = np.bincount(self.labels, minlength=self.num_classes)
         if self.class_names and (bare := [self.class_names[label] for label in np.flatnonzero(counts == 0)]):
             self.notes.append(f"classes without images: {some(bare)}")
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.fast_decode = fast_decode
 
     def _classes(self, class_cond: bool, class_from: str, labels_file: str) -> tuple[list[str], np.ndarray]:
         if not class_cond:
@@ -240,12 +232,12 @@ class SourceDataset(ImageDataset):
         return self.source.picture(index)
 
     def load(self, index: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        if self.fast_decode:
+        if self.data.fast_decode:
             resized = partial(read_resized, self.source, index)
         else:
             resized = partial(resize_short_side, self.picture(index))
-        flip = draw_flip(rng, self.random_flip)
-        if rng is not None and self.random_crop:
+        flip = draw_flip(rng, self.data.random_flip)
+        if rng is not None and self.data.random_crop:
             pixels = _random_square(resized, self.image_size, rng)
         else:
             pixels = _center_square(resized, self.image_size)
@@ -263,23 +255,14 @@ class LatentDataset(ImageDataset):
     Raises ValueError, naming --data_dir or the setting and the remedy, where the cache cannot serve what is asked for.
     """
 
-    def __init__(
-        self,
-        source: LatentFolder,
-        *,
-        image_size: int,
-        class_cond: bool,
-        random_crop: bool,
-        random_flip: bool,
-        features: bool = False,
-    ) -> None:
+    def __init__(self, source: LatentFolder, data: DataConfig, *, image_size: int, features: bool = False) -> None:
         self.source, self.cache = source, source.cache
         data_dir, record = source.data_dir, source.cache.record
-        if random_crop:
+        if data.random_crop:
             raise ValueError(
                 f"--random_crop True: {data_dir} holds latents of centre crops; leave it out, or train on the images"
             )
-        if random_flip and not record.mirrored:
+        if data.random_flip and not record.mirrored:
             raise ValueError(
                 f"--random_flip True: {data_dir} has no latents of mirror images; use --random_flip False, or encode "
                 "again with --random_flip True"
@@ -291,7 +274,7 @@ class LatentDataset(ImageDataset):
             )
         if features:
             source.cache.check_features()
-        classes = source.classes() if class_cond else no_classes(len(source))
+        classes = source.classes() if data.class_cond else no_classes(len(source))
         if classes is None:
             raise ValueError(
                 f"--class_cond True: {data_dir} was encoded without classes; use --class_cond False, or encode again"
@@ -301,7 +284,7 @@ class LatentDataset(ImageDataset):
         scales = {"scaling_factor": record.scaling_factor, "shift_factor": record.shift_factor}
         statistics = ChannelStatistics.recorded(dataclasses.asdict(record))
         self.encoded_by = EncodedBy(record.vae_sha256, record.vae_path, scales, statistics)
-        self.random_flip, self.features = random_flip, features
+        self.random_flip, self.features = data.random_flip, features
 
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)
@@ -366,61 +349,40 @@ def open_dataset(
     data_dir: str,
     *,
     image_size: int,
-    class_cond: bool = DataConfig.class_cond,
-    class_from: str = DataConfig.class_from,
-    labels_file: str = DataConfig.labels_file,
-    random_crop: bool = DataConfig.random_crop,
-    random_flip: bool = DataConfig.random_flip,
-    fast_decode: bool = DataConfig.fast_decode,
-    grey: bool = DataConfig.grey,
-    image_column: str = DataConfig.image_column,
-    label_column: str = DataConfig.label_column,
-    max_image_bytes: int = DataConfig.max_image_bytes,
     extensions: Sequence[str] | None = None,
-    shuffle_window: int = DataConfig.shuffle_window,
     features: bool = False,
+    **settings: Any,
 ) -> ImageDataset:
     """The data set that ``--data_dir`` names: images or latents of any source (``data/sources.py``).
 
     extensions: of the kinds of image files to read, for a run that began when fewer were read; None reads all.
-    features: see :class:`LatentDataset`; ValueError for data that are no latents.
+    features: see :class:`LatentDataset`; ValueError for data that are no latents. settings: of :class:`DataConfig`.
     Warns of settings that have no effect on it. Raises FileNotFoundError or ValueError, one sentence naming
     --data_dir and the remedy, when there is none.
     """
-    for name, value in (("class_from", class_from), ("labels_file", labels_file)):
+    data = DataConfig(data_dir=data_dir, **settings)
+    class_cond, class_from = data.class_cond, data.class_from
+    for name, value in (("class_from", class_from), ("labels_file", data.labels_file)):
         if value not in ("auto", "") and not class_cond:
             warnings.warn(f"--{name} {value} is ignored with --class_cond False", stacklevel=2)
-    options = SourceOptions(image_column, label_column, max_image_bytes, shuffle_window)
-    source = _with_features(open_source(data_dir, options), features)
-    chosen = ["--labels_file"] * bool(labels_file) + [f"--class_from {class_from}"] * (class_from != "auto")
+    source = _with_features(open_source(data_dir, data), features)
+    chosen = ["--labels_file"] * bool(data.labels_file) + [f"--class_from {class_from}"] * (class_from != "auto")
     why_no_labels = "--class_cond False" if not class_cond else next(iter(chosen), "")
-    _warn_of_idle_options(source, options, why_no_labels)
-    if labels_file and isinstance(source, Builtin | LatentFolder):
-        raise ValueError(f"--labels_file {labels_file}: {data_dir} has labels of its own; leave it out")
-    if fast_decode and isinstance(source, Builtin | LatentFolder):
+    _warn_of_idle_options(source, data, why_no_labels)
+    if data.labels_file and isinstance(source, Builtin | LatentFolder):
+        raise ValueError(f"--labels_file {data.labels_file}: {data_dir} has labels of its own; leave it out")
+    if data.fast_decode and isinstance(source, Builtin | LatentFolder):
         warnings.warn(f"--fast_decode is ignored for --data_dir {data_dir}: there is nothing to decode", stacklevel=2)
     if isinstance(source, Builtin):
-        if random_crop or (class_from != "auto" and class_cond):
+        if data.random_crop or (class_from != "auto" and class_cond):
             warnings.warn(f"--random_crop and --class_from are ignored for --data_dir {data_dir}", stacklevel=2)
         return DigitsDataset(source, image_size=image_size, class_cond=class_cond)
     if isinstance(source, LatentFolder):
         if class_from != "auto" and class_cond:
             warnings.warn(f"--class_from is ignored for the latents in {data_dir}", stacklevel=2)
-        settings: dict[str, Any] = {"image_size": image_size, "class_cond": class_cond, "random_crop": random_crop}
-        return LatentDataset(source, **settings, random_flip=random_flip, features=features)
+        return LatentDataset(source, data, image_size=image_size, features=features)
     assert isinstance(source, ImageSource)
-    return SourceDataset(
-        source,
-        image_size=image_size,
-        class_cond=class_cond,
-        class_from=class_from,
-        labels_file=labels_file,
-        random_crop=random_crop,
-        random_flip=random_flip,
-        fast_decode=fast_decode,
-        grey=grey,
-        extensions=extensions,
-    )
+    return SourceDataset(source, data, image_size=image_size, extensions=extensions)
 
 
 # Stream

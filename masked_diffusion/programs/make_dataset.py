@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from masked_diffusion.data.bad_images import list_entry
 from masked_diffusion.data.conversion import Conversion, Plan
-from masked_diffusion.data.data_config import READING
+from masked_diffusion.data.data_config import READING, DataConfig
 from masked_diffusion.data.image_files import is_remote
 from masked_diffusion.data.image_writers import target_of
 from masked_diffusion.image_datasets import DigitsDataset, SourceDataset, open_dataset
@@ -27,7 +27,7 @@ def prepare(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
     try:
         dataset = open_dataset(args.source, image_size=args.image_size or 1, **args_to_dict(args, READING[1:]))
         if isinstance(dataset, DigitsDataset):  # as image files, which they become
-            dataset = SourceDataset(args.source, image_size=dataset.image_size, class_cond=args.class_cond)
+            dataset = SourceDataset(args.source, DataConfig(class_cond=args.class_cond), image_size=dataset.image_size)
     except (ValueError, OSError) as error:
         raise type(error)(str(error).replace("--data_dir", "SOURCE")) from error
     if not isinstance(dataset, SourceDataset):

@@ -18,6 +18,7 @@ from benchmarking.setup import common, make_jpegs, timed_in_turn
 
 from masked_diffusion.data import image_files
 from masked_diffusion.data.conversion import Conversion, Plan
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.image_writers import target_of
 from masked_diffusion.data.parquet_images import Parquet
 from masked_diffusion.data.source import ImageSource
@@ -48,7 +49,7 @@ def sources(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         stack.enter_context(in_a_bucket(Path(root)))
 
         def rounds(source: ImageSource) -> Callable[[], Any]:
-            dataset = SourceDataset(source, image_size=settings.image_size, class_cond=False)
+            dataset = SourceDataset(source, DataConfig(class_cond=False), image_size=settings.image_size)
             batches = load_data(
                 data_dir=source.data_dir,
                 dataset=dataset,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from support import script
 
+from masked_diffusion.data.data_config import DataConfig
 from masked_diffusion.data.data_statistics import spread_images
 from masked_diffusion.first_stage import load_first_stage
 from masked_diffusion.image_datasets import SourceDataset, load_data
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def images(colour_folder):
-    return SourceDataset(str(colour_folder), image_size=SIDE, class_cond=False)
+    return SourceDataset(str(colour_folder), DataConfig(class_cond=False), image_size=SIDE)
 
 
 def run(data_dir, out, *flags):
