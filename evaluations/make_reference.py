@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from atomic_file import atomic_file
@@ -29,31 +29,13 @@ from command_line import (
     say_error,
 )
 from feature_extraction import FeatureBackend, Features, features_of_batches
-from sample_sets import open_images
+from sample_sets import ImageSource, open_images
 
 if TYPE_CHECKING:
-    from masked_diffusion.data.source import ImageSource
+    from masked_diffusion.data.source import ImageSource as DataSource
 
 LATENTS = ("latents.json", "latents_unfinished.json")  # by which a folder of scripts/encode_latents.py is known
 CHECKED_TOGETHER = 64  # images
-
-
-class RealImages(Protocol):
-    """At least 2 images of one size."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def image_size(self) -> tuple[int, int]: ...
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        """Yield uint8 (n, H, W, 3) in order."""
-        ...
-
-    def verify(self) -> None:
-        """Read all images once, so that damage shows before hours of work and not after. Raises ValueError."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +46,7 @@ class CroppedImages:
     """
 
     path: Path
-    source: ImageSource
+    source: DataSource
     side: int
 
     @property
@@ -122,7 +104,7 @@ def open_cropped(path: Path, side: int | None) -> CroppedImages:
     return CroppedImages(path, source, side)
 
 
-def images_behind_latents(path: Path) -> tuple[ImageSource, int]:
+def images_behind_latents(path: Path) -> tuple[DataSource, int]:
     """The images that were encoded, in the order of their latents, and the side they were cropped to.
 
     Raises ValueError when the latents are unfinished or damaged, and when the images are gone or have changed.
@@ -140,7 +122,7 @@ def images_behind_latents(path: Path) -> tuple[ImageSource, int]:
         ) from error
 
 
-def open_source(path: Path, side: int | None) -> RealImages:
+def open_source(path: Path, side: int | None) -> CroppedImages | ImageSource:
     """The images, listed and not yet read; side: crop them to squares of it. Raises ValueError, OSError or
     ImportError."""
     latents = any((path / name).is_file() for name in LATENTS)
@@ -148,7 +130,7 @@ def open_source(path: Path, side: int | None) -> RealImages:
         raise ValueError(f"--image_size {side}: has no effect for the latents in {path}, which know their images' size")
     if latents or side is not None:
         return open_cropped(path, side)
-    return cast(RealImages, open_images(path))  # it has images
+    return open_images(path)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -179,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(argv)
         source = open_source(options.images, options.image_size)
         backend = load_backend(options, __file__)
+        assert source.image_size is not None  # it has images
         backend.widths(*source.image_size)
         source.verify()
     except (ValueError, OSError, ImportError) as error:
@@ -192,9 +175,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def describe(source: RealImages, backend: FeatureBackend, batch_size: int, kept: int) -> tuple[np.ndarray, Features]:
+def describe(
+    source: CroppedImages | ImageSource, backend: FeatureBackend, batch_size: int, kept: int
+) -> tuple[np.ndarray, Features]:
     """Some images (kept, H, W, 3) at even distances and the statistics of all, in one pass."""
-    chosen = np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(np.int64)
+    count = source.count
+    assert count is not None
+    chosen = np.linspace(0, count - 1, min(kept, count)).round().astype(np.int64)
     images, show, done = list[np.ndarray](), progress(source.path), 0
 
     def computed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -203,7 +190,7 @@ def describe(source: RealImages, backend: FeatureBackend, batch_size: int, kept:
             images.append(batch[np.isin(np.arange(done, done + len(batch)), chosen)])
             yield backend(batch)
             done += len(batch)
-            show(done, source.count)
+            show(done, count)
 
     features = features_of_batches(computed(), keep_pool=False, name=str(source.path))
     return np.concatenate(images), features
