@@ -21,6 +21,7 @@ from PIL import Image
 from warm_python import WarmPython
 
 from masked_diffusion.data.data_stream import DataOrder
+from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.image_datasets import open_dataset
 
 REPO = Path(__file__).parent.parent
@@ -250,6 +251,11 @@ def names_in_order(folder, seed=0):
     """Paths of a folder's images in the order of the first epoch."""
     dataset = open_dataset(str(folder), image_size=8)
     return [dataset.name_of(index) for index in DataOrder(len(dataset), seed).permutation(0)]
+
+
+def one_of(rank, world_size):
+    """This process as if it were one of several, which say nothing to each other."""
+    return Ranks(Place(rank, world_size), torch.device("cpu"))
 
 
 def truncate(folder, *names):

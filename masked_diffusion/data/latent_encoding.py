@@ -13,6 +13,7 @@ from masked_diffusion.data.dataset import ImageDataset
 from masked_diffusion.data.exported_features import ExportedFeatures
 from masked_diffusion.data.image_files import UnreadableImageError
 from masked_diffusion.data.latent_cache import ShardFiles
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.first_stage import Autoencoder
 from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.resumable_parts import make_parts
@@ -36,12 +37,10 @@ def encode_shards(
     dataset: ImageDataset,
     autoencoder: Autoencoder,
     shards: ShardFiles,
+    ranks: Ranks,
     *,
     batch_size: int,
     num_workers: int,
-    device: torch.device,
-    rank: int,
-    world_size: int,
     features: ExportedFeatures | None = None,
 ) -> None:
     """Write this rank's missing shards. Rank 0 then waits for the other ranks' shards.
@@ -49,14 +48,14 @@ def encode_shards(
     dataset: gives centre crops. batch_size: images encoded at once. features: makes what is kept beside the
     latents. Names unreadable images on stderr and marks them in the cache.
     """
-    missing = shards.missing(rank, world_size)
+    missing = shards.missing(ranks.rank, ranks.world_size)
     of_shard = {shard: _batches(shards.indices(shard), batch_size) for shard in missing}
     # One loader over all shards, so that it reads the next one's images while this one's are encoded.
     images_of_all = iterate(
         _Images(dataset),
         num_workers,
         batch_sampler=[batch for shard in missing for batch in of_shard[shard]],
-        pin_memory=device.type == "cuda",
+        pin_memory=ranks.device.type == "cuda",
         name_of=dataset.name_of,
     )
 
@@ -65,7 +64,7 @@ def encode_shards(
         for indices in of_shard[shard]:
             images: Tensor = next(loaded)  # (n, 3, H, W)
             _name_unreadable(dataset, indices, images)
-            images = images.to(device, non_blocking=True)
+            images = images.to(ranks.device, non_blocking=True)
             views = [images, images.flip(-1)]  # as many as the record has names
             for name, view in zip(shards.record.moments_names, views, strict=False):
                 made[name].append(autoencoder.moments(view).cpu())
@@ -76,7 +75,7 @@ def encode_shards(
         shards.write_part(shard, {name: torch.cat(parts) for name, parts in made.items()})
 
     with contextlib.closing(images_of_all) as loaded:
-        make_parts(shards, encode_shard, rank, world_size, missing)
+        make_parts(shards, encode_shard, ranks, missing)
 
 
 def _batches(indices: range, batch_size: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.processes.preemption import Launcher
 
 POLL_SECONDS = 0.5
@@ -57,8 +58,7 @@ class Parts(ABC):
 def make_parts(
     parts: Parts,
     make: Callable[[int, Callable[[int], object]], None],
-    rank: int,
-    world_size: int,
+    ranks: Ranks,
     missing: list[int] | None = None,
 ) -> None:
     """Make this rank's batches. On rank 0, then wait for the other ranks' batches.
@@ -75,9 +75,9 @@ def make_parts(
         if launcher.has_ended():
             raise RuntimeError("torchrun has ended; start the same command again to continue")
 
-    missing = parts.missing(rank, world_size) if missing is None else missing
-    present = set(range(rank, parts.num_batches, world_size)).difference(missing)
-    with tqdm(total=parts.num_items, unit="image", disable=rank != 0) as bar:
+    missing = parts.missing(ranks.rank, ranks.world_size) if missing is None else missing
+    present = set(range(ranks.rank, parts.num_batches, ranks.world_size)).difference(missing)
+    with tqdm(total=parts.num_items, unit="image", disable=not ranks.is_main) as bar:
         bar.update(_num_items(parts, present))
         try:
             for batch in missing:
@@ -85,10 +85,10 @@ def make_parts(
                 make(batch, tell)
         except BaseException:
             if not launcher.has_ended():  # else a run that was started again would take it for its own rank's
-                parts.mark_failed(rank)
+                parts.mark_failed(ranks.rank)
             raise
-        if rank == 0:
-            _wait_for_others(parts, world_size, bar)
+        if ranks.is_main:
+            _wait_for_others(parts, ranks.world_size, bar)
 
 
 def _num_items(parts: Parts, batches: set[int]) -> int:

@@ -77,11 +77,9 @@ def prepare(args: argparse.Namespace, stack: contextlib.ExitStack) -> Callable[[
         dataset,
         autoencoder,
         shards,
+        ranks,
         batch_size=args.batch_size,
         num_workers=num_workers,
-        device=device,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
         features=features,
     )
     return partial(work, shards, encode if needed else None, ranks)

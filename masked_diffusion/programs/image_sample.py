@@ -148,7 +148,7 @@ def work(
     samples: SampleSet, make: ImageSampler, labels: np.ndarray, with_labels: bool, ranks: Ranks, needed: bool
 ) -> None:
     if needed:
-        generate(samples, make, labels, ranks.rank, ranks.world_size)
+        generate(samples, make, labels, ranks)
     if ranks.is_main:
         if needed:
             samples.assemble(labels if with_labels else None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from masked_diffusion.dist_util import Ranks
 from masked_diffusion.files import atomic_write, move_aside, remove_unfinished, write_json
 from masked_diffusion.processes.resumable_parts import Parts, make_parts
 from masked_diffusion.randomness import STREAM, STREAMS, stream_entry
@@ -179,13 +180,7 @@ def begun_stream(folder: Path, settings: dict[str, Any]) -> int:
     return next(begun, STREAM)
 
 
-def generate(
-    samples: SampleSet,
-    make: MakeImages,
-    labels: np.ndarray,
-    rank: int,
-    world_size: int,
-) -> None:
+def generate(samples: SampleSet, make: MakeImages, labels: np.ndarray, ranks: Ranks) -> None:
     """Make this rank's batches and, on rank 0, wait until the others' are there too; see :func:`parts.make_parts`.
 
     make: an :class:`ImageSampler`. labels: (num_samples,), the null label where there are no classes.
@@ -195,4 +190,4 @@ def generate(
         samples.make_part(batch, make, labels)
         tell(len(samples.indices(batch)))
 
-    make_parts(samples, make_part, rank, world_size)
+    make_parts(samples, make_part, ranks)

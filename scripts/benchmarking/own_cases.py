@@ -31,7 +31,7 @@ from benchmarking.setup import (
 from torch import Tensor
 from torch.profiler import profile
 
-from masked_diffusion.dist_util import Ranks
+from masked_diffusion.dist_util import Place, Ranks
 from masked_diffusion.image_datasets import load_data
 from masked_diffusion.randomness import STREAM, SampleNoise, training_draws
 from masked_diffusion.sampling.image_sampler import ImageSampler
@@ -218,7 +218,7 @@ def assemble(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         samples = SampleSet(Path(folder), number, settings.image_size, settings.batch_size, {})
         samples.open({})
         begin = time.perf_counter()
-        generate(samples, make, labels, rank=0, world_size=1)
+        generate(samples, make, labels, Ranks(Place(), cpu))
         written = time.perf_counter()
         samples.assemble(labels)
         end = time.perf_counter()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import script
+from support import one_of, script
 
 from masked_diffusion.data.exported_features import ExportedFeatures
 from masked_diffusion.data.latent_cache import LatentCache, ShardFiles, read_record
@@ -134,8 +134,7 @@ def test_any_number_of_processes_makes_the_same_files_and_goes_on_where_one_was_
     shards = ShardFiles(tmp_path / "two", read_record(str(cache)))
     shards.parts_folder.mkdir()
     for rank in (1, 0):
-        settings = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu"), "features": features}
-        encode_shards(images, autoencoder, shards, **settings, rank=rank, world_size=2)
+        encode_shards(images, autoencoder, shards, one_of(rank, 2), batch_size=2, num_workers=0, features=features)
     assert files_of(shards.parts_folder) == {name: files_of(cache)[name] for name in FILES[1:]}
     (own_cache / FILES[2]).unlink()
     tensors = load_file(own_cache / FILES[4])

@@ -15,6 +15,7 @@ from golden_arrays import set_golden_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import one_of
 
 from masked_diffusion import create_diffusion
 from masked_diffusion.diffusion import samplers
@@ -450,7 +451,7 @@ def test_the_file_has_the_published_name_arrays_and_types(tmp_path):
 def test_without_labels_there_is_no_second_array(tmp_path):
     samples = sample_set(tmp_path)
     samples.open({})
-    generate(samples, fake_images, np.zeros(10, dtype=np.int64), 0, 1)
+    generate(samples, fake_images, np.zeros(10, dtype=np.int64), one_of(0, 1))
     samples.assemble(None)
     assert list(load(samples.path)) == ["arr_0"]
 
@@ -527,7 +528,7 @@ def generate_counted(samples, rank=0, world_size=1):
         made.append(list(indices))
         return fake_images(indices, labels)
 
-    generate(samples, make, np.arange(samples.num_samples) % 3, rank, world_size)
+    generate(samples, make, np.arange(samples.num_samples) % 3, one_of(rank, world_size))
     return made
 
 
@@ -748,9 +749,9 @@ def test_rank_0_does_not_wait_for_a_rank_that_failed(tmp_path):
 
     labels = np.zeros(4, dtype=np.int64)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(samples, fail, labels, rank=1, world_size=2)
+        generate(samples, fail, labels, one_of(1, 2))
     with pytest.raises(RuntimeError, match="1 batches of other ranks are missing, and rank1 failed"):
-        generate(samples, lambda i, y: np.zeros((len(i), 4, 4, 3), np.uint8), labels, rank=0, world_size=2)
+        generate(samples, lambda i, y: np.zeros((len(i), 4, 4, 3), np.uint8), labels, one_of(0, 2))
     assert samples.has_part(0)
 
 
@@ -761,7 +762,7 @@ def test_a_rank_left_behind_by_its_torchrun_ends_and_does_not_fail_the_run_that_
     samples.open({})
     monkeypatch.setattr("masked_diffusion.processes.resumable_parts.Launcher.has_ended", lambda self: True)
     with pytest.raises(RuntimeError, match="torchrun has ended"):
-        generate(samples, pytest.fail, np.zeros(4, dtype=np.int64), rank=1, world_size=2)
+        generate(samples, pytest.fail, np.zeros(4, dtype=np.int64), one_of(1, 2))
     assert samples.failed() == []
 
 
@@ -775,7 +776,7 @@ def test_batches_are_made_in_the_order_that_was_prepared_whatever_another_proces
         made.append(batch)
         samples.write_part(batch, np.zeros((2, 4, 4, 3), np.uint8))
 
-    make_parts(samples, make, 0, 1, prepared)
+    make_parts(samples, make, one_of(0, 1), prepared)
     assert made == prepared == [0, 1, 2]
 
 
