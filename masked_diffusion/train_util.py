@@ -78,9 +78,7 @@ class TrainLoop:
     def __post_init__(self) -> None:
         config, model, start, ranks, logger = self.config, self.model.train(), self.start, self.ranks, self.logger
         self.shared_model, self.skeleton = prepare_model(model, start, config, ranks, logger)
-        self.optimizer = GuardedOptimizer(
-            model.parameters(), config.opt, config.lr, config.weight_decay, config.shard, ranks, config.adam_beta2
-        )
+        self.optimizer = GuardedOptimizer(model.parameters(), config, ranks)
         self.scaler = gradient_scaler(config, ranks.device)
         self.step = self.start_step = start.step
         self._goes_on_here = start.folder == self.folder

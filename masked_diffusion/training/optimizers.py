@@ -11,6 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.training.sharding import shard_like, whole
+from masked_diffusion.training.train_config import TrainConfig
 
 # The class and its settings. A fused optimizer can be told on the device not to move.
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -26,29 +27,19 @@ EMA_GROUP = 64
 class GuardedOptimizer:
     """An optimizer that skips a step when a flag on the device says so.
 
-    opt: a key of OPTIMIZERS. shard: see :mod:`masked_diffusion.training.sharding`; a single process ignores it. beta2:
-    of AdamW; Adan has its own.
+    A single process ignores the config's ``shard``, and Adan its ``adam_beta2``.
     The state dict has the format of torch's optimizers, whatever the sharding.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        opt: str,
-        lr: float,
-        weight_decay: float,
-        shard: str,
-        ranks: Ranks,
-        beta2: float = 0.999,
-    ) -> None:
-        optimizer_class, settings = OPTIMIZERS[opt]
-        settings = {**settings, "lr": lr, "weight_decay": weight_decay}
-        settings |= {"betas": (0.9, beta2)} if opt == "adamw" else {}
-        self.lr = lr  # of the last update
-        self._opt = opt
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig, ranks: Ranks) -> None:
+        optimizer_class, settings = OPTIMIZERS[config.opt]
+        settings = {**settings, "lr": config.lr, "weight_decay": config.weight_decay}
+        settings |= {"betas": (0.9, config.adam_beta2)} if config.opt == "adamw" else {}
+        self.lr = config.lr  # of the last update
+        self._opt = config.opt
         self._ranks = ranks
         self.torch_optimizer: torch.optim.Optimizer
-        if shard == "zero" and ranks.world_size > 1:
+        if config.shard == "zero" and ranks.world_size > 1:
             self.torch_optimizer = ZeroRedundancyOptimizer(parameters, optimizer_class, **settings)
         else:
             self.torch_optimizer = optimizer_class(parameters, **settings)

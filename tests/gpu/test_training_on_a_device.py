@@ -180,10 +180,8 @@ def test_shards_of_one_process_move_as_the_whole_model(device, group_of_one):
     model = fresh_model(settings).to(device).train()
     sharding._shard(model, group_of_one, None)
     sharded.model = sharded.shared_model = model
-    config = settings.train_config
-    sharded.optimizer = GuardedOptimizer(
-        model.parameters(), config.opt, config.lr, config.weight_decay, "none", group_of_one
-    )
+    config = dataclasses.replace(settings.train_config, shard="none")
+    sharded.optimizer = GuardedOptimizer(model.parameters(), config, group_of_one)
     sharded.emas = []
     sharded.train_step(*batch)
     for name, value in model.state_dict().items():

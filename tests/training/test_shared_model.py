@@ -9,6 +9,7 @@ from masked_diffusion.dist_util import Place, Ranks, joined_ranks
 from masked_diffusion.models import create_model
 from masked_diffusion.training.optimizers import EMA, GuardedOptimizer
 from masked_diffusion.training.sharding import no_sync, shard_like, share, total_norm, whole
+from masked_diffusion.training.train_config import TrainConfig
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,8 @@ def shards(ranks):
         "norm": (total_norm(p.grad for p in model.parameters() if p.grad is not None) / norm).item(),
     }
 
-    optimizer = GuardedOptimizer(model.parameters(), "adamw", 1e-2, 0.0, "fsdp", ranks)
+    config = TrainConfig(opt="adamw", lr=1e-2, weight_decay=0.0, shard="fsdp", adam_beta2=0.999)
+    optimizer = GuardedOptimizer(model.parameters(), config, ranks)
     ema = EMA(model, "0.5")
 
     def update():
