@@ -43,6 +43,8 @@ def prepare(args: argparse.Namespace, argv: Sequence[str], stack: contextlib.Exi
     for name in cases:
         if name not in CASES and name not in IN_CHILDREN:
             raise ValueError(f"--case {name}: unknown; choose of {', '.join([*CASES, *IN_CHILDREN])}")
+    if "index_of" in cases and not args.index_dir:
+        raise ValueError("--case index_of: opens what --case index writes; use --case index")
     settings = Settings(**args_to_dict(args, flags_of(Settings)))
     if set(cases) & set(NEED_PLAIN):
         check_plain(settings)

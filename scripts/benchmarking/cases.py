@@ -211,7 +211,7 @@ def plain_guided_steps(settings: Settings, model: PlainMDT, device: torch.device
     return steps
 
 
-def memory(child: Child) -> dict[str, Any]:
+def memory(child: Child, settings: Settings) -> dict[str, Any]:
     """Peaks of a step, each in a process of its own; net of what the process held before, which is the libraries."""
     measured = {
         "ours": child("train_step"),
@@ -233,7 +233,7 @@ def memory(child: Child) -> dict[str, Any]:
     }
 
 
-def scaling(child: Child) -> dict[str, Any]:
+def scaling(child: Child, settings: Settings) -> dict[str, Any]:
     """Training steps in one process and in two, each on --batch_size images with the same number of threads."""
     alone, both = child("train_step"), child("train_step", processes=2)
     return {
@@ -243,6 +243,3 @@ def scaling(child: Child) -> dict[str, Any]:
         "images_per_second": 2 * both["images_per_second"],
         "scaling": 2 * both["images_per_second"] / alone["images_per_second"],
     }
-
-
-IN_CHILDREN: dict[str, Callable[[Child], dict[str, Any]]] = {"memory": memory, "scaling": scaling}

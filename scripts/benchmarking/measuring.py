@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarking.cases import IN_CHILDREN, against_plain, encode, plain_step, policies
+from benchmarking.cases import Child, against_plain, encode, memory, plain_step, policies, scaling
+from benchmarking.indexes import index, index_of
 from benchmarking.own_cases import assemble, data, noise, sample, train_step
 from benchmarking.settings import Settings
 from benchmarking.setup import memory_held
@@ -35,6 +36,12 @@ CASES: dict[str, Callable[[Settings, Ranks], dict[str, Any]]] = {
     "plain_step": plain_step,
     "against_plain": against_plain,
     "policies": policies,
+    "index_of": index_of,
+}
+IN_CHILDREN: dict[str, Callable[[Child, Settings], dict[str, Any]]] = {
+    "memory": memory,
+    "scaling": scaling,
+    "index": index,
 }
 
 
@@ -88,7 +95,9 @@ def prepare(
 
     def line_of(case: str) -> str:
         if case in IN_CHILDREN:
-            result = IN_CHILDREN[case](lambda of, *flags, **how: json.loads(in_child(of, [*argv, *flags], **how)))
+            result = IN_CHILDREN[case](
+                lambda of, *flags, **how: json.loads(in_child(of, [*argv, *flags], **how)), settings
+            )
             return json.dumps({**result, "case": case}) + "\n"
         if len(cases) > 1:
             return in_child(case, argv)

@@ -20,8 +20,20 @@ if TYPE_CHECKING:
 # Names of the cases: the functions are those of benchmarking/measuring.py.
 CASES = (
     "train_step", "sample", "data", "sources", "encode", "assemble", "noise", "plain_step", "against_plain", "policies",
+    "index_of",
 )  # fmt: skip
-IN_CHILDREN = ("memory", "scaling")
+IN_CHILDREN = ("memory", "scaling", "index")
+# Forms of the index case: what --data_dir and --labels_file are below the folder that it writes.
+INDEX_FORMS = {
+    "folder": ("folder", ""),
+    "zip": ("images.zip", ""),
+    "tar": ("tar", ""),
+    "parquet": ("parquet", ""),
+    "folder_dataset_json": ("labelled", ""),
+    "zip_dataset_json": ("labelled.zip", ""),
+    "folder_csv": ("folder", "labels.csv"),
+    "folder_json_lines": ("folder", "labels.jsonl"),
+}
 # Cases that run the plain path.
 NEED_PLAIN = ("plain_step", "against_plain", "memory")
 
@@ -67,8 +79,21 @@ class Settings:
         "", "write torch's profile of a training step to this file, which chrome://tracing and Perfetto show"
     )
 
+    index_images: int = setting(100_000, "images of the index case; they are not written, and not read")
+    index_form: str = setting("folder", "form that the index_of case opens")
+    index_dir: str = setting("", "where the forms are; the index case gives it to its processes")
+
     def __post_init__(self) -> None:
-        for name in ("downsample", "in_channels", "batch_size", "repeats", "num_sampling_steps", "num_samples"):
+        counts = (
+            "downsample",
+            "in_channels",
+            "batch_size",
+            "repeats",
+            "num_sampling_steps",
+            "num_samples",
+            "index_images",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("warmup", "num_workers"):
@@ -79,6 +104,8 @@ class Settings:
                 f"--downsample {self.downsample} --in_channels {self.in_channels}: the autoencoder of --with_vae True "
                 f"has {SD_DOWNSAMPLE} and {SD_CHANNELS}; leave them out, or use --with_vae False"
             )
+        if self.index_form not in INDEX_FORMS:
+            raise ValueError(f"--index_form {self.index_form}: unknown; choose one of {', '.join(INDEX_FORMS)}")
         family_of(self.model)  # before torch is imported, which takes seconds
         import torch
 

@@ -1,19 +1,22 @@
 """The benchmark script: that each case runs what it is named after, and what its line says. Nothing here is timed."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarking import measuring, own_cases, settings
-from benchmarking.settings import Settings
+from benchmarking import indexes, measuring, own_cases, settings
+from benchmarking.settings import INDEX_FORMS, Settings
 from benchmarking.setup import Timing, choose_precision, fresh_model
 from support import call
 
 from masked_diffusion import dist_util
 from masked_diffusion.choices import POLICIES
 from masked_diffusion.first_stage import Autoencoder
+from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.models import MDT
 from masked_diffusion.randomness import STREAMS
 from masked_diffusion.train_util import TrainLoop
@@ -309,6 +312,29 @@ def test_memory_and_scaling_compare_processes_of_their_own(monkeypatch, capsys, 
     assert memory["ours_checkpointing_to_plain_net_memory_bytes"] == 0.3
     assert scaling["scaling"] == 1.5
     assert len(children) == 5 and "--nproc_per_node=2" in children[-1]
+
+
+def test_an_index_is_the_same_images_and_labels_in_each_form(monkeypatch):
+    settings, opened = Settings(index_images=1500, image_size=32), {}
+
+    def child(case, *flags):
+        own = {flag.removeprefix("--"): value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+
+        def spy(*args, **kwargs):
+            opened[own["index_form"]] = dataset = open_dataset(*args, **kwargs)
+            return dataset
+
+        monkeypatch.setattr(indexes, "open_dataset", spy)
+        return measuring.record(case, dataclasses.replace(settings, **own), SimpleNamespace(device=torch.device("cpu")))
+
+    record = indexes.index(child, settings)
+    assert set(opened) == set(INDEX_FORMS)
+    names, labels = list(opened["folder"].source.names), opened["folder"].labels.tolist()
+    assert len(names) == 1500 and {len(name) for name in names} == {33} and sorted(set(labels)) == [*range(1000)]
+    for form, dataset in opened.items():
+        assert list(dataset.source.names) == names and dataset.labels.tolist() == labels
+        assert record[f"{form}_median_seconds"] > 0 and record[f"{form}_building_bytes"] >= 0
+    assert record["num_images"] == 1500 and record["num_classes"] == 1000
 
 
 def test_a_trace_of_a_step_is_written(measure, tmp_path):

@@ -32,6 +32,8 @@ WRONG = {
     "scripts/compare_objectives.py --out table --seeds 0": "--seeds 0: must be at least 1",
     "scripts/convert_checkpoint.py": "--model_path: give the file to read",
     "scripts/benchmark.py --case train": "--case train: unknown; choose of train_step, sample",
+    "scripts/benchmark.py --case index_of": "--case index_of: opens what --case index writes; use --case index",
+    "scripts/benchmark.py --index_form 7z": "--index_form 7z: unknown; choose one of folder, zip",
     "scripts/benchmark.py --repeats 0": "--repeats 0: must be at least 1",
     "scripts/gpu_report.py --models MDT_S_3": "--model MDT_S_3: unknown; choose one of MDT_XL_2",
     "scripts/gpu_report.py --first_batch 0": "--first_batch 0: must be in 1 ... 1024",
