@@ -3,8 +3,9 @@
 The values of a column chunk lie one after another in its pages, each behind its length. Where pages are not compressed,
 a row is read at its offset. Snappy, which is what writers use if they are not told otherwise, compresses 64 KiB at a
 time without reference to what is before (format_description.txt of google/snappy), so the blocks around a row are
-enough. Of other compressions, and of pages that are really smaller for being compressed, there are no places.
-(parquet-format: README.md, Encodings.md, parquet.thrift)
+enough. By zstd, gzip and brotli a page is compressed as a whole, so a row costs its page, which writers make of a whole
+group where it has few rows; without the tables and copies that pyarrow makes of one. Of other compressions, and of
+pages that snappy really made smaller, there are no places. (parquet-format: README.md, Encodings.md, parquet.thrift)
 
 Nothing here has to be right about a file to be safe: places are kept only when they give the very bytes that pyarrow
 read.
@@ -20,7 +21,9 @@ import numpy as np
 # (offset, length) -> bytes of a file.
 Read = Callable[[int, int], bytes]
 
-_BLOCK = 1 << 16
+_SNAPPY = "snappy"
+_CODECS = {"UNCOMPRESSED": "", "SNAPPY": _SNAPPY, "ZSTD": "zstd", "GZIP": "gzip", "BROTLI": "brotli"}
+_BLOCK = 1 << 16  # of snappy
 # Elements of snappy that are worth looking at, one for so many bytes: pictures compress no further, and have few.
 _BYTES_PER_ELEMENT = 256
 _ANCHOR = 64  # bytes of a value by which it is looked for
@@ -37,8 +40,9 @@ class RowPlaces:
     """Places of the rows of one column chunk.
 
     starts, lengths: (N,) int64 and uint32, of rows in the text: the chunk's bytes from ``offset`` on or, where there
-    are blocks, its pages decompressed, each page from a multiple of 64 KiB on. offsets: (B,) int64, where the blocks of
-    the text lie in the file; packed, unpacked: (B,) uint32, their bytes there and in the text.
+    are blocks, its pages decompressed. codec: of the blocks, empty without. Those of snappy are of 64 KiB, and a page
+    begins with one; those of others are pages. offsets: (B,) int64, where the blocks lie in the file; packed, unpacked:
+    (B,) uint32, their bytes there and in the text; begins: (B,) int64, where they begin in the text.
     """
 
     starts: np.ndarray
@@ -47,26 +51,32 @@ class RowPlaces:
     offsets: np.ndarray
     packed: np.ndarray
     unpacked: np.ndarray
+    begins: np.ndarray
+    codec: str
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.starts, self.lengths, self.offsets, self.packed, self.unpacked))
+        arrays = (self.starts, self.lengths, self.offsets, self.packed, self.unpacked, self.begins)
+        return sum(array.nbytes for array in arrays)
 
     def read(self, read: Read, row: int) -> bytes:
         """The content of a row. Raises ChangedFileError where the file is not as it was, and what ``read`` raises."""
         start, length = int(self.starts[row]), int(self.lengths[row])
         if not length:
             return b""
-        if not len(self.offsets):
+        if not self.codec:
             content = read(self.offset + start, length)
             if len(content) < length:
                 raise ChangedFileError
             return content
-        first, last = start // _BLOCK, (start + length - 1) // _BLOCK
+        first, last = np.searchsorted(self.begins, (start, start + length - 1), "right") - 1
         begin = int(self.offsets[first])
-        size = (last - first) * _BLOCK + int(self.unpacked[last])
         packed = read(begin, int(self.offsets[last]) + int(self.packed[last]) - begin)
-        return _unpack(_varint(size) + packed, size)[start - first * _BLOCK :][:length]
+        within = start - int(self.begins[first])
+        size = int(self.begins[last]) + int(self.unpacked[last]) - int(self.begins[first])
+        if self.codec == _SNAPPY:
+            packed = _varint(size) + packed
+        return bytes(_unpack(self.codec, packed, size)[within : within + length])
 
 
 def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None:
@@ -76,14 +86,15 @@ def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None
     """
     pages_at = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
     offset = min(pages_at)
-    if chunk.compression not in ("UNCOMPRESSED", "SNAPPY"):
+    codec = _CODECS.get(chunk.compression)
+    if codec is None:
         return None
     # Groups may be large: beside the values, no more than the text is in memory.
     text: bytes | bytearray
-    blocks = _Blocks([], [], [])
+    blocks = _Blocks([], [], [], [])
     try:
-        if chunk.compression == "SNAPPY":
-            text = _decompress(read, offset, chunk.total_compressed_size, chunk.total_uncompressed_size, blocks)
+        if codec:
+            text = _decompress(codec, read, offset, chunk.total_compressed_size, chunk.total_uncompressed_size, blocks)
         else:
             text = read(offset, chunk.total_compressed_size)
     except (_OtherPagesError, ChangedFileError):  # the latter since pyarrow read it
@@ -92,13 +103,18 @@ def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None
     if starts is None:
         return None
     lengths = np.array([0 if value is None else len(value) for value in values], dtype=np.uint32)
-    numbers = (np.array(column, dtype) for column, dtype in zip(blocks, (np.int64, np.uint32, np.uint32), strict=True))
-    places = RowPlaces(starts, lengths, offset, *numbers)
-    return places if _give(places, read, values) else None
+    kinds = (np.int64, np.uint32, np.uint32, np.int64)
+    places = RowPlaces(
+        starts, lengths, offset, *(np.array(of, kind) for of, kind in zip(blocks, kinds, strict=True)), codec
+    )
+    return places if _give(places, read, values, text) else None
 
 
-def _give(places: RowPlaces, read: Read, values: Sequence[Any]) -> bool:
-    """Whether the places give the values."""
+def _give(places: RowPlaces, read: Read, values: Sequence[Any], text: bytes | bytearray) -> bool:
+    """Whether the places give the values. text: of :class:`RowPlaces`."""
+    if places.codec not in ("", _SNAPPY):  # a page is not decompressed once for each of its rows: it was, for the text
+        starts = places.starts.tolist()
+        return all(text.startswith(bytes(value or b""), start) for start, value in zip(starts, values, strict=True))
     try:
         return all(places.read(read, row) == bytes(value or b"") for row, value in enumerate(values))
     except ChangedFileError:
@@ -147,11 +163,12 @@ class _Blocks(NamedTuple):
     offsets: list[int]
     packed: list[int]
     unpacked: list[int]
+    begins: list[int]
 
 
-def _decompress(read: Read, offset: int, packed_size: int, size: int, blocks: _Blocks) -> bytearray:
-    """The pages of a chunk decompressed, each from a multiple of 64 KiB on. offset, packed_size: of the chunk in its
-    file. size: of all pages, decompressed. Adds the blocks. Raises _OtherPagesError."""
+def _decompress(codec: str, read: Read, offset: int, packed_size: int, size: int, blocks: _Blocks) -> bytearray:
+    """The pages of a chunk decompressed. offset, packed_size: of the chunk in its file. size: of all pages,
+    decompressed. Adds the blocks. Raises _OtherPagesError."""
     text, at, end = bytearray(), offset, offset + packed_size
     while at < end:
         header = _PageHeader(read(at, min(_LONGEST_HEADER, end - at)))
@@ -163,14 +180,14 @@ def _decompress(read: Read, offset: int, packed_size: int, size: int, blocks: _B
         if header.kind == _DATA_PAGE_V2:  # compressed in part; with a dictionary, all values are in the page before
             continue
         packed = read(begin, header.packed)
-        bounds = _block_bounds(packed, header.unpacked)
+        bounds = _block_bounds(packed, header.unpacked) if codec == _SNAPPY else [0, len(packed)]
         blocks.offsets.extend(begin + bound for bound in bounds[:-1])
         blocks.packed.extend(after - before for before, after in zip(bounds[:-1], bounds[1:], strict=True))
-        sizes = [_BLOCK] * (len(bounds) - 1)
-        sizes[-1] = header.unpacked - _BLOCK * (len(sizes) - 1)
-        blocks.unpacked.extend(sizes)
-        text += _unpack(packed, header.unpacked)
-        text += bytes(-header.unpacked % _BLOCK)
+        starts = [len(text) + _BLOCK * number for number in range(len(bounds) - 1)]
+        blocks.begins.extend(starts)
+        text += _unpack(codec, packed, header.unpacked)
+        ends = [*starts[1:], len(text)]
+        blocks.unpacked.extend(end - start for start, end in zip(starts, ends, strict=True))
     return text
 
 
@@ -201,15 +218,14 @@ def _block_bounds(packed: bytes, size: int) -> list[int]:
     return [*bounds, len(packed)]
 
 
-def _unpack(packed: bytes, size: int) -> bytes:
+def _unpack(codec: str, packed: bytes, size: int) -> memoryview:
     """Raises ChangedFileError for bytes that are not those of blocks."""
     import pyarrow
 
     try:
-        content: bytes = pyarrow.Codec("snappy").decompress(packed, decompressed_size=size, asbytes=True)
+        return memoryview(pyarrow.Codec(codec).decompress(packed, decompressed_size=size))
     except OSError as error:  # not of the disk
         raise ChangedFileError from error
-    return content
 
 
 def _varint(number: int) -> bytes:

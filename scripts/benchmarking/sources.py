@@ -26,7 +26,7 @@ from masked_diffusion.data.sources import open_images
 from masked_diffusion.dist_util import Ranks
 from masked_diffusion.image_datasets import SourceDataset, load_data
 
-BY_PLACE, UNKEPT = "parquet_by_place", "parquet_group_per_image"
+BY_PLACE = "parquet_by_place"
 
 
 class _Forgetful(Parquet):
@@ -127,8 +127,10 @@ def make_forms(root: Path) -> dict[str, ImageSource]:
         table = pyarrow.table({"image": rows})
         pyarrow.parquet.write_table(table, path, row_group_size=100)  # as the hub has
         forms |= {"parquet": Parquet(str(path)), BY_PLACE: _Forgetful(str(path))}
-        pyarrow.parquet.write_table(table, root / "zstd.parquet", row_group_size=100, compression="zstd")
-        forms[UNKEPT] = _Forgetful(str(root / "zstd.parquet"))
+        for codec in ("zstd", "gzip"):  # of which each image costs its page
+            path = root / f"{codec}.parquet"
+            pyarrow.parquet.write_table(table, path, row_group_size=100, compression=codec)
+            forms[f"parquet_{codec}"] = _Forgetful(str(path))
         forms["saved"] = saved_by_datasets(root / "saved", table)
     with in_a_bucket(root):
         forms["remote_tar"] = open_images("gs://bucket/images.tar")

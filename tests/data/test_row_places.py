@@ -68,6 +68,10 @@ def decoded(monkeypatch):
         {"data_page_version": "2.0"},
         {"data_page_version": "2.0", "use_dictionary": False, "compression": "none"},
         {"write_page_checksum": True, "write_page_index": True},
+        {"compression": "zstd"},
+        {"compression": "gzip", "use_dictionary": False, "write_batch_size": 2, "data_page_size": 1},
+        {"compression": "brotli", "use_dictionary": False},
+        {"compression": "zstd", "data_page_version": "2.0"},
     ],
     ids=str,
 )
@@ -82,7 +86,7 @@ def test_each_group_is_decoded_once_and_then_read_row_by_row(pictures, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "how", [{"compression": "zstd"}, {"data_page_version": "2.0", "use_dictionary": False}], ids=str
+    "how", [{"compression": "lz4"}, {"data_page_version": "2.0", "use_dictionary": False}], ids=str
 )
 def test_what_cannot_be_read_row_by_row_is_decoded(pictures, tmp_path, decoded, how):
     source = open_source(write(tmp_path / "a.parquet", pictures, **how))
@@ -97,6 +101,11 @@ def test_pictures_that_are_smaller_for_being_compressed_are_decoded_with_their_g
     for index in SHUFFLED:
         assert source.read(index) == flat[index]
     assert len(decoded) > 40
+    small = open_source(write(tmp_path / "b.parquet", flat, compression="zstd"))
+    del decoded[:]
+    for index in SHUFFLED:
+        assert small.read(index) == flat[index]
+    assert len(decoded) == 4 and (tmp_path / "b.parquet").stat().st_size < 20_000
 
 
 def test_rows_without_content_and_columns_of_plain_bytes_have_places(pictures, tmp_path, decoded):
@@ -131,9 +140,10 @@ def test_sets_that_stay_in_memory_need_no_places(pictures, tmp_path, decoded, mo
     assert sorted(decoded) == [0, 1, 2, 3] and not source._places
 
 
-def test_a_file_that_was_damaged_since_is_decoded_to_say_so(pictures, tmp_path, decoded):
+@pytest.mark.parametrize("compression", ["snappy", "zstd"])
+def test_a_file_that_was_damaged_since_is_decoded_to_say_so(pictures, tmp_path, decoded, compression):
     path = tmp_path / "a.parquet"
-    source = open_source(write(path, pictures))
+    source = open_source(write(path, pictures, compression=compression))
     for index in SHUFFLED:
         source.read(index)
     source._kept.clear()
@@ -154,7 +164,7 @@ def chunk_in(folder, contents, **how):
     return lambda at, size: content[at : at + size], parquet.ParquetFile(path).metadata.row_group(0).column(0), values
 
 
-@pytest.mark.parametrize("compression", ["snappy", "none"])
+@pytest.mark.parametrize("compression", ["snappy", "none", "zstd"])
 def test_finding_the_rows_of_a_large_group_takes_its_own_size_in_memory_once(tmp_path, compression):
     contents = [np.random.default_rng(seed).bytes(2**20) for seed in range(16)]
     read, chunk, values = chunk_in(tmp_path, contents, compression=compression, write_batch_size=1)  # rows in a page
@@ -192,6 +202,10 @@ def test_places_that_do_not_give_what_pyarrow_read_are_not_used(pictures, tmp_pa
     values = [pyarrow.py_buffer(value) for value in pictures[:GROUP]]
     assert find_rows(read, chunk, values) is not None
     assert find_rows(read, chunk, [pyarrow.py_buffer(bytes(3000)), *values[1:]]) is None
+    zstd = chunk_in(tmp_path, pictures[:GROUP], compression="zstd")
+    assert find_rows(*zstd) is not None
+    long = pictures[1][:100] + bytes(len(pictures[1]) - 200) + pictures[1][-100:]  # alike at both ends
+    assert find_rows(*zstd[:2], [pictures[0], pyarrow.py_buffer(long), *pictures[2:GROUP]]) is None
     original = row_places._block_bounds
     monkeypatch.setattr(row_places, "_block_bounds", lambda *args: [original(*args)[0] + 1, *original(*args)[1:]])
     assert find_rows(read, chunk, values) is None

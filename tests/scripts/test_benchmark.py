@@ -88,13 +88,13 @@ def test_sources_are_the_same_images_in_each_form(measure, monkeypatch):
 
     monkeypatch.setattr(cases, "load_data", spy)
     (record,) = measure("sources")
-    assert len(streams) == 9 and {len(seen) for seen in streams.values()} == {ROUNDS}
+    assert len(streams) == 10 and {len(seen) for seen in streams.values()} == {ROUNDS}
     in_blocks = streams.pop("images.tarRemoteTar")  # the same images in another order
     assert in_blocks[0].shape == streams["folderFolder"][0].shape
     folder, *others = streams.values()
     for seen in others:
         assert all(torch.equal(images, expected) for images, expected in zip(seen, folder, strict=True))
-    parquets = ("parquet", "parquet_by_place", "parquet_group_per_image")
+    parquets = ("parquet", "parquet_by_place", "parquet_zstd", "parquet_gzip")
     for form in ("zip", "tar", *parquets, "saved", "remote_tar", "npz"):
         assert record[f"{form}_speed"] > 0 and record[f"{form}_speed_cpu"] > 0 and record[f"{form}_median_seconds"] > 0
 
