@@ -195,8 +195,7 @@ def index_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         timing = Timing([time.perf_counter() - begin], peak_memory(cpu), [time.process_time() - begin_cpu])
     gc.collect()
     return {
-        **common(timing, cpu),
-        "images_per_second": len(dataset) / timing.median,
+        **common(timing, cpu, len(dataset)),
         "num_images": len(dataset),
         "num_classes": dataset.num_classes,
         "building_bytes": max(0, timing.peak_memory_bytes - held),
