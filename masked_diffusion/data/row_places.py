@@ -48,11 +48,11 @@ class RowPlaces:
     starts: np.ndarray
     lengths: np.ndarray
     offset: int
+    codec: str
     offsets: np.ndarray
     packed: np.ndarray
     unpacked: np.ndarray
     begins: np.ndarray
-    codec: str
 
     @property
     def nbytes(self) -> int:
@@ -104,9 +104,8 @@ def find_rows(read: Read, chunk: Any, values: Sequence[Any]) -> RowPlaces | None
         return None
     lengths = np.array([0 if value is None else len(value) for value in values], dtype=np.uint32)
     kinds = (np.int64, np.uint32, np.uint32, np.int64)
-    places = RowPlaces(
-        starts, lengths, offset, *(np.array(of, kind) for of, kind in zip(blocks, kinds, strict=True)), codec
-    )
+    numbers = [np.array(column, kind) for column, kind in zip(blocks, kinds, strict=True)]
+    places = RowPlaces(starts, lengths, offset, codec, *numbers)
     return places if _give(places, read, values, text) else None
 
 
