@@ -3,7 +3,9 @@
 #   DATA_PATH=/dataset/imagenet bash run.sh    the published MDT-S/2 training, or that of MODEL, on NUM_GPUS GPUs
 #   bash run.sh                                the whole story in minutes, without data or GPU: train on handwritten
 #                                              digits, sample, and see how many of them can be read
-#   OBJECTIVE=flow bash run.sh                 either of them under another objective: x0, v, flow or edm
+#   bash run.sh --shapes                       the same with colour pictures that code draws, as latents of an
+#                                              autoencoder that is trained before; EMBEDDED=shapes says the same
+#   OBJECTIVE=flow bash run.sh                 each of them under another objective: ddpm, x0, v, flow or edm
 # Settings are environment variables, which --help lists; arguments go to image_train.py, with DATA_PATH only.
 set -euo pipefail
 called_from=$PWD
@@ -14,12 +16,29 @@ help_if_asked run.sh scripts/published.sh scripts/launcher.sh -- "$@"
 # shellcheck source=scripts/say_and_run.sh
 source scripts/say_and_run.sh
 
+embedded="${EMBEDDED:-digits}"
+if [ "${1-}" = --shapes ]; then
+  embedded=shapes
+  shift
+fi
+usual=ddpm
+if [ -z "${DATA_PATH:-}" ]; then
+  case "$embedded" in
+    digits) ;;
+    shapes) usual=flow OBJECTIVE="${OBJECTIVE:-flow}" ;;
+    *) echo "run.sh: error: EMBEDDED $embedded: it is digits or shapes" >&2; exit 2 ;;
+  esac
+elif [ "$embedded" != digits ]; then
+  echo "run.sh: error: DATA_PATH $DATA_PATH and EMBEDDED $embedded are both given; choose one" >&2
+  exit 2
+fi
 objective="${OBJECTIVE:-ddpm}" objective_flags=() suffix=""
 case "$objective" in
   ddpm) ;;
-  x0 | v | flow | edm) objective_flags=(--objective "$objective") suffix="_$objective" ;;
+  x0 | v | flow | edm) objective_flags=(--objective "$objective") ;;
   *) echo "run.sh: error: OBJECTIVE $objective: it is ddpm, x0, v, flow or edm" >&2; exit 2 ;;
 esac
+[ "$objective" = "$usual" ] || suffix="_$objective"
 
 # An active virtual or conda environment is used as it is; otherwise .venv is made here.
 if [ -z "${VIRTUAL_ENV-}" ] && [ -z "${CONDA_PREFIX-}" ]; then
@@ -80,28 +99,54 @@ settings+=(OMP_NUM_THREADS OPENAI_LOG_FORMAT)
 # cores wait for each other.
 cores=$(getconf _NPROCESSORS_ONLN)
 processes=$((cores < 2 ? 1 : cores < 4 ? 2 : 4))
-export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_digits$suffix}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
-steps=${STEPS:-2000}
-samples=355
+export OMP_NUM_THREADS=1 OPENAI_LOGDIR="${OPENAI_LOGDIR:-output_$embedded$suffix}" OPENAI_LOG_FORMAT="${OPENAI_LOG_FORMAT:-log,csv}"
 launch=(python -m torch.distributed.run --standalone "--nproc_per_node=$processes")
+said=0
+say() {
+  said=$((said + 1))
+  echo "$said/$parts $1"
+}
 
-echo "1/4 training a small MDT on 8 x 8 handwritten digits, in pixel space, on $processes processes"
-run "${launch[@]}" scripts/image_train.py --data_dir builtin:digits --vae_path none --image_size 8 \
-  --model MDT_Ti_2 --mask_ratio 0.30 --decode_layer 2 --batch_size $((64 / processes)) --lr 2e-3 \
-  --lr_anneal_steps "$steps" --ema_rate 0.99 --log_interval 50 --save_interval 500 --device cpu \
+case "$embedded" in
+  digits)
+    parts=4 steps=${STEPS:-2000} samples=355 side=8 model=MDT_Ti_2 ema_rate=0.99
+    data=(--data_dir builtin:digits --vae_path none) what="8 x 8 handwritten digits, in pixel space"
+    recipe=(--batch_size $((64 / processes)) --lr 2e-3)
+    sampling=(--cfg_scale 4 --num_sampling_steps 50)
+    reader=() ;;
+  shapes)
+    parts=6 steps=${STEPS:-2500} samples=500 side=32 model=MDT_Ti_4 ema_rate=0.995
+    autoencoder="$OPENAI_LOGDIR/autoencoder" latents="$OPENAI_LOGDIR/latents"
+    data=(--data_dir "$latents" --vae_path "$autoencoder") what="the latents"
+    recipe=(--batch_size $((64 / processes)) --lr 2e-3 --lr_warmup 100 --grad_clip 1)
+    sampling=(--cfg_scale 3 --num_sampling_steps 40)
+    reader=(--embedded "$embedded")
+    say "training an autoencoder on 32 x 32 pictures of ten things, drawn by code"
+    run python scripts/train_autoencoder.py --data_dir builtin:shapes --image_size "$side" --out "$autoencoder" \
+      --steps "${AUTOENCODER_STEPS:-1500}" --device cpu
+    say "encoding the pictures, on $processes processes"
+    run "${launch[@]}" scripts/encode_latents.py --data_dir builtin:shapes --image_size "$side" \
+      --vae_path "$autoencoder" --out "$latents" --batch_size 64 --device cpu ;;
+esac
+
+say "training a small MDT on $what, on $processes processes"
+run "${launch[@]}" scripts/image_train.py "${data[@]}" --image_size "$side" \
+  --model "$model" --mask_ratio 0.30 --decode_layer 2 "${recipe[@]}" \
+  --lr_anneal_steps "$steps" --ema_rate "$ema_rate" --log_interval 50 --save_interval 500 --device cpu \
   ${objective_flags[@]+"${objective_flags[@]}"}
 
-echo "2/4 sampling $samples digits with guidance"
+say "sampling $samples $embedded with guidance"
 run "${launch[@]}" scripts/image_sample.py \
-  --model_path "$OPENAI_LOGDIR/$(printf 'ema_0.99_%06d.pt' "$steps")" --cfg_cond True --cfg_scale 4 \
-  --num_sampling_steps 50 --num_samples "$samples" --batch_size 60 --labels balanced --device cpu
+  --model_path "$OPENAI_LOGDIR/$(printf 'ema_%s_%06d.pt' "$ema_rate" "$steps")" --cfg_cond True "${sampling[@]}" \
+  --num_samples "$samples" --batch_size 60 --labels balanced --device cpu
 
-echo "3/4 reading them"
-file="$OPENAI_LOGDIR/samples_${samples}x8x8x3.npz"
-run python scripts/read_digits.py "$file" --graph "$OPENAI_LOGDIR/digits.pb" --reference "$OPENAI_LOGDIR/digits_test.npz"
+say "reading them"
+file="$OPENAI_LOGDIR/samples_${samples}x${side}x${side}x3.npz"
+graph="$OPENAI_LOGDIR/$embedded.pb" reference="$OPENAI_LOGDIR/${embedded}_test.npz"
+run python scripts/read_digits.py "$file" ${reader[@]+"${reader[@]}"} --graph "$graph" --reference "$reference"
 
-echo "4/4 scoring them against the held-back digits, with the digit classifier's features in place of Inception's"
-run python evaluations/evaluator.py "$OPENAI_LOGDIR/digits_test.npz" "$file" --graph "$OPENAI_LOGDIR/digits.pb"
+say "scoring them against the held-back $embedded, with the classifier's features in place of Inception's"
+run python evaluations/evaluator.py "$reference" "$file" --graph "$graph"
 echo "training log: $OPENAI_LOGDIR/progress.csv"
 echo "pictures:     ${file%.npz}.png"
 say_how_to_activate

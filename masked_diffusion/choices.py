@@ -25,7 +25,8 @@ class Family(NamedTuple):
 # For latents of autoencoders that divide the side by 16 or more.
 ONE_TO_A_TOKEN = ("XL_1", "L_1", "B_1", "S_1", "Ti_1")
 ALL_SIZES = (
-    "XL_2", "XL_4", "XL_8", "L_2", "L_4", "L_8", "B_2", "B_4", "B_8", "S_2", "S_4", "S_8", "Ti_2", *ONE_TO_A_TOKEN,
+    "XL_2", "XL_4", "XL_8", "L_2", "L_4", "L_8", "B_2", "B_4", "B_8", "S_2", "S_4", "S_8", "Ti_2", "Ti_4",
+    *ONE_TO_A_TOKEN,
 )  # fmt: skip
 V2_SIZES = ("XL_2", "L_2", "B_2", "S_2", "Ti_2", *ONE_TO_A_TOKEN, "Mini_2", "Micro_1")
 FAMILIES = {

@@ -111,6 +111,7 @@ TABLE = [
         r"^OBJECTIVE=flow bash run\.sh$",
         elsewhere="test_launch_scripts.py sees the flag, test_learning.py (slow) runs it",
     ),
+    Row(r"^bash run\.sh --shapes$", elsewhere="test_latent_path.py goes its way, test_learning.py (slow) runs it"),
     Row(r"^bash tests/run\.sh$", elsewhere="it is what runs the tests"),
     Row(r"^python scripts/make_api_page\.py", elsewhere="test_make_api_page.py builds a part of the pages"),
     Row(r"^python scripts/demo\.py", elsewhere="test_demo_in_browser.py opens the page, where gradio is installed"),

@@ -200,6 +200,15 @@ def test_run_sh_draws_digits_that_are_read_as_asked_for(tmp_path):
     check_filled_digits(tmp_path / "output_digits" / "ema_0.99_002000.pt")
 
 
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_run_sh_draws_shapes_that_are_read_as_asked_for(tmp_path):
+    done = run_command(["bash", "run.sh", "--shapes"], environment(tmp_path / "output_shapes"), cwd=REPO, timeout=7200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [share] = re.findall(r"^samples: ([\d.]+)% of 500 read as the shape asked for", done.stdout, re.MULTILINE)
+    assert float(share) >= 95
+
+
 def check_filled_digits(path):
     """Held-back digits of which two columns are known become the digit after them, in both modes."""
     classifier = read_digits.train_classifier("digits")

@@ -40,11 +40,11 @@ def start(tmp_path):
 
 @pytest.fixture
 def asked_for(start):
-    """Run a script. Returns the command lines that it would start python with."""
+    """Run a script. Returns the command lines that it would start python with, of all or of some programs."""
 
-    def run(script, **variables):
-        printed = start(REPO / script, **variables).stdout
-        return [line for line in re.findall(r"^ASKED (.*)$", printed, re.MULTILINE) if "scripts/image_" in line]
+    def run(script, *arguments, programs="scripts/image_", **variables):
+        printed = start(REPO / script, *arguments, **variables).stdout
+        return [line for line in re.findall(r"^ASKED (.*)$", printed, re.MULTILINE) if programs in line]
 
     return run
 
@@ -108,6 +108,7 @@ def test_run_sh_passes_another_objective_on_and_keeps_its_run_apart(asked_for):
     "script, variables, programs",
     [
         ("run.sh", {"DATA_PATH": ""}, 4),
+        ("run.sh", {"DATA_PATH": "", "EMBEDDED": "shapes"}, 6),
         ("run.sh", {"DATA_PATH": "bucket:images", "OPENAI_LOGDIR": "my runs"}, 1),
         ("run_ddp_master.sh", {}, 1),
         ("run_ddp_worker.sh", {"MASTER_ADDR": "first", "RANK": 1}, 1),
@@ -148,6 +149,46 @@ def test_run_sh_says_how_to_activate_the_environment_that_it_uses(start, tmp_pat
     (checkout / ".venv" / "bin" / "python").symlink_to(tmp_path / "python")
     printed = start(checkout / "run.sh", DATA_PATH=data, VIRTUAL_ENV="", CONDA_PREFIX="").stdout
     assert f"{hint}{checkout}/.venv/bin/activate\n" in printed
+
+
+def test_run_sh_with_shapes_trains_an_autoencoder_and_then_on_its_latents(asked_for):
+    asked = {"programs": "", "DATA_PATH": "", "STEPS": 30, "AUTOENCODER_STEPS": 20}
+    lines = [line for line in asked_for("run.sh", "--shapes", **asked) if ".py" in line]
+    folder = "output_shapes"
+    programs = ["train_autoencoder", "encode_latents", "image_train", "image_sample", "read_digits", "evaluator"]
+    assert all(f"/{name}.py" in line for name, line in zip(programs, lines, strict=True))
+    assert all(line.endswith(f"LOG {folder}") for line in lines)
+    autoencoder, encode, train, sample, read, score = lines
+    assert f"--data_dir builtin:shapes --image_size 32 --out {folder}/autoencoder --steps 20" in autoencoder
+    assert f"--vae_path {folder}/autoencoder --out {folder}/latents" in encode
+    assert f"--data_dir {folder}/latents --vae_path {folder}/autoencoder --image_size 32" in train
+    assert "--model MDT_Ti_4" in train and "--objective flow" in train and "--lr_anneal_steps 30" in train
+    assert f"--model_path {folder}/ema_0.995_000030.pt" in sample and "--num_samples 500" in sample
+    assert f"{folder}/samples_500x32x32x3.npz --embedded shapes --graph {folder}/shapes.pb" in read
+    assert f"{folder}/shapes_test.npz {folder}/samples_500x32x32x3.npz --graph {folder}/shapes.pb" in score
+    assert asked_for("run.sh", **asked, EMBEDDED="shapes") == asked_for("run.sh", "--shapes", **asked)
+    [train, _] = asked_for("run.sh", "--shapes", DATA_PATH="", OBJECTIVE="ddpm")
+    assert "--objective" not in train and train.endswith("LOG output_shapes_ddpm")
+
+
+def test_run_sh_without_shapes_trains_digits_in_pixel_space(asked_for):
+    train, sample = asked_for("run.sh", DATA_PATH="")
+    expected = "--data_dir builtin:digits --vae_path none --image_size 8 --model MDT_Ti_2 --mask_ratio 0.30 "
+    assert expected + "--decode_layer 2 --batch_size " in train
+    assert "--lr 2e-3 --lr_anneal_steps 2000 --ema_rate 0.99 --log_interval 50 --save_interval 500 --device" in train
+    assert "--cfg_cond True --cfg_scale 4 --num_sampling_steps 50 --num_samples 355 --batch_size 60" in sample
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"EMBEDDED": "shape"}, "EMBEDDED shape: it is digits or shapes"),
+        ({"EMBEDDED": "shapes", "DATA_PATH": "a:b"}, "DATA_PATH a:b and EMBEDDED shapes are both given; choose one"),
+    ],
+)
+def test_run_sh_refuses_an_embedded_data_set_that_it_does_not_have_or_need(tmp_path, variables, message):
+    done = run_command(["bash", str(REPO / "run.sh")], environment("", PATH="/usr/bin:/bin", **variables), cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"run.sh: error: {message}\n")
 
 
 def test_run_sh_refuses_an_unknown_objective_before_it_installs_anything(tmp_path):
