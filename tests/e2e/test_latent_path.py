@@ -44,11 +44,14 @@ def run(module_folder, images):
         start("scripts/train_autoencoder.py", "--data_dir", images, "--out", autoencoder, *size, *flags, *ON_CPU)
         flags = ["--vae_path", autoencoder, "--out", latents]
         start("scripts/encode_latents.py", "--data_dir", images, *flags, *size, *ON_CPU)
-        flags = "--model MDT_Ti_2 --mask_ratio 0.30 --decode_layer 2 --objective flow --batch_size 4 --grad_clip 1 "
+        flags = "--model MDT_Ti_4 --mask_ratio 0.30 --decode_layer 2 --objective flow --batch_size 4 --grad_clip 1 "
+        flags += "--policy mdt_one_view --finale 0.2 "
         flags += "--lr 2e-3 --lr_anneal_steps 4 --ema_rate 0.995 --log_interval 1 --preview_samples 4 --preview_steps 2"
         data = ["--data_dir", latents, "--vae_path", autoencoder]
         start("scripts/image_train.py", *data, *size, *flags.split(), *ON_CPU)
-        flags = "--cfg_cond True --cfg_scale 3 --num_sampling_steps 2 --few_steps True --num_samples 20"
+        flags = (
+            "--cfg_cond True --guidance constant --cfg_scale 4 --num_sampling_steps 2 --few_steps True --num_samples 20"
+        )
         flags += " --labels balanced --device cpu"
         start("scripts/image_sample.py", "--model_path", root / "ema_0.995_000004.pt", *flags.split())
     return root
@@ -121,3 +124,31 @@ def test_a_part_of_a_picture_is_filled_and_the_rest_is_untouched(run, monkeypatc
     path = run / "ema_0.995_000004.pt"
     assert call(monkeypatch, "infer_mdt.py", tmp_path, "--model_path", path, *flags, "--num_sampling_steps", "2") == 0
     assert out.is_file()
+
+
+def test_the_hidden_half_of_a_picture_is_filled_once_for_each_label(run, images, tmp_path, monkeypatch):
+    photo = Image.open(images / "car" / "2.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[16:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = ["--model_path", run / "ema_0.995_000004.pt", "--image", images / "car" / "2.png", "--mask"]
+    flags += [
+        tmp_path / "mask.png",
+        "--labels",
+        "car,boat",
+        "--guidance",
+        "constant",
+        "--cfg_scale",
+        3,
+        "--device",
+        "cpu",
+    ]
+    flags += ["--num_sampling_steps", 2, "--out", tmp_path / "filled.png"]
+    assert call(monkeypatch, "infer_mdt.py", tmp_path, *flags) == 0
+    drawn = np.asarray(Image.open(tmp_path / "filled.png").convert("RGB"))
+    enlarged = photo.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)  # as small pictures are
+    known = np.asarray(enlarged)[:24]  # further down the hidden half shows
+    windows = np.lib.stride_tricks.sliding_window_view(drawn, known.shape).squeeze(2)
+    assert (windows == known).all(axis=(2, 3, 4)).sum() == 2, (
+        "each picture has the photo's own pixels where they are known"
+    )

@@ -162,8 +162,10 @@ def test_run_sh_with_shapes_trains_an_autoencoder_and_then_on_its_latents(asked_
     assert f"--data_dir builtin:shapes --image_size 32 --out {folder}/autoencoder --steps 20" in autoencoder
     assert f"--vae_path {folder}/autoencoder --out {folder}/latents" in encode
     assert f"--data_dir {folder}/latents --vae_path {folder}/autoencoder --image_size 32" in train
-    assert "--model MDT_Ti_4" in train and "--objective flow" in train and "--lr_anneal_steps 30" in train
-    assert f"--model_path {folder}/ema_0.995_000030.pt" in sample and "--num_samples 500" in sample
+    assert "--model MDT_Ti_4" in train and "--policy mdt_one_view --finale 0.2" in train
+    assert "--objective flow" in train and "--lr_anneal_steps 30" in train
+    assert f"--model_path {folder}/ema_0.998_000030.pt" in sample and "--num_samples 500" in sample
+    assert "--guidance constant --cfg_scale 4" in sample
     assert f"{folder}/samples_500x32x32x3.npz --embedded shapes --graph {folder}/shapes.pb" in read
     assert f"{folder}/shapes_test.npz {folder}/samples_500x32x32x3.npz --graph {folder}/shapes.pb" in score
     assert asked_for("run.sh", **asked, EMBEDDED="shapes") == asked_for("run.sh", "--shapes", **asked)
