@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import importlib.util
 import io
 import os
@@ -187,13 +186,11 @@ def index_of(settings: Settings, ranks: Ranks) -> dict[str, Any]:
         importlib.import_module("pyarrow.parquet")  # no part of what is measured
     data_dir, labels_file = INDEX_FORMS[settings.index_form]
     open_it = functools.partial(open_dataset, str(root / data_dir), image_size=settings.image_size)
-    gc.collect()
     held = memory_held(cpu)
     with standing_in(root, settings.index_images):
         begin, begin_cpu = time.perf_counter(), time.process_time()
         dataset = open_it(labels_file=str(root / labels_file) if labels_file else "")
         timing = Timing([time.perf_counter() - begin], peak_memory(cpu), [time.process_time() - begin_cpu])
-    gc.collect()
     return {
         **common(timing, cpu, len(dataset)),
         "num_images": len(dataset),
