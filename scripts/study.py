@@ -41,6 +41,7 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compute of each run, in steps without a policy; the setting's",
     )
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm; the setting's")
+    parser.add_argument("--first_seed", type=int, default=0, help="seed of an arm's first run (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--held_out_images", type=int, default=360, help="images to measure on, at most (%(default)s)")
     parser.add_argument(
@@ -69,6 +70,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     setting = SETTINGS[args.setting]
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else setting.seeds
+    if args.first_seed < 0:
+        raise ValueError(f"--first_seed {args.first_seed}: must be at least 0")
     for name, number in (("seeds", seeds), ("jobs", args.jobs)):
         if number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
@@ -88,7 +91,13 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
 
     own = ("out", "arms", "jobs", "launcher", "device", "quick", "report_only", "require_ranking", "publish")
     return begin(
-        study, Asked(seeds=seeds, samples=samples, name=args.setting, **{name: getattr(args, name) for name in own})
+        study,
+        Asked(
+            seeds=range(args.first_seed, args.first_seed + seeds),
+            samples=samples,
+            name=args.setting,
+            **{name: getattr(args, name) for name in own},
+        ),
     )
 
 

@@ -30,7 +30,7 @@ class Asked:
 
     out: Path
     arms: str
-    seeds: int
+    seeds: Sequence[int]
     jobs: int
     launcher: str
     device: str

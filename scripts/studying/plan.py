@@ -118,9 +118,9 @@ class Run:
         return TREADS_FINALE if self.arm == TREAD_FINALE else POLICIES[self.policy].finale
 
 
-def runs_of(arms: list[str], seeds: int) -> list[Run]:
+def runs_of(arms: list[str], seeds: Sequence[int]) -> list[Run]:
     """All runs, the controls among them, a seed of every arm after the other: what is there early compares all arms."""
-    rounds = ([*(Run(arm, seed) for arm in [*arms, WEAKER]), Run(AGAIN, OTHER_SEEDS + seed)] for seed in range(seeds))
+    rounds = ([*(Run(arm, seed) for arm in [*arms, WEAKER]), Run(AGAIN, OTHER_SEEDS + seed)] for seed in seeds)
     return [run for one in rounds for run in one]
 
 

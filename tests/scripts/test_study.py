@@ -19,6 +19,7 @@ from studying.measure import measure
 from studying.plan import (
     AGAIN,
     CONTROLS,
+    OTHER_SEEDS,
     PLAIN,
     TREAD_FINALE,
     WEAKER,
@@ -320,6 +321,7 @@ def test_a_training_that_fails_names_its_output(quick, monkeypatch, tmp_path):
         (["--budget", "0"], "--budget 0.0: must be positive"),
         (["--budget", "5"], "holds a study with budget 4.0, this one has 5.0"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--first_seed", "-1"], "--first_seed -1: must be at least 0"),
         (["--samples", "1"], "--samples 1: must be 0 (none), or at least 2"),
         (["--data_dir", "images"], "--data_dir images: give the data to measure on with --held_out_dir"),
         (["--held_out_dir", "builtin:shapes-test"], "its classes are not those of --data_dir builtin:digits"),
@@ -349,9 +351,10 @@ def test_all_arms_are_planned_a_seed_of_each_after_the_other():
     arms = arms_of(plan, "all", (1, 8, 8))
     assert arms[0] == PLAIN
     assert set(arms) == {*POLICIES, TREAD_FINALE}
-    runs = runs_of(arms, 2)
+    runs = runs_of(arms, range(2))
     assert [run.arm for run in runs] == 2 * [*arms, *CONTROLS]
-    assert len({run.name for run in runs}) == len(runs) and runs_of(arms, 3)[: len(runs)] == runs
+    assert len({run.name for run in runs}) == len(runs) and runs_of(arms, range(3))[: len(runs)] == runs
+    assert {run.seed % OTHER_SEEDS for run in runs_of(arms, range(3, 5))} == {3, 4}
     assert {run.finale for run in runs if run.arm in ("sprint", "deferred", "maskdit", TREAD_FINALE)} == {0.1}
     patches_of_one_value = Study(
         "DiT_Micro_1", "builtin:digits", "builtin:digits-test", "none", 8, 300, 64, 360, "channel"
