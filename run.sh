@@ -25,14 +25,14 @@ usual=ddpm
 if [ -z "${DATA_PATH:-}" ]; then
   case "$embedded" in
     digits) ;;
-    shapes) usual=flow OBJECTIVE="${OBJECTIVE:-flow}" ;;
+    shapes) usual=flow ;;
     *) echo "run.sh: error: EMBEDDED $embedded: it is digits or shapes" >&2; exit 2 ;;
   esac
 elif [ "$embedded" != digits ]; then
   echo "run.sh: error: DATA_PATH $DATA_PATH and EMBEDDED $embedded are both given; choose one" >&2
   exit 2
 fi
-objective="${OBJECTIVE:-ddpm}" objective_flags=() suffix=""
+objective="${OBJECTIVE:-$usual}" objective_flags=() suffix=""
 case "$objective" in
   ddpm) ;;
   x0 | v | flow | edm) objective_flags=(--objective "$objective") ;;

@@ -61,26 +61,27 @@ class PixelSpace:
     downsample = 1
     stochastic = False
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.latent_channels = channels
+        self._device = device
         self.description: dict[str, Any] = {"vae_path": PIXEL_SPACE, "scaling_factor": 1.0, "shift_factor": 0.0}
         self._normal: tuple[Tensor, Tensor] | None = None
 
     def normalise(self, statistics: ChannelStatistics) -> None:
         """From now on give each channel mean 0 and deviation 1. Raises ValueError for another number of channels."""
-        self._normal = statistics.columns(self.latent_channels, "cpu", PIXEL_SPACE)
+        self._normal = statistics.columns(self.latent_channels, self._device, PIXEL_SPACE)
         self.description |= statistics.record()
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         if self._normal is None:
             return images
-        mean, std = (numbers.to(images.device) for numbers in self._normal)
+        mean, std = self._normal
         return (images - mean) / std
 
     def decode(self, latents: Tensor) -> Tensor:
         if self._normal is None:
             return latents
-        mean, std = (numbers.to(latents.device) for numbers in self._normal)
+        mean, std = self._normal
         return latents * std + mean
 
     def identity(self) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def load_first_stage(vae_path: str, device: torch.device | str, image_channels: 
     loaded.
     """
     if vae_path.lower() == PIXEL_SPACE:
-        return PixelSpace(image_channels)
+        return PixelSpace(image_channels, device)
     looks_local = Path(vae_path).exists() or vae_path.startswith((".", "/", "~")) or vae_path.count("/") != 1
     source = str(Path(vae_path).expanduser()) if looks_local else vae_path
     if looks_local and not (Path(source) / "config.json").is_file():

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from studying.settings import QUICK_BUDGET, QUICK_SAMPLES, SAMPLES, SETTINGS, Study, held_out_of
+from studying.settings import OTHER_SEEDS, QUICK_BUDGET, QUICK_SAMPLES, SAMPLES, SETTINGS, Study, held_out_of
 
 from masked_diffusion.choices import PIXEL_SPACE
 from masked_diffusion.script_util import finite_float, main_of
@@ -41,7 +41,12 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compute of each run, in steps without a policy; the setting's",
     )
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm; the setting's")
-    parser.add_argument("--first_seed", type=int, default=0, help="seed of an arm's first run (%(default)s)")
+    parser.add_argument(
+        "--first_seed",
+        type=int,
+        default=0,
+        help="seed of an arm's first run; other seeds need another --out (%(default)s)",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--held_out_images", type=int, default=360, help="images to measure on, at most (%(default)s)")
     parser.add_argument(
@@ -70,8 +75,8 @@ def prepare(args: argparse.Namespace) -> Callable[[], int]:
     """Check the flags, then all else that input can get wrong. Returns the work. Raises ValueError or OSError."""
     setting = SETTINGS[args.setting]
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else setting.seeds
-    if args.first_seed < 0:
-        raise ValueError(f"--first_seed {args.first_seed}: must be at least 0")
+    if not 0 <= args.first_seed <= OTHER_SEEDS - seeds:
+        raise ValueError(f"--first_seed {args.first_seed}: must be in 0 ... {OTHER_SEEDS - seeds}")
     for name, number in (("seeds", seeds), ("jobs", args.jobs)):
         if number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")

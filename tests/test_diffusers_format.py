@@ -311,6 +311,21 @@ def test_latents_that_are_normalised_by_channel_are_decoded_as_our_sampler_decod
         dit_pipeline_of(dit, config, AutoencoderKL.from_pretrained(save_tiny_autoencoder(tmp_path / "b", 1.0, None)))
 
 
+def test_pixels_that_are_normalised_by_channel_are_drawn_in_their_own_range(tmp_path):
+    pixels = PixelSpace(4)
+    pixels.normalise(ChannelStatistics((0.1, -0.2, 0.3, 0.0), (0.5, 1.5, 2.0, 1.0)))
+    model, config = trained()
+    pipeline_of(model, dataclasses.replace(config, first_stage=pixels.description), None).save_pretrained(tmp_path)
+    pipeline = quiet(MaskedDiffusionPipeline.from_pretrained(tmp_path))
+    arguments = {"class_labels": [1, 2], "guidance_scale": 1, "num_inference_steps": 2}
+    torch.manual_seed(0)
+    latents = pipeline(**arguments, output_type="latent").images
+    torch.manual_seed(0)
+    images = pipeline(**arguments, output_type="pt").images
+    assert_close(images, (pixels.decode(latents) / 2 + 0.5).clamp(0, 1))
+    assert not torch.allclose(images, (latents / 2 + 0.5).clamp(0, 1))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 50, 100, 250, 500, 1000])
 def test_the_scheduler_takes_the_timesteps_of_our_respacing(steps):
     scheduler = scheduler_of(DiffusionConfig(), ObjectiveConfig())

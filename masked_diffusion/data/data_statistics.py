@@ -16,7 +16,7 @@ from masked_diffusion.processes.reading_thread import read_watched
 from masked_diffusion.randomness import numpy_generator
 
 SIGMA_DATA_IMAGES = 1000
-NORMALISING_IMAGES = 2000
+NORMALISING_IMAGES, NEIGHBOURS = 2000, 50  # neighbours often lie in one block of an archive, which is read once
 
 
 def images_at(dataset: ImageDataset, indices: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
@@ -31,6 +31,14 @@ def spread_images(dataset: ImageDataset, most: int) -> Iterator[Tensor]:
     """At most so many images of a data set, spread over it, that can be read: (1, C, H, W) each."""
     places = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().astype(int).tolist()
     return (image for _, image in images_at(dataset, places))
+
+
+def spread_groups(number: int, most: int, neighbours: int) -> list[int]:
+    """Indices of at most so many of a number of images: groups of neighbours, spread evenly."""
+    if number <= most:
+        return list(range(number))
+    starts = np.linspace(0, number - neighbours, most // neighbours).round().astype(int).tolist()
+    return [index for start in starts for index in range(start, start + neighbours)]
 
 
 def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device: torch.device) -> float:
@@ -51,13 +59,13 @@ def deviation_of_latents(dataset: ImageDataset, first_stage: FirstStage, device:
 
 
 def pixel_statistics(dataset: ImageDataset) -> ChannelStatistics:
-    """Mean and deviation of each channel over at most 2,000 images, spread over the data, to six digits.
+    """Mean and deviation of each channel over at most 2,000 images, in groups spread over the data, to six digits.
 
     A channel of one value has the deviation 1. Raises ValueError where none of the images can be read.
     """
     moments = [
         torch.stack([image.double().mean(dim=(0, 2, 3)), image.double().square().mean(dim=(0, 2, 3))])
-        for image in spread_images(dataset, NORMALISING_IMAGES)
+        for _, image in images_at(dataset, spread_groups(len(dataset), NORMALISING_IMAGES, NEIGHBOURS))
     ]
     if not moments:
         raise ValueError("--normalize channel: none of the images that would be measured can be read")

@@ -175,7 +175,7 @@ def read_labels(blocks: FileBlocks, origin: str) -> LabelTable:
         starts = (text.lstrip()[:1] for text in texts(blocks()))
         rows = _from_json(blocks) if next(filter(None, starts), "") == "{" else _from_csv(blocks)
         return rows.table(origin)
-    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, csv.Error) as error:
         kind = OtherJSONError if _is_other_json(blocks) else ValueError
         raise kind(
             f"{origin}: not a list of labels ({error}); give a CSV with the columns file and label, JSON lines such as "
@@ -325,11 +325,11 @@ def _is_other_json(blocks: FileBlocks) -> bool:
             text.value()
         text.finish()
         return True
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return not any(isinstance(value, dict) and _looks_like_labels(value) for value in _json_lines(blocks))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

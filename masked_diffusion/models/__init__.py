@@ -35,13 +35,7 @@ def _builder(name: str) -> Callable[..., LatentTransformer]:
 
 
 MODELS = {name: _builder(name) for name in NAMES}
-
-
-def __getattr__(name: str) -> Callable[..., LatentTransformer]:
-    """Give each builder as an attribute of this module: ``models.MDT_XL_2(num_classes=10)``."""
-    if name not in MODELS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return MODELS[name]
+globals().update(MODELS)  # as attributes of this module, also for ``import *``: ``models.MDT_XL_2(num_classes=10)``
 
 
 def create_model(name: str, **kwargs: Any) -> LatentTransformer:

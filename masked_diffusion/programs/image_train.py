@@ -38,6 +38,7 @@ from masked_diffusion.runs.config import (
     RunConfig,
     changed_settings,
     check_resume,
+    difference_of_latents,
     extensions_of,
     read_config,
 )
@@ -111,7 +112,7 @@ def prepare(args: argparse.Namespace, asked: Asked, evaluator: Path, stack: cont
     sinks = chosen_sinks()
     # Data and first stage
     former = former_config(asked.beginning, asked.command)
-    dataset, first_stage = open_data(asked.data, args.image_size, args.vae_path, args.normalize, device, former)
+    dataset, first_stage = open_data(asked, args.image_size, args.vae_path, args.normalize, device, former)
     ranks = stack.enter_context(dist_util.joined_ranks(place, device, args.dist_url))
     ranks.from_main_patiently(dataset.check_source, f"comparing the images of {args.data_dir} with those encoded")
     data_hash = check_alike(asked.flags, args.data_dir, dataset, ranks)
@@ -235,15 +236,11 @@ def former_config(asked: Beginning, command: str) -> RunConfig | None:
 
 
 def open_data(
-    data: DataConfig,
-    image_size: int,
-    vae_path: str,
-    normalize: str,
-    device: torch.device,
-    former: RunConfig | None,
+    asked: Asked, image_size: int, vae_path: str, normalize: str, device: torch.device, former: RunConfig | None
 ) -> tuple[ImageDataset, FirstStage]:
     """The data and what encodes them. former: see :func:`former_config`; its run reads the kinds of image files that it
     began with. Raises ValueError or OSError."""
+    data, init_from = asked.data, asked.beginning.init_from
     extensions = None if former is None else extensions_of(former)
     dataset = open_dataset(**dataclasses.asdict(data), image_size=image_size, extensions=extensions)
     first_stage: FirstStage = load_first_stage(vae_path, device, dataset.channels)
@@ -252,12 +249,13 @@ def open_data(
     if dataset.encoded_by is not None:
         first_stage = CachedPosterior(first_stage, *dataset.encoded_by)
     if normalize == "channel":
-        normalise_pixels(first_stage, dataset, former)
+        normalise_pixels(first_stage, dataset, former or (read_config(Path(init_from).parent) if init_from else None))
     return dataset, first_stage
 
 
 def normalise_pixels(first_stage: FirstStage, dataset: ImageDataset, former: RunConfig | None) -> None:
-    """Give each channel of the pixels mean 0 and deviation 1, by the numbers of the run to go on with, if it has any.
+    """Give each channel of the pixels mean 0 and deviation 1, by the numbers of the run that the weights come from, if
+    it has any.
 
     Raises ValueError for an autoencoder, whose latents ``encode_latents.py`` normalises.
     """
@@ -469,6 +467,8 @@ def load_initial_weights(
     shown = recognise(state, path).named(former.model.model if former else config.model)
     if shown.model != config.model:
         raise ValueError(f"--model {config.model}: the weights in --init_from {path} are of {shown.model}")
+    if former is not None and (difference := difference_of_latents(former, run_config)):
+        report(f"warning: the weights in --init_from {path} were trained on other latents: {difference}")
     state = fit_channels(state, model, path, report)
     state = fit_positions(state, model, path, asked.interpolate_pos, report)
     state = fit_labels(state, model, path, former.class_names if former else [], run_config.class_names, report)

@@ -240,12 +240,28 @@ def contradiction(former: RunConfig, now: RunConfig) -> str | None:
         *settings_of_both(former, now, "diffusion", FIXED_PROCESS_SETTINGS),
         ("--policy", former.model.policy_name, now.model.policy_name),
         *settings_of_both(former, now, "model", ("route", "decoder")),
-        *((name, former.first_stage.get(name), now.first_stage.get(name)) for name in LATENT_SCALES),
+        *_latents_of_both(former, now),
         ("--class_cond", former.class_cond, now.class_cond),
     ]
     data = [[config.training.get(name) for name in ("data_dir", "num_images")] for config in (former, now)]
     if not same_names(former.class_names, now.class_names, same_images=data[0] == data[1]):
         pairs.append(("the list of class names", former.class_names, now.class_names))
+    return _first_difference(pairs)
+
+
+def difference_of_latents(former: RunConfig, now: RunConfig) -> str | None:
+    """Name the first setting by which two runs' latents have another scale; None when there is none."""
+    return _first_difference(_latents_of_both(former, now))
+
+
+def _latents_of_both(former: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    old, new = former.first_stage, now.first_stage
+    normalized = ["none" if stage.get("channel_mean") is None else "channel" for stage in (old, new)]
+    pairs = [("--normalize", normalized[0], normalized[1])]
+    return [*pairs, *((name, old.get(name), new.get(name)) for name in LATENT_SCALES)]
+
+
+def _first_difference(pairs: Iterable[tuple[str, Any, Any]]) -> str | None:
     return next((f"{name} {_short(old)}, this one {_short(new)}" for name, old, new in pairs if old != new), None)
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from masked_diffusion.data.class_names import ClassNames
 from masked_diffusion.diffusion import samplers
 from masked_diffusion.diffusion.guidance import Away, Denoiser, Guidance
-from masked_diffusion.first_stage import FirstStage
+from masked_diffusion.first_stage import ChannelStatistics, FirstStage
 from masked_diffusion.randomness import STREAM, SampleNoise, numpy_generator
 from masked_diffusion.runs.config import RunConfig
 from masked_diffusion.sampling.inpainting import Inpainting
@@ -58,6 +58,11 @@ class ImageSampler:
             raise ValueError(
                 f"--device mps: samplers of --objective {config.objective.objective} compute in float64, which MPS "
                 "does not have; use --device cpu"
+            )
+        if sampler.clip_denoised and ChannelStatistics.recorded(config.first_stage) is not None:
+            raise ValueError(
+                "--clip_denoised True: it clamps to [-1, 1], and this model's channels are normalised, so that they "
+                "reach further; leave it out"
             )
         entry = samplers.SAMPLERS[sampler.sampler]
         self._grid = self._objective.grid(entry.last_level)

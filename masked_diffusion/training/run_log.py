@@ -91,6 +91,9 @@ def read_run_log(folder: Path) -> RunLog:
     return RunLog(folder, columns)
 
 
+NORMALISED = ("channel_mean", "channel_std")
+
+
 def recipe_settings(progress: RunLog) -> dict[str, Any]:
     """Return the settings that two runs of one recipe have in common."""
     config = progress.config()
@@ -106,6 +109,8 @@ def recipe_settings(progress: RunLog) -> dict[str, Any]:
         "decode_layer": config.model.decode_layer,
         "global_batch": progress.global_batch,
         **{name: config.training.get(name) for name in training},
+        # Losses of normalised latents are on another scale. Cards of others do not have these entries.
+        **{name: value for name in NORMALISED if (value := config.first_stage.get(name)) is not None},
         **({name: config.training.get(name) for name in sampling} if "eval_fid" in progress.columns else {}),
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from studying.settings import Study
+from studying.settings import OTHER_SEEDS, Study
 
 from masked_diffusion.choices import LAST_BLOCKS, MODELS, family_of
 from masked_diffusion.choices import POLICIES as TRAITS
@@ -21,7 +21,6 @@ from masked_diffusion.training.train_config import TERA, TrainConfig
 PLAIN, WEAKER, AGAIN = "none", "none-60", "none-again"
 CONTROLS = (WEAKER, AGAIN)
 WEAKER_SHARE = 0.6
-OTHER_SEEDS = 1000  # where they begin, whatever the number of seeds
 # A policy without a finale of its own, once more with one.
 TREAD_FINALE, TREADS_FINALE = "tread-finale", 0.1
 OBJECTIVE = "flow"

@@ -69,12 +69,13 @@ def summary(study: Study, results: Results) -> str:
     """What was trained and measured, in words."""
     deviation, df = pooled_deviation(errors_by_arm(results))
     pixels = ", pixels standardised by the training images" if study.normalize == "channel" else ""
+    seeds = ", ".join(str(run.seed) for run in results if run.arm == PLAIN)
     spread = f"The pooled deviation of a seed is {deviation:.4f} ({df} degrees of freedom)." if df else ""
     return (
         f"{study.model} on {study.data_dir}{pixels}, flow objective, batches of {study.batch_size}. Each run has the "
-        f"compute of {study.budget:g} steps of training without a policy. What is measured is the mean squared error "
-        f"of the velocity on at most {study.held_out_images} images of {study.held_out_dir}: with averaged weights, on "
-        f"all tokens, at eight noise levels, with fixed noise. {spread}{of_samples(results)}"
+        f"compute of {study.budget:g} steps of training without a policy. The seeds are {seeds}. What is measured is "
+        f"the mean squared error of the velocity on at most {study.held_out_images} images of {study.held_out_dir}: "
+        f"with averaged weights, on all tokens, at eight noise levels, with fixed noise. {spread}{of_samples(results)}"
     )
 
 

@@ -21,6 +21,7 @@ SETTINGS = {
     "tokens64": Setting("DiT_Micro_1", budget=700, seeds=2),
 }
 QUICK_BUDGET = 60.0
+OTHER_SEEDS = 1000  # those of the control begin here
 SAMPLES, QUICK_SAMPLES = 360, 60
 
 

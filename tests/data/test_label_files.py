@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from masked_diffusion.data import label_files, path_table, text_blocks
-from masked_diffusion.data.label_files import OtherJSONError, read_labels
+from masked_diffusion.data.label_files import OtherJSONError, read_label_file, read_labels
 from masked_diffusion.data.path_table import PathTable, places_in
 from masked_diffusion.data.text_blocks import JSONText, lines, texts
 
@@ -178,3 +178,10 @@ def test_names_that_no_file_can_have_are_labels_without_an_image():
     table = read_labels(in_blocks(rb'{"labels": [["\ud800", 0], ["a", 1], ["\ud800", 2], ["\udc80", 3]]}', 9), "x")
     classes, notes = table.classes_and_notes(PathTable(["a", "\udc80"]))
     assert classes.labels.tolist() == [1, 3] and notes == ["left out: 1 labels of x without an image"]
+
+
+def test_json_that_is_nested_too_deeply_is_refused_as_any_other_damage(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('{"labels": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="not a list of labels"):
+        read_label_file(str(path))

@@ -300,7 +300,7 @@ TABLE = [
     ),
     Row(r"evaluator\.py flowers256\.npz", makes="output_flowers_eval/scores.json", says="Recall: "),
     Row(
-        r"make_dataset\.py builtin:shapes-test|--mask lower_half\.png",
+        r"make_dataset\.py builtin:shapes-test|lower_half\.png",
         elsewhere="test_make_dataset.py and test_latent_path.py do the same with fewer images and steps",
     ),
     Row(r"^python infer_mdt\.py .* --out flowers\.png", flags=PICTURES, makes="flowers.png"),

@@ -19,7 +19,6 @@ from studying.measure import measure
 from studying.plan import (
     AGAIN,
     CONTROLS,
-    OTHER_SEEDS,
     PLAIN,
     TREAD_FINALE,
     WEAKER,
@@ -32,7 +31,7 @@ from studying.plan import (
 )
 from studying.progress import Progress, share_done
 from studying.report import words_of
-from studying.settings import Study
+from studying.settings import OTHER_SEEDS, Study
 from studying.verdicts import Verdict, judge, lack_of_power, pooled_deviation, undecided
 from support import call
 
@@ -321,7 +320,7 @@ def test_a_training_that_fails_names_its_output(quick, monkeypatch, tmp_path):
         (["--budget", "0"], "--budget 0.0: must be positive"),
         (["--budget", "5"], "holds a study with budget 4.0, this one has 5.0"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--first_seed", "-1"], "--first_seed -1: must be at least 0"),
+        (["--first_seed", "-1"], "--first_seed -1: must be in 0 ... 997"),
         (["--samples", "1"], "--samples 1: must be 0 (none), or at least 2"),
         (["--data_dir", "images"], "--data_dir images: give the data to measure on with --held_out_dir"),
         (["--held_out_dir", "builtin:shapes-test"], "its classes are not those of --data_dir builtin:digits"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import TINY_DIGITS, call, few_steps
 
-from masked_diffusion.data.data_statistics import NORMALISING_IMAGES, pixel_statistics, spread_images
+from masked_diffusion.data.data_statistics import NORMALISING_IMAGES, pixel_statistics, spread_groups, spread_images
 from masked_diffusion.first_stage import ChannelStatistics, PixelSpace
 from masked_diffusion.image_datasets import open_dataset
 from masked_diffusion.runs.request import Request
@@ -92,7 +92,28 @@ def test_a_resume_goes_on_with_the_numbers_it_began_with(normalized, monkeypatch
     assert first_stage_of(normalized)["channel_mean"] == [0.5]
     capsys.readouterr()
     assert call(monkeypatch, TRAIN, normalized, *TINY_DIGITS, "--max_steps", 4) == 2
-    assert "the run to resume has channel_mean [0.5], this one None" in capsys.readouterr().err
+    assert "the run to resume has --normalize channel, this one none; resume with the same" in capsys.readouterr().err
+
+
+def test_weights_of_normalised_pixels_go_on_with_their_numbers_or_a_warning(normalized, tmp_path, monkeypatch):
+    warning = "were trained on other latents: --normalize channel, this one none"
+    for name, flags in (("same", NORMALIZED), ("other", TINY_DIGITS)):
+        start = [*flags, "--init_from", normalized / "model000002.pt"]
+        assert call(monkeypatch, TRAIN, tmp_path / name, *start, sinks="log") == 0
+        assert (warning in (tmp_path / name / "log.txt").read_text()) == (name == "other")
+    assert first_stage_of(tmp_path / "same")["channel_mean"] == first_stage_of(normalized)["channel_mean"] == [0.5]
+
+
+def test_estimates_of_normalised_pixels_are_not_clamped(normalized, tmp_path, monkeypatch, capsys):
+    flags = ["--model_path", normalized / "model000002.pt", "--num_samples", 2, "--batch_size", 2, "--device", "cpu"]
+    clamped = [*flags, *few_steps(2), "--clip_denoised", "True"]
+    assert call(monkeypatch, "scripts/image_sample.py", tmp_path, *clamped) == 2
+    assert "--clip_denoised True: it clamps to [-1, 1], and this model's channels" in capsys.readouterr().err
+
+
+def test_images_to_normalise_by_are_groups_of_neighbours_all_over_the_data():
+    assert spread_groups(5, 10, 2) == [0, 1, 2, 3, 4]
+    assert spread_groups(101, 6, 2) == [0, 1, 50, 51, 99, 100]
 
 
 def test_what_cannot_be_normalised_is_refused(tmp_path, monkeypatch, capsys, tiny_vae):
