@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import os
 import shutil
@@ -12,6 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).parent))
 import support  # noqa: E402  (tests import their helpers from this folder)
+
+with contextlib.suppress(ImportError):  # the tests of a GPU run without hypothesis, too
+    from hypothesis import settings
+
+    # No example has a time limit: a busy machine makes some slow, and what is slow is no failure.
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
