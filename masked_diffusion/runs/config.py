@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from masked_diffusion.choices import FIRST_STREAM, POLICIES, STREAM, check_objective, family_policy
+from masked_diffusion.choices import FIRST_STREAM, PIXEL_SPACE, POLICIES, STREAM, check_objective, family_policy
 from masked_diffusion.data.class_names import same_names
 from masked_diffusion.data.image_files import EXTENSIONS_OF_0_1_0
 from masked_diffusion.diffusion.objective_config import ObjectiveConfig
@@ -256,8 +256,10 @@ def difference_of_latents(former: RunConfig, now: RunConfig) -> str | None:
 
 def _latents_of_both(former: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
     old, new = former.first_stage, now.first_stage
-    normalized = ["none" if stage.get("channel_mean") is None else "channel" for stage in (old, new)]
-    pairs = [("--normalize", normalized[0], normalized[1])]
+    pairs: list[tuple[str, Any, Any]] = []
+    if old.get("vae_path") == new.get("vae_path") == PIXEL_SPACE:  # a flag of the training; latents are told by number
+        names = ["none" if stage.get("channel_mean") is None else "channel" for stage in (old, new)]
+        pairs = [("--normalize", names[0], names[1])]
     return [*pairs, *((name, old.get(name), new.get(name)) for name in LATENT_SCALES)]
 
 
