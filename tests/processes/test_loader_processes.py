@@ -19,6 +19,14 @@ from masked_diffusion.processes.loader_processes import iterate
 from masked_diffusion.processes.waiting import LoaderError, StoppedWaitingError, progress
 
 
+@pytest.fixture(autouse=True)
+def _no_handler_of_other_tests():
+    """A loader of torch that another test made in this process leaves its handler, which raises anywhere."""
+    former = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, former)
+
+
 class Items:
     """1000 items; of the one numbered ``trouble``, ``cause`` is called while it is loaded."""
 
